@@ -1,0 +1,77 @@
+"""The exact norm of the gradient of the whole model, and clipping by it, on any topology.
+
+This is the catalogue. A name is imported at its first use, so commands that need no torch don't wait for it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from distnorm.clipper import ClipResult, GradClipper
+    from distnorm.config import Config, load_config
+    from distnorm.errors import (
+        ConfigError,
+        CoverageError,
+        DisagreementError,
+        DistnormError,
+        NonFiniteGradientError,
+        ReplicaError,
+        RunError,
+        UnsupportedGradientError,
+    )
+    from distnorm.functional import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
+    from distnorm.verification import VerifyReport, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClipResult",
+    "Config",
+    "ConfigError",
+    "CoverageError",
+    "DisagreementError",
+    "DistnormError",
+    "GradClipper",
+    "NonFiniteGradientError",
+    "ReplicaError",
+    "RunError",
+    "UnsupportedGradientError",
+    "VerifyReport",
+    "clip_grad_norm_",
+    "clip_grads_with_norm_",
+    "get_total_norm",
+    "load_config",
+    "verify",
+]
+
+_HOMES = {
+    "clipper": ("ClipResult", "GradClipper"),
+    "config": ("Config", "load_config"),
+    "errors": (
+        "ConfigError",
+        "CoverageError",
+        "DisagreementError",
+        "DistnormError",
+        "NonFiniteGradientError",
+        "ReplicaError",
+        "RunError",
+        "UnsupportedGradientError",
+    ),
+    "functional": ("clip_grad_norm_", "clip_grads_with_norm_", "get_total_norm"),
+    "verification": ("VerifyReport", "verify"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

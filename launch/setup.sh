@@ -1,0 +1,111 @@
+# shellcheck shell=bash
+# Sourced by the other scripts. Needs python3 (3.10 or newer) with venv and pip, nothing else.
+#
+#   set_up        leaves a .venv in the repository that has distnorm and what it needs
+#   set_up dev    ... and what the checks need
+#
+# A torch (2.6 or newer) that python3 can already import is used as it is. Otherwise the version in constraints.txt is
+# installed. The second call returns at once: a stamp in .venv records what it was made from.
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+VENV="$ROOT/.venv"
+VENV_PYTHON="$VENV/bin/python"
+
+say() { echo "set-up: $*" >&2; }
+
+fail() {
+    say "$*"
+    exit 1
+}
+
+# The installed version of torch if it can be used, nothing otherwise.
+usable_torch() {
+    "$1" - 2>/dev/null <<'PY' || true
+import importlib.metadata
+
+import torch
+
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6):
+    print(importlib.metadata.version("torch"))
+PY
+}
+
+is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python3.10; do
+        if command -v "$candidate" >/dev/null && is_new_enough "$candidate"; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    return 1
+}
+
+# Where the packages of an interpreter are that is itself in a venv: --system-site-packages doesn't reach those.
+outer_site_packages() {
+    "$1" -c 'import sys, sysconfig; print(sysconfig.get_path("purelib") if sys.prefix != sys.base_prefix else "")'
+}
+
+make_venv() {
+    local python outer="" options=(--clear)
+    python="$(find_python)" || fail "python3 must be 3.10 or newer; found: $(python3 --version 2>&1 || true)"
+    if [[ -n "$(usable_torch "$python")" ]]; then
+        say "using the torch of $python"
+        options+=(--system-site-packages)
+        outer="$(outer_site_packages "$python")"
+    fi
+    say "making $VENV with $("$python" --version)"
+    "$python" -m venv "${options[@]}" "$VENV" || fail "$python -m venv failed (on Debian: apt install python3-venv)"
+    if [[ -n "$outer" ]]; then
+        echo "$outer" >"$("$VENV_PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
+    fi
+}
+
+# What the environment is made from: another tree, interpreter, dependency or constraint makes another fingerprint.
+fingerprint() {
+    "$VENV_PYTHON" - "$ROOT" <<'PY'
+import hashlib, pathlib, sys
+
+root = pathlib.Path(sys.argv[1])
+files = [root / "pyproject.toml", root / "launch" / "constraints.txt"]
+print(hashlib.sha256(repr([sys.version, str(root), *(f.read_bytes() for f in files)]).encode()).hexdigest())
+PY
+}
+
+install() {
+    local extras="$1" torch constraints
+    constraints="$(mktemp)"
+    torch="$(usable_torch "$VENV_PYTHON")"
+    if [[ -n "$torch" ]]; then
+        say "torch $torch is there"
+        { grep -v '^torch==' "$ROOT/launch/constraints.txt"; echo "torch==$torch"; } >"$constraints"
+    else
+        say "torch will be installed, which can take minutes"
+        cp "$ROOT/launch/constraints.txt" "$constraints"
+    fi
+    "$VENV_PYTHON" -m pip install --quiet --no-input --disable-pip-version-check \
+        --constraint "$constraints" --editable "$ROOT$extras" || fail "pip could not install distnorm$extras"
+    rm -f "$constraints"
+}
+
+set_up() {
+    local kind="${1:-run}" stamp
+    if ! is_new_enough "$VENV_PYTHON"; then
+        make_venv # none yet, or one that an interruption, or an upgrade of python3, has left broken
+    fi
+    stamp="$(fingerprint)"
+    if [[ "$(cat "$VENV/.set-up-dev" 2>/dev/null)" == "$stamp" ]]; then
+        return
+    fi
+    if [[ "$kind" == run && "$(cat "$VENV/.set-up-run" 2>/dev/null)" == "$stamp" ]]; then
+        return
+    fi
+    if ! "$VENV_PYTHON" -m pip --version >/dev/null 2>&1; then
+        "$VENV_PYTHON" -m ensurepip >/dev/null || fail "$VENV has no pip (on Debian: apt install python3-venv)"
+    fi
+    if [[ "$kind" == dev ]]; then install "[dev]"; else install ""; fi
+    echo "$stamp" >"$VENV/.set-up-$kind"
+    say "done"
+}

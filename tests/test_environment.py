@@ -1,0 +1,36 @@
+"""The environment that the tests run in is complete."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from pathlib import Path
+
+import distnorm
+
+ROOT = Path(__file__).parent.parent
+
+
+def installed(requirement: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(re.split(r"[<>=!~ ;\[]", requirement)[0]))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def test_everything_that_the_package_and_its_dev_extra_name_is_installed():
+    requirements = importlib.metadata.requires("distnorm") or []
+    needed = [
+        line for line in requirements if "extra ==" not in line or re.search(r"extra == ['\"]dev['\"]", line)
+    ]
+    assert len(needed) >= 9, "pyproject.toml names torch, pyyaml, pydantic, numpy and five tools"
+    assert [line for line in needed if not installed(line)] == []
+
+
+def test_what_is_installed_is_this_tree():
+    assert Path(distnorm.__file__).parent == ROOT / "distnorm"
+    assert importlib.metadata.version("distnorm") == distnorm.__version__
+    for line in re.findall(
+        r'^ +"(\w[\w-]+)>=', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE
+    ):
+        assert installed(line), f"{line} is in pyproject.toml; the installed metadata is older than it"
