@@ -1,0 +1,159 @@
+"""The command line: each command imports what it needs, and nothing that it doesn't."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from distnorm.errors import ConfigError, DistnormError
+
+_BAD_INPUT = 2
+_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Under torchrun every rank calls it; `train` and `verify` are collective, the others are not.
+
+    Args:
+        argv: the arguments after the program's name; the process's own by default.
+
+    Returns:
+        The exit code: 0; 1 where `verify` or `compare` found a difference; 2 for bad input, explained on
+        stderr; 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: with 0 after ``--help`` and ``--version``, with 2 for wrong arguments.
+    """
+    arguments = vars(make_parser().parse_args(argv))
+    command: Callable[..., int] = arguments.pop("command")
+    try:
+        return command(**arguments)
+    except DistnormError as error:
+        # One write, so that the lines of several ranks don't mix.
+        sys.stderr.write("".join(f"distnorm: error: {line}\n" for line in str(error).splitlines()))
+        return _BAD_INPUT
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="distnorm",
+        description="The exact norm of the gradient of the whole model, on any topology.",
+        epilog="A key of CONFIG is also set by the environment: DISTNORM_CLIP__MAX_NORM=0.5 is "
+        "clip.max_norm. --set comes after it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, command: Callable[..., int], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        added.set_defaults(command=command)
+        return added
+
+    train = add("train", _train, "run the reference trainer, under torchrun or as one process")
+    verify = add("verify", _verify, "prove the norm of one training step against an independent one")
+    validate = add("validate", _validate, "check configurations and list every mistake with its place")
+    add("schema", _schema, "print the JSON Schema of a configuration")
+    compare = add("compare", _compare, "find the first step at which the norms of two runs part")
+
+    for parser_of_one in (train, verify):
+        parser_of_one.add_argument("config", metavar="CONFIG", help="a YAML file")
+    validate.add_argument("configs", metavar="CONFIG", nargs="+", help="a YAML file")
+    for configured in (train, verify, validate):
+        configured.add_argument(
+            "--set",
+            dest="overrides",
+            metavar="KEY=VALUE",
+            action="append",
+            default=[],
+            help="override one key, such as clip.max_norm=0.5 (repeatable)",
+        )
+    for run in ("run_a", "run_b"):
+        compare.add_argument(run, metavar="RUN", help="a run's folder")
+    compare.add_argument(
+        "--rtol", type=_tolerance, metavar="R", help="largest relative difference; 1 is returned beyond it"
+    )
+    return parser
+
+
+class _Version(argparse.Action):
+    """Prints the version; the package is asked for it only then."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(
+            option_strings,
+            dest=argparse.SUPPRESS,
+            nargs=0,
+            default=argparse.SUPPRESS,
+            help="print the version",
+        )
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from distnorm import __version__
+
+        print(f"distnorm {__version__}")
+        parser.exit()
+
+
+def _tolerance(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number >= 0, found {text}")
+    return value
+
+
+_tolerance.__name__ = "number"  # argparse names the type by it: "invalid number value"
+
+
+def _validate(configs: Sequence[str], overrides: Sequence[str]) -> int:
+    from distnorm.config import load_config
+
+    code = 0
+    for config in configs:
+        try:
+            load_config(config, overrides)
+        except ConfigError as error:
+            print(error, file=sys.stderr)
+            code = _BAD_INPUT
+        else:
+            print(f"{config}: ok")
+    return code
+
+
+def _schema() -> int:
+    from distnorm.config import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+    return 0
+
+
+def _train(config: str, overrides: Sequence[str]) -> int:
+    from distnorm.config import load_config
+
+    loaded = load_config(config, overrides)
+    from distnorm.trainer import run
+
+    return run.main(loaded)
+
+
+def _verify(config: str, overrides: Sequence[str]) -> int:
+    from distnorm.config import load_config
+
+    loaded = load_config(config, overrides)
+    from distnorm.trainer import verify
+
+    return verify.main(loaded)
+
+
+def _compare(run_a: str, run_b: str, rtol: float | None) -> int:
+    from distnorm import compare
+
+    return compare.main(run_a, run_b, rtol)

@@ -1,0 +1,31 @@
+"""YAML to a validated configuration, with the place of every mistake."""
+
+from distnorm.config.loading import load_config
+from distnorm.config.models import (
+    CheckpointConfig,
+    ClipConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    MonitorConfig,
+    NormConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+    json_schema,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "ClipConfig",
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "MonitorConfig",
+    "NormConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "TrainConfig",
+    "json_schema",
+    "load_config",
+]

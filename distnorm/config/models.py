@@ -1,0 +1,199 @@
+"""The configuration's keys, their types, their limits and what they mean."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from distnorm.config.degrees import conflicts
+from distnorm.config.report import IN_CODE, Document, check
+from distnorm.config.writing import dump
+
+# What fits in a signed 32-bit integer: far more than any run needs, and no surprise in any framework.
+_LARGEST = 2**31 - 1
+
+_INF: dict[str, Any] = {"const": "inf"}
+
+
+def _infinity(value: object) -> object:
+    return math.inf if isinstance(value, str) and value == "inf" else value
+
+
+def _path_text(value: object) -> object:
+    return fspath(value) if isinstance(value, PathLike) else value
+
+
+PositiveInt = Annotated[int, Field(gt=0, le=_LARGEST)]
+Location = Annotated[str, Field(min_length=1), BeforeValidator(_path_text)]
+Order = Annotated[
+    float,
+    Field(gt=0),
+    BeforeValidator(_infinity),
+    WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, _INF]}),
+]
+Threshold = Annotated[
+    float | None,
+    Field(ge=0),
+    BeforeValidator(_infinity),
+    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, _INF, {"type": "null"}]}),
+]
+
+
+class Section(BaseModel):
+    """A frozen mapping of known keys, none of which is converted from another type."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    if not TYPE_CHECKING:
+
+        def __init__(self, /, **data: object) -> None:
+            with suppress(ValidationError):
+                super().__init__(**data)
+                return
+            check(type(self), Document(IN_CODE, data=data))
+
+        # Tells pydantic that sections inside others need not be made through this constructor: their errors
+        # then belong to the whole, with their paths.
+        __init__.__pydantic_base_init__ = True
+
+
+class NormConfig(Section):
+    """The norm that is measured."""
+
+    type: Order = Field(
+        2.0, description="The p of the p-norm: any number > 0, or inf for the largest element."
+    )
+
+
+class ClipConfig(Section):
+    """When and how gradients are scaled."""
+
+    max_norm: Threshold = Field(
+        None,
+        description="The threshold: gradients whose norm is larger are scaled down to it. "
+        "null measures only; inf never clips.",
+    )
+    nonfinite: Literal["raise", "skip", "zero", "propagate"] = Field(
+        "raise",
+        description="What happens where the norm is inf or NaN: raise an error; skip the optimizer's step; "
+        "zero the gradients; propagate leaves the outcome to the arithmetic.",
+    )
+
+
+class MonitorConfig(Section):
+    """Per-layer norms and alerts; it has no keys yet."""
+
+
+class ModelConfig(Section):
+    """The reference trainer's byte-level transformer."""
+
+    dim: PositiveInt = Field(128, description="Width of the residual stream; a multiple of heads.")
+    layers: PositiveInt = Field(4, description="Number of blocks; at least parallel.pp.")
+    heads: PositiveInt = Field(4, description="Attention heads per block; a multiple of parallel.tp.")
+    context: PositiveInt = Field(128, description="Sequence length in bytes.")
+    tie_embeddings: bool = Field(True, description="Whether embedding and head are one parameter.")
+
+
+class DataConfig(Section):
+    """What the reference trainer reads."""
+
+    path: Location | None = Field(
+        None, description="A text file or folder; null reads the Python standard library's source, as bytes."
+    )
+    batch_size: PositiveInt = Field(
+        16, description="Sequences in one step over all ranks, so it is the same for every topology."
+    )
+
+
+class OptimizerConfig(Section):
+    """The reference trainer's optimizer."""
+
+    name: Literal["adamw", "sgd"] = Field("adamw", description="Which of torch's optimizers.")
+    lr: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(3e-3, description="Learning rate.")
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(0.0, description="Weight decay.")
+    fused: bool = Field(True, description="Whether to use the optimizer's fused kernel, where torch has one.")
+
+
+class ParallelConfig(Section):
+    """The topology; the four degrees multiply to the number of ranks, and any of them may be 1."""
+
+    backend: Literal["fsdp2", "ddp"] = Field("fsdp2", description="Who holds and reduces the gradients.")
+    dp_replicate: PositiveInt = Field(1, description="Replicas of the model: DDP's, or HSDP's under fsdp2.")
+    dp_shard: PositiveInt = Field(1, description="Ranks over which fsdp2 shards each replica; 1 under ddp.")
+    tp: PositiveInt = Field(1, description="Ranks over which each layer is split (tensor parallelism).")
+    pp: PositiveInt = Field(1, description="Stages into which the layers are cut (pipeline parallelism).")
+    sequence_parallel: bool = Field(
+        False, description="Whether activations between layers are split along the sequence over the tp axis."
+    )
+    microbatches: PositiveInt | None = Field(
+        None,
+        description="Micro-batches of a pipelined step, at least pp; null: 2 * pp. Ignored where pp is 1.",
+    )
+
+
+class CheckpointConfig(Section):
+    """Where the reference trainer saves and resumes."""
+
+    every: PositiveInt | None = Field(None, description="Steps between checkpoints; null saves none.")
+    resume_from: Location | None = Field(None, description="A checkpoint's folder; null starts anew.")
+
+
+class TrainConfig(Section):
+    """The reference trainer's part; the library ignores it."""
+
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(
+        0, description="Seeds the initial weights and the order of the data, the same for every topology."
+    )
+    steps: PositiveInt = Field(20, description="Optimizer steps to make.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: cuda where there is one, else cpu."
+    )
+    dtype: Literal["float32", "bfloat16", "float64"] = Field(
+        "float32", description="Of parameters, gradients and arithmetic; float64 is for proofs."
+    )
+    output_dir: Location = Field("runs/run", description="Folder for metrics and resolved config.")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="Sizes of the model.")
+    data: DataConfig = Field(default_factory=DataConfig, description="What is read.")
+    optimizer: OptimizerConfig = Field(
+        default_factory=OptimizerConfig, description="How weights are updated."
+    )
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="How ranks share the work.")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="What is saved.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> TrainConfig:
+        if found := tuple(conflicts(self)):
+            text = "; ".join(conflict.message for conflict in found)
+            raise PydanticCustomError("conflict", "{text}", {"text": text, "conflicts": found})
+        return self
+
+
+class Config(Section):
+    """The configuration of distnorm: frozen, hashable, and right once it exists."""
+
+    norm: NormConfig = Field(default_factory=NormConfig, description="The norm that is measured.")
+    clip: ClipConfig = Field(default_factory=ClipConfig, description="When and how gradients are scaled.")
+    monitor: MonitorConfig = Field(default_factory=MonitorConfig, description="Per-layer norms and alerts.")
+    train: TrainConfig = Field(default_factory=TrainConfig, description="The reference trainer's part.")
+
+    def to_yaml(self) -> str:
+        """Every key with the value in force, as YAML that `load_config` reads back to an equal `Config`."""
+        return dump(self.model_dump())
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a configuration file, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}

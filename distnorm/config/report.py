@@ -1,0 +1,188 @@
+"""From what pydantic found to problems with positions, all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from distnorm.config.vocabulary import Path, Vocabulary
+from distnorm.errors import ConfigError, Problem
+
+_MAX_DEPTH = 8
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Where something was written; a later source has the higher order."""
+
+    file: str
+    line: int | None = None
+    column: int | None = None
+    order: int = 0
+
+
+IN_CODE = Mark("<config>")
+_DEFAULT = Mark("", order=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One mistake, before it is put in order."""
+
+    mark: Mark
+    path: Path
+    message: str
+
+
+@dataclass(slots=True)
+class Document:
+    """Plain data, where each part of it was written, and what was wrong with the writing.
+
+    Args:
+        root: the place of the document as a whole.
+        data: mappings, lists and scalars.
+        keys: the place of every key.
+        values: the place of every key's value.
+        findings: mistakes that don't depend on what the keys mean.
+        doubtful: keys whose value isn't known; nothing is concluded from them.
+    """
+
+    root: Mark
+    data: object = field(default_factory=dict)
+    keys: dict[Path, Mark] = field(default_factory=dict)
+    values: dict[Path, Mark] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    doubtful: set[Path] = field(default_factory=set)
+
+    def refuse(self, mark: Mark, path: Path, message: str) -> None:
+        """Note a mistake, and that the value at the path isn't known."""
+        self.findings.append(Finding(mark, path, message))
+        self.doubtful.add(path)
+
+    def mark(self, path: Path) -> Mark:
+        """The place of a value, or of the nearest part around it that was written at all."""
+        around = (path[:end] for end in range(len(path), 0, -1))
+        return next((self.values[part] for part in around if part in self.values), self.root)
+
+    def is_doubtful(self, path: Path) -> bool:
+        """Whether a mistake was found at the path, above it or below it."""
+        return any(doubt[: len(path)] == path[: len(doubt)] for doubt in self.doubtful)
+
+
+def given_in_code(source: Mapping[Any, Any] | BaseModel) -> Document:
+    """The document of a mapping: its own plain copy, so that nothing given by the caller is changed."""
+    document = Document(IN_CODE)
+    document.data = _plain(source, document, ())
+    return document
+
+
+def check(model: type[Model], document: Document) -> Model:
+    """The model that a document describes.
+
+    Args:
+        model: the pydantic model.
+        document: its findings grow.
+
+    Raises:
+        ConfigError: with every problem that the document has.
+    """
+    while True:
+        try:
+            result = model.model_validate(document.data)
+            break
+        except ValidationError as error:
+            errors = error.errors(include_url=False)
+        wrong = [entry for entry in errors if entry["type"] != "conflict"]
+        if not wrong:
+            _note_conflicts(document, errors)
+            break
+        # Conflicts between values are looked for only where each value is right by itself: the wrong ones are
+        # noted and taken out, and what is left is validated again.
+        for entry in wrong:
+            path = tuple(str(part) for part in entry["loc"])
+            _note_wrong(document, vocabulary(model), path, entry)
+            document.data = _without(document.data, path)
+    raise_all(document.findings)
+    return result
+
+
+def raise_all(findings: Iterable[Finding]) -> None:
+    """Raise what was found, in order of position; return where there is nothing.
+
+    Raises:
+        ConfigError: there is a finding.
+    """
+    ordered = sorted(findings, key=lambda f: (f.mark.order, f.mark.line or 0, f.mark.column or 0))
+    problems = tuple(
+        Problem(f.mark.file, f.mark.line, f.mark.column, ".".join(f.path).replace(".[", "["), f.message)
+        for f in ordered
+    )
+    if problems:
+        raise ConfigError("\n".join(map(str, problems)), problems)
+
+
+@cache
+def vocabulary(model: type[BaseModel]) -> Vocabulary:
+    """The keys of a model."""
+    return Vocabulary(model.model_json_schema())
+
+
+def _note_wrong(document: Document, known: Vocabulary, path: Path, entry: Mapping[str, Any]) -> None:
+    if entry["type"] != "extra_forbidden":
+        document.refuse(document.mark(path), path, known.wrong_value(path, entry["input"]))
+        return
+    message, meant = known.unknown_key(path[:-1], path[-1])
+    document.refuse(document.keys.get(path, document.mark(path)), path, message)
+    if meant is not None:
+        document.doubtful.add(meant)
+
+
+def _note_conflicts(document: Document, errors: Sequence[Mapping[str, Any]]) -> None:
+    for entry in errors:
+        section = tuple(str(part) for part in entry["loc"])
+        for conflict in entry["ctx"]["conflicts"]:
+            paths = [section + tuple(key.split(".")) for key in conflict.keys]
+            if any(document.is_doubtful(path) for path in paths):
+                continue
+            # The culprit is what was written last: an override before the file, and never a default.
+            culprit = max(
+                paths, key=lambda path: document.values[path].order if path in document.values else -1
+            )
+            document.findings.append(Finding(document.mark(culprit), culprit, conflict.message))
+
+
+def _without(data: object, path: Path) -> object:
+    """A copy that lacks one key; what the caller gave stays as it is."""
+    if not path:
+        return {}
+    assert isinstance(data, dict)
+    name, *rest = path
+    if rest:
+        return {**data, name: _without(data[name], tuple(rest))}
+    return {key: value for key, value in data.items() if key != name}
+
+
+def _plain(value: object, document: Document, path: Path) -> object:
+    if isinstance(value, BaseModel):
+        value = value.model_dump(exclude_unset=True)
+    if not isinstance(value, Mapping):
+        return value
+    copy: dict[str, object] = {}
+    for key, inner in value.items():
+        below = (*path, str(key))
+        if not isinstance(key, str):
+            document.refuse(
+                IN_CODE, below, f"expected a string as key, found {key!r} of type {type(key).__name__}"
+            )
+        elif len(below) > _MAX_DEPTH:
+            document.refuse(IN_CODE, below, f"expected at most {_MAX_DEPTH} levels")
+        else:
+            document.values[below] = document.keys[below] = IN_CODE
+            copy[key] = _plain(inner, document, below)
+    return copy

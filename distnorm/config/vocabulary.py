@@ -1,0 +1,188 @@
+"""What may be written where, read from the JSON Schema, and how to say it to a person."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from distnorm.config.scalars import FLOAT, INT, resolve
+
+Path = tuple[str, ...]
+JsonSchema = Mapping[str, Any]
+
+_LONGEST = 60
+_TYPES = {"number": "a number", "integer": "an integer", "boolean": "true or false", "string": "a string"}
+_BOUNDS = {"exclusiveMinimum": ">", "minimum": ">="}
+
+
+class NoValue:
+    """Stands for a key with nothing after it, which is too easily left behind to mean null."""
+
+
+NO_VALUE = NoValue()
+
+
+class Vocabulary:
+    """The keys of a configuration and what each may hold.
+
+    Args:
+        schema: a JSON Schema whose objects are all closed.
+    """
+
+    def __init__(self, schema: JsonSchema) -> None:
+        self._schema = schema
+
+    def at(self, path: Path) -> JsonSchema | None:
+        """The schema of one key; None where there is no such key."""
+        node: JsonSchema | None = self._schema
+        for name in path:
+            node = self._follow(node).get("properties", {}).get(name) if node is not None else None
+        return None if node is None else self._follow(node)
+
+    def keys(self, path: Path) -> list[str]:
+        """The keys of one section; empty where the path names none."""
+        return list((self.at(path) or {}).get("properties", ()))
+
+    def is_section(self, path: Path) -> bool:
+        """Whether the path names a mapping with keys of its own."""
+        return (self.at(path) or {}).get("type") == "object"
+
+    def paths(self, below: Path = ()) -> Iterator[Path]:
+        """Every key, sections before what they hold."""
+        for name in self.keys(below):
+            yield (*below, name)
+            yield from self.paths((*below, name))
+
+    def nearest(self, section: Path, name: str) -> Path | None:
+        """The key that a misspelt or misplaced one was meant for, where one is near enough."""
+        name = name.strip().lower().replace("-", "_")
+        siblings = self.keys(section)
+        elsewhere = {path[-1]: path for path in reversed(list(self.paths()))}
+        if name in siblings:
+            return (*section, name)
+        if name in elsewhere:
+            return elsewhere[name]
+        if found := get_close_matches(name, siblings, 1, 0.6):
+            return (*section, found[0])
+        if found := get_close_matches(name, elsewhere, 1, 0.8):
+            return elsewhere[found[0]]
+        return None
+
+    def unknown_key(self, section: Path, name: str) -> tuple[str, Path | None]:
+        """The message about a key that does not exist, and the path of the one it was meant for."""
+        dotted = tuple(name.split("."))
+        if len(dotted) > 1 and self.at((*section, *dotted)) is not None:
+            nested = ": {".join(dotted) + ": ..." + "}" * (len(dotted) - 1)
+            return f"unknown key; a dotted key is not split, write {nested}", (*section, *dotted)
+        meant = self.nearest(section, name)
+        if meant is not None:
+            shown = meant[-1] if meant[:-1] == section else ".".join(meant)
+            return f"unknown key; did you mean {shown!r}?", meant
+        keys = self.keys(section)
+        return "unknown key; " + (
+            f"expected one of {', '.join(keys)}" if keys else "this section has no keys"
+        ), None
+
+    def wrong_value(self, path: Path, found: object) -> str:
+        """The message about a value that its key can't hold."""
+        schema = self.at(path) or {}
+        return f"expected {_expected(schema, found)}, found {_shown(found)}{_hint(schema, found)}"
+
+    def _follow(self, node: JsonSchema) -> JsonSchema:
+        reference = node.get("$ref")
+        if reference is None:
+            return node
+        target: JsonSchema = self._schema["$defs"][reference.rpartition("/")[2]]
+        return target
+
+
+def _alternatives(schema: JsonSchema) -> list[JsonSchema]:
+    return list(schema.get("anyOf", [schema]))
+
+
+def _expected(schema: JsonSchema, found: object) -> str:
+    parts = [_expected_one(part, found) for part in _alternatives(schema)]
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} or {parts[-1]}"
+
+
+def _expected_one(schema: JsonSchema, found: object) -> str:
+    if "enum" in schema:
+        return "one of " + ", ".join(map(repr, schema["enum"]))
+    if "const" in schema:
+        return str(schema["const"])
+    kind = schema.get("type")
+    if kind == "null":
+        return "null"
+    if kind == "object":
+        keys = list(schema.get("properties", ()))
+        return f"a mapping with the keys {', '.join(keys)}" if keys else "a mapping, {} while it has no keys"
+    text = _TYPES.get(str(kind), "another value")
+    if schema.get("minLength") == 1:
+        text += " that is not empty"
+    bounds = [f"{sign} {schema[bound]}" for bound, sign in _BOUNDS.items() if bound in schema]
+    # The upper limits are far away: naming one helps only the person who passed it.
+    if "maximum" in schema and isinstance(found, (int, float)) and not found <= schema["maximum"]:
+        bounds.append(f"<= {schema['maximum']}")
+    return " ".join([text, " and ".join(bounds)]) if bounds else text
+
+
+def _shown(found: object) -> str:
+    if found is NO_VALUE:
+        return "no value"
+    if found is None or isinstance(found, bool):
+        return {None: "null", True: "true", False: "false"}[found]
+    if isinstance(found, str):
+        return f"the string {_shortened(repr(found))}"
+    if isinstance(found, Mapping):
+        return "a mapping" if found else "an empty mapping"
+    if isinstance(found, (list, tuple)):
+        return "a list"
+    if isinstance(found, (int, float)):
+        try:
+            return _shortened(repr(found))
+        except ValueError:
+            return "a number of thousands of digits"
+    return f"{_shortened(repr(found))} of type {type(found).__name__}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def _hint(schema: JsonSchema, found: object) -> str:
+    """What to write instead, where the value shows what was meant."""
+    parts = _alternatives(schema)
+    kinds = {part.get("type") for part in parts}
+    nullable = "null" in kinds
+    if found is NO_VALUE:
+        return "; write {} for an empty section" if "object" in kinds else "; write null" if nullable else ""
+    if isinstance(found, str):
+        return _string_hint(parts, found.strip(), nullable)
+    if isinstance(found, bool) or found is None:
+        return ""
+    if isinstance(found, float) and "integer" in kinds and found.is_integer():
+        return f"; write {int(found)}"
+    if isinstance(found, (int, float)) and "string" in kinds:
+        return "; put it in quotes"
+    return ""
+
+
+def _string_hint(parts: list[JsonSchema], found: str, nullable: bool) -> str:
+    if nullable and found.lower() in ("none", "null", "~"):
+        return "; write null"
+    for part in parts:
+        near = get_close_matches(found.lower(), [str(value) for value in part.get("enum", ())], 1, 0.6)
+        if near:
+            return f"; did you mean {near[0]!r}?"
+        kind = part.get("type")
+        if kind == "boolean":
+            word = {"true": "true", "yes": "true", "on": "true", "y": "true"}.get(found.lower())
+            word = word or {"false": "false", "no": "false", "off": "false", "n": "false"}.get(found.lower())
+            return f"; write {word}" if word else ""
+        plain = found.replace("_", "")
+        if kind in ("number", "integer") and resolve(plain) in ((INT, FLOAT) if kind == "number" else (INT,)):
+            return f"; write the number {plain}"
+        if any("const" in other for other in parts) and plain.lower().lstrip("+.") in ("inf", "infinity"):
+            return "; write inf"
+    return ""
