@@ -1,0 +1,199 @@
+"""`GradClipper`: from a target to clipped gradients, the whole line from end to end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from distnorm import kernels, policies
+from distnorm.collectives import Ranks
+from distnorm.config import Config, load_config
+from distnorm.errors import DistnormError
+from distnorm.measurement import Measured, Meter
+from distnorm.norms import norm
+from distnorm.plan import check_tied
+from distnorm.policies import Decision
+from distnorm.shards import GradShard, of_grad
+from distnorm.sources import Target, Tied, checked_tied, named_tensors, shards_of, stage_of
+
+
+@dataclass(frozen=True, slots=True)
+class ClipResult:
+    """What one `GradClipper.clip` or `GradClipper.measure` found and did.
+
+    All fields are 0-d tensors on the gradients' device, the same bits on every rank; nothing has been
+    read on the host.
+
+    Args:
+        total_norm: fp64; the norm of the whole model's gradient before clipping.
+        clip_coef: fp64; what every gradient was multiplied by (by `measure`: 1).
+        clipped_norm: fp64; the norm after clipping.
+        threshold: fp64; the max norm in force, inf where none is.
+        is_finite: bool; whether the total norm is finite.
+        was_clipped: bool; whether the coefficient is below 1.
+    """
+
+    total_norm: Tensor
+    clip_coef: Tensor
+    clipped_norm: Tensor
+    threshold: Tensor
+    is_finite: Tensor
+    was_clipped: Tensor
+
+    def to_dict(self) -> dict[str, float | bool]:
+        """The fields as Python floats and bools. Waits for the device."""
+        return {field.name: getattr(self, field.name).item() for field in fields(self)}
+
+
+class GradClipper:
+    """Measures and clips the gradient of one model, held in pieces by many ranks.
+
+    Collective: every rank of `group` must make one, at the same point, with the same `config` and `tied`.
+
+    Args:
+        target: a module, a list of modules (pipeline parts), one parameter, or an iterable of parameters
+            or of (name, parameter) pairs. Names must be those of the whole model; without names the
+            position is the name.
+        config: a path to a YAML file, a mapping, a `Config`, or `None` for the defaults (measure only).
+        group: the ranks that hold the model; default: the whole world, or this process alone.
+        pp_mesh: a 1-d mesh of pipeline stages, where stages use the same names for other parameters:
+            every name that is not tied is then prefixed by the stage's coordinate.
+        tied: groups of names that are one parameter, such as ``[("tok.weight", "head.weight")]``.
+
+    Attributes:
+        config: the `Config` in force.
+        last: what the newest `clip` returned, or `None`.
+
+    Raises:
+        ConfigError: the configuration, or a tied name, is wrong.
+        DisagreementError: configuration or tied names differ between ranks.
+        CoverageError: pieces of a parameter are missing or overlap.
+        ReplicaError: shards that claim to be replicas hold other parameter values.
+        UnsupportedGradientError: a parameter's local tensor isn't what its placements say.
+
+    Example:
+        >>> clipper = distnorm.GradClipper(model, {"clip": {"max_norm": 1.0}})
+        >>> loss.backward()
+        >>> result = clipper.clip()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        config: str | Path | Mapping[str, Any] | Config | None = None,
+        *,
+        group: ProcessGroup | None = None,
+        pp_mesh: DeviceMesh | None = None,
+        tied: Tied = (),
+    ) -> None:
+        ranks = Ranks(group)
+        error: DistnormError | None = None
+        try:
+            self.config = load_config(config)
+            order = norm(self.config.norm.type)
+            self._stage, self._tied = stage_of(pp_mesh), checked_tied(tied)
+        except DistnormError as caught:
+            error = caught
+        ranks.raise_together(error)
+        self._target = target if isinstance(target, Tensor | nn.Module | Collection) else list(target)
+        self._max_norm = policies.check_max_norm(self.config.clip.max_norm)
+        self._steps = 0
+        self.last: ClipResult | None = None
+        clip = self.config.clip.model_dump()
+        terms = {
+            "norm.type": order.order,
+            **{f"clip.{key}": value for key, value in clip.items()},
+            "tied": self._tied,
+        }
+        self._meter = Meter(ranks, order, terms, raises=self.config.clip.nonfinite == "raise")
+        self._named: list[tuple[str, Tensor]] = []
+        self._shards = self._meter.prepare(self._read_target)
+        check_tied(ranks, [name for name, _ in self._named], self._tied)
+
+    def clip(self) -> ClipResult:
+        """Measure this step's gradient and scale it, in place, so that its norm is the threshold at most.
+
+        Collective: every rank must call it, after the backward pass and before ``optimizer.step()``,
+        whether it has gradients or not. Partial DTensor gradients are stored back reduced.
+
+        Returns:
+            The norm before, the coefficient, and what follows from them, as 0-d tensors on the device.
+
+        Raises:
+            NonFiniteGradientError: the norm is not finite and ``clip.nonfinite`` is ``raise``; gradients
+                are as they were.
+            UnsupportedGradientError: a gradient that can't be measured, such as a sparse one.
+            ReplicaError: replicas hold different gradients.
+            DisagreementError: ranks measure different sets of parameters.
+        """
+        with torch.no_grad():
+            measured = self._measure(store=True)
+            decision = policies.constant(measured.total_norm, self._max_norm, self.config.clip.nonfinite)
+            apply(decision, measured)
+        self._steps += 1
+        self.last = _result(measured.total_norm, decision)
+        return self.last
+
+    def measure(self) -> ClipResult:
+        """Measure this step's gradient and change nothing. Collective, as `clip` is.
+
+        Raises:
+            DistnormError: as `clip`.
+        """
+        with torch.no_grad():
+            total_norm = self._measure(store=False).total_norm
+            unclipped = policies.constant(total_norm, math.inf)
+            decision = replace(unclipped, threshold=torch.full_like(total_norm, self._max_norm))
+        return _result(total_norm, decision)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on: plain numbers. Not collective."""
+        return {"version": 1, "steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`. Not collective.
+
+        Raises:
+            DistnormError: the state is of another version, or no state of a clipper.
+        """
+        version, steps = state.get("version"), state.get("steps")
+        if version != 1 or not isinstance(steps, int) or steps < 0:
+            raise DistnormError(f"expected a clipper's state of version 1, found {dict(state)!r}")
+        self._steps = steps
+
+    def _read_target(self) -> list[GradShard]:
+        self._named = named_tensors(self._target)
+        return shards_of(self._named, of_grad, target=self._target, stage=self._stage, tied=self._tied)
+
+    def _measure(self, *, store: bool) -> Measured:
+        now = named_tensors(self._target)
+        if [id(tensor) for _, tensor in now] != [id(tensor) for _, tensor in self._named]:
+            self._shards = self._meter.prepare_anew(self._read_target)
+        return self._meter.measure(self._shards, store=store)
+
+
+def apply(decision: Decision, measured: Measured) -> None:
+    """Scale the local gradients in place, without a host read."""
+    if decision.may_clip:
+        kernels.scale_(measured.gradients, decision.coef)
+    if decision.zero:
+        kernels.zero_unless_(measured.gradients, measured.total_norm.isfinite())
+
+
+def _result(total_norm: Tensor, decision: Decision) -> ClipResult:
+    is_finite = total_norm.isfinite()
+    clipped_norm = total_norm * decision.coef
+    if decision.zero:
+        clipped_norm = clipped_norm.where(is_finite, 0.0)
+    return ClipResult(
+        total_norm, decision.coef, clipped_norm, decision.threshold, is_finite, was_clipped=decision.coef < 1
+    )

@@ -1,0 +1,279 @@
+"""Who holds what: made once for a set of shards, by one exchange between the ranks.
+
+Every rank publishes, for each of its shards, a hash of its identity (name and piece) and its number of
+elements. Ranks that publish the same identity are replicas; the distinct pieces of one name must add up
+to the parameter's number of elements. No rule about any mesh axis is needed.
+
+The exchange is a distributed hash join: all rows of one name meet on one rank, which alone sees them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distnorm import kernels
+from distnorm.collectives import Ranks
+from distnorm.errors import ConfigError, CoverageError, DisagreementError, DistnormError, ReplicaError
+from distnorm.shards import GradShard
+
+_NAMED_IN_ERRORS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one rank counts of one of its shards: elements ``start`` to ``stop`` of the flat shard.
+
+    Args:
+        start: first element, of the shard in logical (row-major) order.
+        stop: end of the elements.
+        replicas: number of shards of this identity over all ranks.
+        index: which of them this one is.
+        key: 64-bit hash of the name, the same on all ranks.
+    """
+
+    start: int
+    stop: int
+    replicas: int
+    index: int
+    key: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The shares of a set of shards, in their order.
+
+    Args:
+        shares: one for each shard.
+        ident: the same number on all ranks, and another for another plan.
+    """
+
+    shares: tuple[Share, ...]
+    ident: int
+
+
+def make_plan(
+    ranks: Ranks, shards: Sequence[GradShard], terms: Mapping[str, object], *, replicas_share: bool
+) -> Plan:
+    """Plan who counts what. Collective: every rank must call it.
+
+    Args:
+        ranks: who takes part.
+        shards: what this rank holds.
+        terms: what all ranks must have alike (threshold, norm type, tied names, ...), by name.
+        replicas_share: whether replicas share the work of a shard, or each counts all of it.
+
+    Raises:
+        DisagreementError: the terms differ between ranks; the term and the ranks are named.
+        CoverageError: pieces of a parameter are missing, or overlap.
+        ReplicaError: shards that claim to be replicas hold other parameter values.
+    """
+    agree_on_terms(ranks, terms)
+    rows = identity_rows(shards)
+    sizes = torch.tensor([[s.numel, s.global_numel] for s in shards], dtype=torch.int64).view(-1, 2)
+    replies = ranks.join(rows[:, 0], torch.cat([rows, sizes], dim=1), _holders).tolist()
+    _check_coverage(ranks, shards, replies)
+    shares = []
+    for shard, key, (replicas, index, _, _) in zip(shards, rows[:, 0].tolist(), replies, strict=True):
+        if not shard.numel:  # nothing to count, nothing to claim
+            replicas, index = 1, 0
+        parts, which = (replicas, index) if replicas_share else (1, 0)
+        start, stop = (shard.numel * i // parts for i in (which, which + 1))
+        shares.append(Share(start, stop, replicas, index, key))
+    _check_values(ranks, shards, rows, shares)
+    return Plan(tuple(shares), _ident(ranks, shards, terms))
+
+
+def agree_on_terms(ranks: Ranks, terms: Mapping[str, object]) -> None:
+    """Compare terms, by name, over all ranks. Collective.
+
+    Raises:
+        DisagreementError: on every rank, with each term that differs, its values and their ranks.
+    """
+    mine = {name: repr(value) for name, value in terms.items()}
+    if ranks.size == 1 or _same(ranks, stable_hash(repr(sorted(mine.items())))):
+        return
+    everybody = ranks.gather(mine)
+    differing = []
+    for name in dict.fromkeys(name for terms_of_one in everybody for name in terms_of_one):
+        values: dict[str, list[int]] = {}
+        for rank, terms_of_one in enumerate(everybody):
+            values.setdefault(terms_of_one.get(name, "absent"), []).append(rank)
+        if len(values) > 1:
+            found = ", ".join(f"{value} on {_on(who)}" for value, who in values.items())
+            differing.append(f"{name}: expected the same on every rank, found {found}")
+    raise DisagreementError("; ".join(differing))
+
+
+def _same(ranks: Ranks, value: int) -> bool:
+    extremes = torch.tensor([value, -value], dtype=torch.int64, device=ranks.device())
+    most, least = ranks.all_reduce_(extremes, "max").tolist()
+    return bool(most == -least)
+
+
+def identity_rows(shards: Sequence[GradShard]) -> Tensor:
+    """Hashes of every shard's name and piece, [n, 2] int64."""
+    rows = [
+        [stable_hash(s.name), stable_hash(repr((s.piece, s.global_shape)) if s.numel else "empty")]
+        for s in shards
+    ]
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 2)
+
+
+def stable_hash(text: str) -> int:
+    """The same 63-bit number for a text in every process (its negative fits an int64 too)."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _holders(rows: Tensor) -> Tensor:
+    """[m, (name, piece, numel, global_numel)] -> [m, (replicas, index, covered, mixed sizes)]."""
+    names, name_of = torch.unique(rows[:, 0], return_inverse=True)
+    _, piece_of, replicas = torch.unique(rows[:, :2], dim=0, return_inverse=True, return_counts=True)
+    order = piece_of.argsort(stable=True)
+    first_row = replicas.cumsum(0) - replicas
+    index = torch.empty_like(order)
+    index[order] = torch.arange(len(rows)) - first_row[piece_of[order]]
+    first = index == 0
+    covered = torch.zeros_like(names).index_add_(0, name_of[first], rows[first, 2])
+    mixed = spread(rows[:, 3], name_of, len(names)) != 0
+    return torch.stack([replicas[piece_of], index, covered[name_of], mixed[name_of].long()], dim=1)
+
+
+def piece_groups(rows: Tensor) -> tuple[Tensor, int]:
+    """Number the identities in rows that begin with (name, piece): [m] numbers, and how many there are."""
+    identities, of = torch.unique(rows[:, :2], dim=0, return_inverse=True)
+    return of, len(identities)
+
+
+def spread(values: Tensor, group_of: Tensor, groups: int) -> Tensor:
+    """The largest less the smallest value of each group."""
+    most = values.new_zeros(groups).scatter_reduce_(0, group_of, values, "amax", include_self=False)
+    least = values.new_zeros(groups).scatter_reduce_(0, group_of, values, "amin", include_self=False)
+    return most - least
+
+
+def _check_coverage(ranks: Ranks, shards: Sequence[GradShard], replies: list[list[int]]) -> None:
+    wrong = {
+        shard.name: covered
+        for shard, (_, _, covered, mixed) in zip(shards, replies, strict=True)
+        if mixed or covered != shard.global_numel
+    }
+
+    def fact(shard: GradShard) -> str:
+        covered, total = wrong[shard.name], shard.global_numel
+        verdict = f"{total - covered} missing" if covered < total else f"{covered - total} counted twice"
+        shape = list(shard.global_shape)
+        return f"{covered} of {total} elements ({verdict}; shape {shape}) with {_piece(shard)}"
+
+    raise_named(
+        ranks,
+        [(shard.name, fact(shard)) for shard in shards if shard.name in wrong],
+        CoverageError,
+        "pieces that add up to its number of elements",
+        "Give every rank all the pieces that it holds, a group of all the ranks that hold the model, and "
+        "whole-model names (or pp_mesh, where stages use the same names for other parameters).",
+    )
+
+
+def _check_values(ranks: Ranks, shards: Sequence[GradShard], rows: Tensor, shares: Sequence[Share]) -> None:
+    """A claim of replicas is checked once, by the bits of the parameters."""
+    claims = [
+        i
+        for i, (shard, share) in enumerate(zip(shards, shares, strict=True))
+        if share.replicas > 1 and not shard.measures_itself
+    ]
+    sums = to_host([kernels.checksum(shards[i].witness()) for i in claims])
+    values = torch.tensor(sums, dtype=torch.int64).view(-1, 1)
+    mine = rows[claims]
+    differs = ranks.join(mine[:, 0], torch.cat([mine, values], dim=1), differing).view(-1).tolist()
+    facts = [
+        (shards[i].name, f"checksum {value & 0xFFFFFFFF:08x} of {_piece(shards[i])}")
+        for i, value, bad in zip(claims, sums, differs, strict=True)
+        if bad
+    ]
+
+    raise_named(
+        ranks,
+        facts,
+        ReplicaError,
+        "replicas with the same values",
+        "Ranks that hold the same name and piece are taken for replicas. If these are other parameters, "
+        "give them whole-model names, or pp_mesh; if they are replicas, they have drifted apart.",
+    )
+
+
+def differing(rows: Tensor) -> Tensor:
+    """[m, (name, piece, value)] -> [m, 1]: whether rows of one identity have other values."""
+    of, count = piece_groups(rows)
+    low, high = rows[:, 2] & 0xFFFFFFFF, rows[:, 2] >> 32  # halves, whose differences can't overflow
+    differs = (spread(low, of, count) != 0) | (spread(high, of, count) != 0)
+    return differs[of].long().view(-1, 1)
+
+
+def raise_named(
+    ranks: Ranks,
+    facts: Sequence[tuple[str, str]],
+    kind: type[DistnormError],
+    expected: str,
+    advice: str,
+) -> None:
+    """Raise one error on every rank if any rank has facts, as (parameter, what was found). Collective."""
+    found = torch.tensor([len(facts)], dtype=torch.int64, device=ranks.device())
+    if not ranks.all_reduce_(found, "max").item():
+        return
+    by_name: dict[str, dict[str, list[int]]] = {}
+    for rank, theirs in enumerate(ranks.gather(list(facts[:_NAMED_IN_ERRORS]))):
+        for name, fact in theirs:
+            by_name.setdefault(name, {}).setdefault(fact, []).append(rank)
+    lines = [
+        f"parameter '{name}': expected {expected}, found "
+        + "; ".join(f"{fact} on {_on(who)}" for fact, who in by_name[name].items())
+        for name in sorted(by_name)[:_NAMED_IN_ERRORS]
+    ]
+    raise kind("\n".join([*lines, advice]))
+
+
+def check_tied(ranks: Ranks, names: Sequence[str], tied: Sequence[Sequence[str]]) -> None:
+    """Refuse a tied name that no rank holds. Collective; `tied` is the same on every rank.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    listed = [name for group in tied for name in group]
+    if not listed:
+        return
+    held = torch.tensor([name in names for name in listed], dtype=torch.int64, device=ranks.device())
+    absent = [
+        n for n, is_held in zip(listed, ranks.all_reduce_(held, "max").tolist(), strict=True) if not is_held
+    ]
+    if absent:
+        raise ConfigError(f"tied: expected names of parameters, found {absent}, which no rank holds")
+
+
+def to_host(scalars: Sequence[Tensor]) -> list[int]:
+    """Read 0-d int64 tensors of any devices with one copy a device."""
+    values: list[int] = [0] * len(scalars)
+    for device in {scalar.device for scalar in scalars}:
+        here = [i for i, scalar in enumerate(scalars) if scalar.device == device]
+        for i, value in zip(here, torch.stack([scalars[i] for i in here]).tolist(), strict=True):
+            values[i] = value
+    return values
+
+
+def _ident(ranks: Ranks, shards: Sequence[GradShard], terms: Mapping[str, object]) -> int:
+    mine = stable_hash(repr([(s.name, s.piece, s.global_shape) for s in shards] + sorted(terms.items())))
+    total = torch.tensor([mine >> 20], dtype=torch.int64, device=ranks.device())
+    return int(ranks.all_reduce_(total, "sum").item())
+
+
+def _piece(shard: GradShard) -> str:
+    extents = (f"{e[0]}:{e[1]}" if isinstance(e, tuple) else e for e in shard.piece)
+    return f"[{', '.join(extents)}]"
+
+
+def _on(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {list(ranks)}"

@@ -1,0 +1,127 @@
+"""What a rank holds of the model's gradient, whatever framework holds it.
+
+A source (see `distnorm.sources`) turns the caller's target into `GradShard` objects; everything after
+it, from the plan to the scaling, knows no framework.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from distnorm.errors import UnsupportedGradientError
+
+Extent = tuple[int, int] | str
+"""The indices a piece holds along one dim: ``(start, stop)``, or a digest where they have gaps."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartialGrad:
+    """A local gradient that still has to be reduced over some axes of its mesh.
+
+    Args:
+        tensor: this rank's summand, in the shape of the local shard.
+        axes: the mesh axes over which it is partial, ascending.
+        op: ``"sum"`` or ``"avg"``.
+    """
+
+    tensor: Tensor
+    axes: tuple[int, ...]
+    op: str
+
+
+@dataclass(frozen=True, slots=True)
+class GradShard(ABC):
+    """The piece of one parameter's gradient that this rank holds.
+
+    Args:
+        name: the parameter's fully qualified name in the whole model.
+        holder: what the caller gave: the parameter, or the tensor that is measured itself.
+        take: finds this step's gradient on the holder, or `None` where there is none.
+        piece: which piece of the parameter this is, an extent for each dim of the global shape.
+        shape: shape of the local piece.
+        global_shape: shape of the whole parameter.
+    """
+
+    name: str
+    holder: Tensor
+    take: Callable[[Tensor], Tensor | None]
+    piece: tuple[Extent, ...]
+    shape: tuple[int, ...]
+    global_shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the local piece."""
+        return math.prod(self.shape)
+
+    @property
+    def global_numel(self) -> int:
+        """Number of elements of the whole parameter."""
+        return math.prod(self.global_shape)
+
+    @property
+    def measures_itself(self) -> bool:
+        """Whether the tensor given is measured, and not a gradient that it holds."""
+        return self.take is itself
+
+    @property
+    def replicated_axes(self) -> tuple[int, ...]:
+        """Mesh axes over which this piece is copied, and over which a gradient may arrive partial."""
+        return ()
+
+    def axis_group(self, axis: int) -> ProcessGroup:
+        """The ranks along one of `replicated_axes`."""
+        raise NotImplementedError(f"{type(self).__name__} has no mesh axis {axis}")
+
+    def axis_index(self, axis: int) -> int:
+        """This rank's coordinate on one of `replicated_axes`."""
+        raise NotImplementedError(f"{type(self).__name__} has no mesh axis {axis}")
+
+    def store(self, reduced: Tensor) -> None:
+        """Put the reduced gradient, shaped like the local piece, where the partial one was."""
+        raise NotImplementedError(f"{type(self).__name__} has no partial gradients")
+
+    @abstractmethod
+    def witness(self) -> Tensor:
+        """The local values by which two shards are seen to be replicas."""
+
+    @abstractmethod
+    def read(self) -> Tensor | PartialGrad | None:
+        """This step's local gradient.
+
+        Raises:
+            UnsupportedGradientError: with the bare fact; the caller adds parameter and rank.
+        """
+
+
+def of_grad(holder: Tensor) -> Tensor | None:
+    """Measure the gradient that the tensor holds."""
+    return holder.grad
+
+
+def itself(holder: Tensor) -> Tensor:
+    """Measure the tensor itself."""
+    return holder
+
+
+def whole(shape: tuple[int, ...]) -> tuple[Extent, ...]:
+    """The piece that is a whole parameter."""
+    return tuple((0, size) for size in shape)
+
+
+def require_dense(tensor: Tensor) -> None:
+    """Refuse what has no p-norm over plain elements: sparse layouts, integers, quantised values."""
+    if tensor.layout is not torch.strided:
+        raise UnsupportedGradientError(
+            f"expected a dense gradient, found layout {tensor.layout}; "
+            "make it dense (for nn.Embedding: sparse=False) before it is measured"
+        )
+    if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
+        raise UnsupportedGradientError(f"expected a floating-point or complex dtype, found {tensor.dtype}")

@@ -1,0 +1,73 @@
+"""From what the caller has (modules, parameters, gradients) to `GradShard` objects.
+
+One file for each framework; none imports another, and none imports a framework that the caller has
+not imported already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from distnorm.errors import DistnormError
+from distnorm.shards import GradShard, of_grad
+from distnorm.sources import dtensor, fsdp1, plain
+from distnorm.sources.targets import (
+    Tied,
+    canonical_names,
+    checked_tied,
+    modules_of,
+    named_tensors,
+    read_once,
+    stage_of,
+)
+
+Target = Tensor | nn.Module | Iterable[Any]
+"""One tensor, a module, or an iterable of tensors, of (name, tensor) pairs or of modules."""
+
+__all__ = ["Target", "Tied", "checked_tied", "named_tensors", "read_once", "shards_of", "stage_of"]
+
+
+def shards_of(
+    named: Sequence[tuple[str, Tensor]],
+    take: Callable[[Tensor], Tensor | None],
+    *,
+    target: Target = (),
+    stage: int | None = None,
+    tied: Tied = (),
+) -> list[GradShard]:
+    """Describe every tensor's local piece.
+
+    Args:
+        named: names and tensors, as `named_tensors` gives them.
+        take: `distnorm.shards.of_grad` or `distnorm.shards.itself`.
+        target: what they were named from. Modules in it tell what parameters don't (FSDP1).
+        stage: this rank's pipeline stage, put before every name that is not tied; `None` where names
+            are those of the whole model already.
+        tied: groups of names that are one parameter.
+
+    Raises:
+        UnsupportedGradientError: a tensor that can't be described, named.
+        DistnormError: gradients were given where parameters are meant, or one name twice.
+    """
+    if take is of_grad and named and all(_never_has_grad(tensor) for _, tensor in named):
+        raise DistnormError(
+            f"expected parameters, found {len(named)} tensors that hold no gradient and require none; "
+            "were gradients passed where parameters are meant?"
+        )
+    names = canonical_names([name for name, _ in named], stage, tied)
+    homes = fsdp1.homes(modules_of(target))
+    shards: list[GradShard] = []
+    for name, (_, tensor) in zip(names, named, strict=True):
+        if id(tensor) in homes or fsdp1.holds(tensor):
+            shards.append(fsdp1.shard(name, tensor, take, homes))
+        else:
+            source = dtensor if dtensor.holds(tensor) else plain
+            shards.append(source.shard(name, tensor, take))
+    return shards
+
+
+def _never_has_grad(tensor: Tensor) -> bool:
+    return not isinstance(tensor, nn.Parameter) and not tensor.requires_grad and tensor.grad is None

@@ -1,0 +1,188 @@
+"""FSDP1 (`FullyShardedDataParallel`), with `use_orig_params` true or false.
+
+Each of its units lays parameters end to end into one flat parameter, and cuts that into equal runs. Which
+run a rank holds of which parameter, the unit's handle alone knows. So a parameter by itself is refused: its
+module has to be given.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from distnorm.errors import UnsupportedGradientError
+from distnorm.shards import Extent, GradShard, require_dense, whole
+
+_FLAT = "_flat_param"
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Where a parameter lies.
+
+    Args:
+        handle: torch's `FlatParamHandle`.
+        index: the original parameter's number in the flat one; `None` for the flat parameter itself.
+    """
+
+    handle: Any
+    index: int | None
+
+
+def homes(modules: Iterable[nn.Module]) -> dict[int, Home]:
+    """Where each parameter that FSDP1 manages lies, by the `id` of the parameter that the module shows.
+
+    Raises:
+        UnsupportedGradientError: a unit is not resharded, so that its module shows other tensors.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return {}
+    found: dict[int, Home] = {}
+    for module in modules:
+        for unit in module.modules():
+            if isinstance(unit, fsdp.FullyShardedDataParallel) and unit._handle is not None:
+                found.update(_homes_in(unit._handle))
+    return found
+
+
+def _homes_in(handle: Any) -> dict[int, Home]:
+    flat = handle.flat_param
+    unsettled = _unsettled(handle)
+    if unsettled is not None:
+        raise UnsupportedGradientError(f"parameter '{plain_name('', flat)}': {unsettled}")
+    if not handle._use_orig_params:
+        return {id(flat): Home(handle, None)}
+    # Asked of the modules, since the handle learns of a parameter that was replaced only in the next forward.
+    shown = [info.module._parameters.get(info.param_name) for info in flat._param_infos]
+    return {id(parameter): Home(handle, index) for index, parameter in enumerate(shown)}
+
+
+def holds(tensor: Tensor) -> bool:
+    """Whether FSDP1 has flattened this parameter, or made it."""
+    return getattr(tensor, "_fsdp_flattened", False)
+
+
+def plain_name(name: str, tensor: Tensor) -> str:
+    """Name a flat parameter by the first of its parameters and the number of others: ``0.weight+3``."""
+    if not getattr(tensor, "_is_flat_param", False):
+        return name
+    names: list[str] = tensor._fqns  # type: ignore[attr-defined]
+    first, *others = names
+    return name.removesuffix(_FLAT) + first + (f"+{len(others)}" if others else "")
+
+
+@dataclass(frozen=True, slots=True)
+class FlatShard(GradShard):
+    """The run of a parameter that this rank's part of the flat parameter holds.
+
+    What is read is the `.grad` that the optimizer will read, never the handle's own buffers: the two
+    differ after `zero_grad`, and where the caller has put another gradient in its place.
+    """
+
+    home: Home
+
+    def witness(self) -> Tensor:
+        return self._unpadded(self.holder.detach())
+
+    def read(self) -> Tensor | None:
+        value = self.take(self.holder)
+        if value is None:
+            return None
+        unfit = _unsettled(self.home.handle)
+        if unfit is None and not self.measures_itself:
+            unfit = _unreduced(self.home.handle)
+        if unfit is not None:
+            raise UnsupportedGradientError(unfit)
+        require_dense(value)
+        return self._unpadded(value)
+
+    def _unpadded(self, tensor: Tensor) -> Tensor:
+        return tensor if self.home.index is not None else tensor[: self.numel]
+
+
+def shard(
+    name: str, tensor: Tensor, take: Callable[[Tensor], Tensor | None], homes: Mapping[int, Home]
+) -> FlatShard:
+    """Describe what this rank holds of one parameter.
+
+    Raises:
+        UnsupportedGradientError: the parameter's module isn't known, or the piece isn't what its unit says.
+    """
+    home = homes.get(id(tensor))
+    if home is None:
+        raise UnsupportedGradientError(
+            f"parameter '{name}': expected the FullyShardedDataParallel module that manages it, found the "
+            "parameter alone or an inner module; pass the FSDP model itself (the outermost wrapped module)"
+        )
+    flat = home.handle.flat_param
+    if any(extension is not None for extension in flat._param_extensions):
+        raise UnsupportedGradientError(
+            f"parameter '{name}': expected plain tensors under FSDP1, found DTensors (tensor parallel); "
+            "use torch's fully_shard (FSDP2) for these"
+        )
+    piece, shape, global_shape, held = _flat_piece(home) if home.index is None else _piece(home)
+    if tensor.numel() != held:
+        raise UnsupportedGradientError(
+            f"parameter '{name}': expected {held} local elements by its FSDP1 unit, found {tensor.numel()}"
+        )
+    return FlatShard(name, tensor, take, piece, shape, global_shape, home)
+
+
+_Described = tuple[tuple[Extent, ...], tuple[int, ...], tuple[int, ...], int]
+"""Piece, local shape, global shape, and the local number of elements with padding."""
+
+
+def _piece(home: Home) -> _Described:
+    """Of an original parameter: the whole of it under NO_SHARD, else a run of it as it lies in memory."""
+    flat = home.handle.flat_param
+    shape, info = tuple(flat._shapes[home.index]), flat._shard_param_infos[home.index]
+    if not home.handle.uses_sharded_strategy:
+        return whole(shape), shape, shape, math.prod(shape)
+    start, length = (info.intra_param_start_idx, info.numel_in_shard) if info.in_shard else (0, 0)
+    return ((start, start + length),), (length,), (math.prod(shape),), length
+
+
+def _flat_piece(home: Home) -> _Described:
+    """Of a flat parameter: a run of it, without the padding that makes all ranks' runs equally long."""
+    flat = home.handle.flat_param
+    total, held = flat._unpadded_unsharded_size.numel(), flat._sharded_size.numel()
+    first = home.handle.rank * held if home.handle.uses_sharded_strategy else 0
+    start, stop = min(first, total), min(first + held, total)
+    return ((start, stop),), (stop - start,), (total,), held
+
+
+def _unsettled(handle: Any) -> str | None:
+    """Why the parameters that the module shows are not the sharded ones, if they are not."""
+    state = handle._training_state.name
+    if state == "IDLE" and not handle._skipped_use_sharded_views:
+        return None
+    where = {
+        "SUMMON_FULL_PARAMS": "its unsharded state, inside summon_full_params()",
+        "IDLE": "its unsharded state, between forward and backward",
+    }
+    return (
+        f"expected FSDP1's sharded state, found {where.get(state, f'the state {state}')}; "
+        "measure after the backward pass and outside of summon_full_params()"
+    )
+
+
+def _unreduced(handle: Any) -> str | None:
+    """Why a gradient is this rank's own and not the model's yet, if it is.
+
+    The mark alone tells it under NO_SHARD, where both have one shape. It falls at the end of every
+    backward pass that reduces, and of none under `no_sync()`.
+    """
+    flat = handle.flat_param
+    pending = flat.grad is not None and handle.uses_sharded_strategy and flat.grad.shape != flat._sharded_size
+    if not (pending or flat._post_backward_called):
+        return None
+    return (
+        "expected a gradient that FSDP1 has reduced, found what a backward pass under no_sync() left; "
+        "measure after a backward pass outside of it"
+    )
