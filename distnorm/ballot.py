@@ -6,13 +6,22 @@ ranks measured the same thing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
 
 from distnorm.plan import Share
 
-LANES = ("nan", "unplanned", "planned", "raises", "refused", "presence", "terms", "terms_again")
-"""The lanes of the vector after the statistic. The first counts statistics that are NaN."""
+Stage = Literal["plan", "agree", "measure", "follow"]
+"""Where a rank is in a call: it has no plan for what it was given; it has one, and no rank had gradients
+yet; it measures; it was given nothing, and does what the others do."""
+
+LANES = ("nan", "plan", "agree", "measure", "mute", "refused", "presence", "terms", "terms_again")
+"""The lanes of the vector after the statistic; the first counts statistics that are NaN."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,35 +29,74 @@ class Ballot:
     """One rank's votes.
 
     Args:
-        planned: whether it has a plan for what it was called with.
+        stage: where it is.
         raises: whether it reads the result, and so takes part in finding out what is wrong.
         refused: whether it found a gradient that can't be measured.
         presence: sum of `presence_weights` over the replicas that have a gradient.
         terms: 16-bit hash of the plan and of what else must be alike in this call.
     """
 
-    planned: bool = True
-    raises: bool = False
+    stage: Stage
+    raises: bool
     refused: bool = False
     presence: int = 0
     terms: int = 0
 
     def votes(self, op: str) -> list[float]:
         """The lanes after the first, for an all-reduce by `op`."""
+        stages = [self.stage == stage for stage in LANES[1:4]]
+        if self.stage == "measure":
+            pair = self._terms_pair(op)
+        else:
+            pair = (-math.inf, -math.inf) if op == "max" else (0, 0)
+        return [*stages, not self.raises, self.refused, self.presence, *pair]
+
+    def _terms_pair(self, op: str) -> tuple[float, float]:
         # Two functions of the terms whose reductions fit a rank's own terms only if all ranks' are equal
         # (for sums, by the Cauchy-Schwarz inequality).
-        pair = (self.terms, -self.terms) if op == "max" else (self.terms, self.terms**2)
-        return [not self.planned, self.planned, self.raises, self.refused, self.presence, *pair]
+        return (self.terms, -self.terms) if op == "max" else (self.terms, self.terms**2)
 
-    def agreed(self, op: str, size: int) -> list[float]:
-        """All lanes, as they are after the all-reduce over `size` ranks if all is well."""
-        well = Ballot(raises=self.raises, terms=self.terms)
-        return [0, *(vote * (1 if op == "max" else size) for vote in well.votes(op))]
+    def well(self, op: str, size: int, lanes: Tensor) -> Tensor:
+        """Whether the lanes, reduced over `size` ranks, say that all ranks measured the same: 0-d bool."""
+        mute = (not self.raises) * (1 if op == "max" else size)
+        if self.stage == "follow":  # it knows no terms; that of others agree shows in their two functions
+            first, again = lanes[-2:]
+            alike = first == -again if op == "max" else first * first == lanes[3] * again
+            few = torch.tensor([0, 0, 0, mute, 0, 0], dtype=torch.float64, device=lanes.device)
+            follows: Tensor = (lanes[[0, 1, 2, 4, 5, 6]] == few).all() & (alike | (lanes[3] == 0))
+            return follows
+        fixed = torch.tensor([0, 0, 0, 0, mute, 0, 0, 0, 0], dtype=torch.float64, device=lanes.device)
+        each = [0, 0, 0, 1, 0, 0, 0, *self._terms_pair(op)]
+        by_measurer = torch.tensor(each, dtype=torch.float64, device=lanes.device)
+        well: Tensor = (lanes == fixed + by_measurer * lanes[3]).all()
+        return well
 
-    def disputed(self, op: str, size: int, lanes: Sequence[float]) -> set[str]:
-        """Names of the reduced lanes that are not as agreed."""
-        expected = self.agreed(op, size)
-        return {name for name, e, f in zip(LANES, expected, lanes, strict=True) if e != f}
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """The reduced lanes, read on the host."""
+
+    lanes: Mapping[str, float]
+
+    @classmethod
+    def of(cls, lanes: Sequence[float]) -> Count:
+        """Name the lanes."""
+        return cls(dict(zip(LANES, lanes, strict=True)))
+
+    @property
+    def stages(self) -> set[str]:
+        """The stages that some rank is in; those that follow are in none of their own."""
+        return {stage for stage in ("plan", "agree", "measure") if self.lanes[stage]}
+
+    @property
+    def all_listen(self) -> bool:
+        """Whether every rank takes part in finding out what is wrong."""
+        return not self.lanes["mute"]
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether replicas have a gradient on some ranks only."""
+        return self.lanes["presence"] != 0
 
 
 def presence_weights(shares: Sequence[Share]) -> Mapping[int, int]:

@@ -19,7 +19,6 @@ from distnorm.config import Config, load_config
 from distnorm.errors import DistnormError
 from distnorm.measurement import Measured, Meter
 from distnorm.norms import norm
-from distnorm.plan import check_tied
 from distnorm.policies import Decision
 from distnorm.shards import GradShard, of_grad
 from distnorm.sources import Target, Tied, checked_tied, named_tensors, shards_of, stage_of
@@ -114,10 +113,9 @@ class GradClipper:
             **{f"clip.{key}": value for key, value in clip.items()},
             "tied": self._tied,
         }
-        self._meter = Meter(ranks, order, terms, raises=self.config.clip.nonfinite == "raise")
+        self._meter = Meter(ranks, order, terms, self._tied, raises=self.config.clip.nonfinite == "raise")
         self._named: list[tuple[str, Tensor]] = []
         self._shards = self._meter.prepare(self._read_target)
-        check_tied(ranks, [name for name, _ in self._named], self._tied)
 
     def clip(self) -> ClipResult:
         """Measure this step's gradient and scale it, in place, so that its norm is the threshold at most.
@@ -170,13 +168,16 @@ class GradClipper:
             raise DistnormError(f"expected a clipper's state of version 1, found {dict(state)!r}")
         self._steps = steps
 
-    def _read_target(self) -> list[GradShard]:
+    def _read_target(self) -> tuple[list[GradShard], list[str]]:
         self._named = named_tensors(self._target)
-        return shards_of(self._named, of_grad, target=self._target, stage=self._stage, tied=self._tied)
+        shards = shards_of(self._named, of_grad, target=self._target, stage=self._stage, tied=self._tied)
+        return shards, [name for name, _ in self._named]
 
     def _measure(self, *, store: bool) -> Measured:
-        now = named_tensors(self._target)
-        if [id(tensor) for _, tensor in now] != [id(tensor) for _, tensor in self._named]:
+        held, now = (
+            [id(tensor) for _, tensor in named] for named in (self._named, named_tensors(self._target))
+        )
+        if held != now or not self._meter.has_plan:
             self._shards = self._meter.prepare_anew(self._read_target)
         return self._meter.measure(self._shards, store=store)
 

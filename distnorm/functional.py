@@ -18,8 +18,7 @@ from distnorm.collectives import Ranks
 from distnorm.errors import DistnormError
 from distnorm.measurement import Measured, Meter
 from distnorm.norms import norm
-from distnorm.plan import check_tied
-from distnorm.shards import PartialGrad, itself, of_grad
+from distnorm.shards import GradShard, PartialGrad, itself, of_grad
 from distnorm.sources import Target, Tied, checked_tied, named_tensors, read_once, shards_of, stage_of
 
 _MOST_METERS = 32
@@ -53,7 +52,10 @@ def get_total_norm(
         tied: groups of names that are one tensor.
 
     Returns:
-        0-d fp32, the same bits on every rank. NaN where the ranks did not measure the same set.
+        0-d fp32, the same bits on every rank. NaN where the ranks did not measure the same set: of
+        tensors that are no parameters the plan knows only names and layouts, and these must change on
+        every rank in the same call, or on none. Where gradients come and go by rank, give
+        `clip_grad_norm_` the parameters instead. A rank that is given nothing does what the others do.
 
     Raises:
         ConfigError: `norm_type` is no order of a norm.
@@ -149,18 +151,24 @@ def _measure(
         order, threshold = norm(norm_type), policies.check_max_norm(max_norm)
         named, stage, tied = named_tensors(target), stage_of(pp_mesh), checked_tied(tied)
     except DistnormError as error:
-        Meter(ranks, norm(2), {}, raises).withdraw(error)
+        Meter(ranks, norm(2), {}, (), raises).withdraw(error)
     terms = {"norm_type": order.order, "error_if_nonfinite": raises, "tied": tied}
     key = (id(ranks.group), *terms.values(), stage, take, _signature(named, take))
+
+    def read() -> tuple[list[GradShard], list[str]]:
+        shards = shards_of(named, take, target=target, stage=stage, tied=tied)
+        return shards, [name for name, _ in named]
+
     meter, shards = _cached(key, named), None
     if meter is None:
-        meter = Meter(ranks, order, terms, raises)
-        shards = meter.prepare_anew(lambda: shards_of(named, take, target=target, stage=stage, tied=tied))
-        check_tied(ranks, [name for name, _ in named], tied)
+        meter = Meter(ranks, order, terms, tied, raises)
+        if not named:
+            return meter.follow()
+        shards = meter.prepare_anew(read)
         _meters[key] = meter, [weakref.ref(tensor) for _, tensor in named] if take is of_grad else []
         if len(_meters) > _MOST_METERS:
             _meters.popitem(last=False)
-    shards = shards or shards_of(named, take, target=target, stage=stage, tied=tied)
+    shards = shards or read()[0]
     return meter.measure(shards, store=take is of_grad, terms={"max_norm": threshold})
 
 

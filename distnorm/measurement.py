@@ -18,23 +18,30 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from distnorm.ballot import LANES, Ballot, presence_weights
+from distnorm import diagnosis
+from distnorm.ballot import Ballot, Count, Stage, presence_weights
 from distnorm.collectives import Ranks
+from distnorm.diagnosis import SET
 from distnorm.errors import (
     DisagreementError,
     DistnormError,
-    NonFiniteGradientError,
-    ReplicaError,
     UnsupportedGradientError,
 )
 from distnorm.norms import Norm
 from distnorm.partials import Batch, Reading, agree_on_partials
-from distnorm.plan import Plan, agree_on_terms, differing, identity_rows, make_plan, raise_named, stable_hash
+from distnorm.plan import (
+    Plan,
+    check_tied,
+    make_plan,
+    stable_hash,
+)
 from distnorm.shards import GradShard, PartialGrad
+from distnorm.sources import Tied
+
+Reader = Callable[[], tuple[list[GradShard], list[str]]]
+"""Gives this rank's shards and the names that its tensors were given under."""
 
 NO_TERMS: Mapping[str, object] = MappingProxyType({})
-_SET = "the set of parameters or tensors"
-_MOST_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,31 +66,46 @@ class Meter:
         ranks: who takes part.
         norm: which norm.
         terms: what all ranks must have alike, compared whenever a plan is made.
+        tied: groups of names that are one parameter.
         raises: whether the result is read back, so that whatever is wrong is raised on every rank.
     """
 
     ranks: Ranks
     norm: Norm
     terms: Mapping[str, object]
+    tied: Tied
     raises: bool
     _plan: Plan | None = None
     _batches: tuple[Batch, ...] | None = None
     _weights: Mapping[int, int] = field(default_factory=dict)
 
-    def prepare(self, read: Callable[[], list[GradShard]]) -> list[GradShard]:
+    @property
+    def has_plan(self) -> bool:
+        """Whether `prepare` succeeded."""
+        return self._plan is not None
+
+    def prepare(self, read: Reader) -> list[GradShard]:
         """Read a set of shards and make its plan. Collective: every rank must call it.
 
         Raises:
             DistnormError: what `read` raised on any rank, or what `make_plan` found; on every rank.
         """
-        shards, error = _attempt(read)
+        self._plan = None
+        shards: list[GradShard] = []
+        names: list[str] = []
+        error: DistnormError | None = None
+        try:
+            shards, names = read()
+        except DistnormError as caught:
+            error = caught
         self.ranks.raise_together(error)
-        self._plan = make_plan(self.ranks, shards, self.terms, replicas_share=self.norm.replicas_share)
-        self._batches = None
-        self._weights = presence_weights(self._plan.shares) if self.norm.replicas_share else {}
+        plan = make_plan(self.ranks, shards, self.terms, replicas_share=self.norm.replicas_share)
+        check_tied(self.ranks, names, self.tied)
+        self._plan, self._batches = plan, None
+        self._weights = presence_weights(plan.shares) if self.norm.replicas_share else {}
         return shards
 
-    def prepare_anew(self, read: Callable[[], list[GradShard]]) -> list[GradShard]:
+    def prepare_anew(self, read: Reader) -> list[GradShard]:
         """Make another plan, after the set of shards changed. Collective.
 
         A rank can't know alone whether the others saw the change too. So it first takes part in the
@@ -92,9 +114,7 @@ class Meter:
         Raises:
             DisagreementError: the set changed on this rank and not on every other.
         """
-        lanes = self._vote_without_plan()
-        if lanes["planned"]:
-            self._raise_disagreement({"unplanned"}, lanes["raises"], {_SET: "changed"})
+        self._poll("plan", {SET: "changed"})
         return self.prepare(read)
 
     def withdraw(self, error: DistnormError) -> NoReturn:
@@ -102,13 +122,29 @@ class Meter:
 
         Ranks that were about to plan raise it too; ranks with a plan see that this one has none.
         """
-        lanes = self._vote_without_plan()
-        if not lanes["planned"]:
+        with suppress(DisagreementError):  # tells the others; here the cause is raised
+            self._poll("plan", {SET: f"withdrawn: {error}"})
             self.ranks.raise_together(error)
-        else:
-            with suppress(DisagreementError):  # tells the others; here the cause is raised
-                self._raise_disagreement({"unplanned"}, lanes["raises"], {_SET: f"withdrawn: {error}"})
         raise error
+
+    def follow(self) -> Measured:
+        """Measure where this rank was given nothing at all. Collective.
+
+        It can't know whether the others plan, so it does what they do. Reads their votes on the host.
+        """
+        while True:
+            ballot = Ballot("follow", self.raises)
+            vector = self._vote(self.norm.zeros(self.ranks.device()), ballot)
+            count = Count.of(vector[self.norm.width :].tolist())
+            if count.stages == {"plan"}:
+                self.prepare(lambda: ([], []))
+            elif count.stages == {"agree"}:
+                self._agree([], [], [])
+            else:
+                break
+        total_norm = self._finalise(vector, ballot)
+        self._raise_if_wrong(total_norm, vector, None, [], [], [])
+        return Measured(total_norm, [])
 
     def measure(
         self, shards: Sequence[GradShard], *, store: bool = False, terms: Mapping[str, object] = NO_TERMS
@@ -126,31 +162,34 @@ class Meter:
         assert self._plan is not None
         readings, problems = _read(shards)
         if self._batches is None:
-            self.ranks.raise_together(problems[0] if problems else None)
-            self._batches = agree_on_partials(self.ranks, self._plan, shards, readings)
+            self._poll("agree", {})
+            self._agree(shards, readings, problems)
         for batch in self._batches or ():
             batch.reduce(shards, readings, store=store)
         gradients, late = _completed(shards, readings)
         problems += late
-        here = {**terms, "plan": self._plan.ident}
+        here = {**terms, "plan": self._plan.ident, "raises": self.raises}
         ballot = Ballot(
-            raises=self.raises,
+            "measure",
+            self.raises,
             refused=bool(problems),
             presence=sum(weight for i, weight in self._weights.items() if gradients[i] is not None),
             terms=stable_hash(repr(here)) & 0xFFFF,
         )
         vector = self._vote(self._statistic(gradients), ballot)
         total_norm = self._finalise(vector, ballot)
-        if self.raises and not math.isfinite(total_norm):
-            lanes = vector[self.norm.width :].tolist()
-            disputed = ballot.disputed(self.norm.op, self.ranks.size, lanes)
-            self._raise_disagreement(disputed, lanes[LANES.index("raises")], here)
-            self.ranks.raise_together(problems[0] if problems else None)
-            self._raise_unequal_presence("presence" in disputed, shards, gradients)
-            self._raise_not_finite(float(total_norm), shards, gradients)
-        if problems:
-            raise problems[0]
+        self._raise_if_wrong(total_norm, vector, here, shards, gradients, problems)
         return Measured(total_norm, [gradient for gradient in gradients if gradient is not None])
+
+    def _agree(
+        self,
+        shards: Sequence[GradShard],
+        readings: Sequence[Reading],
+        problems: Sequence[DistnormError],
+    ) -> None:
+        self.ranks.raise_together(problems[0] if problems else None)
+        shares = self._plan.shares if self._plan else ()
+        self._batches = agree_on_partials(self.ranks, shares, shards, readings)
 
     def _statistic(self, gradients: Sequence[Tensor | None]) -> Tensor:
         assert self._plan is not None
@@ -174,74 +213,33 @@ class Meter:
 
     def _finalise(self, vector: Tensor, ballot: Ballot) -> Tensor:
         statistic, lanes = vector[: self.norm.width], vector[self.norm.width :]
-        agreed = ballot.agreed(self.norm.op, self.ranks.size)
-        well = (lanes == torch.tensor(agreed, dtype=torch.float64, device=vector.device)).all()
+        well = ballot.well(self.norm.op, self.ranks.size, lanes)
         return torch.where(well, self.norm.finalise(statistic), math.nan)
 
-    def _vote_without_plan(self) -> dict[str, float]:
-        self._plan = None
-        vector = self._vote(self.norm.zeros(self.ranks.device()), Ballot(planned=False, raises=self.raises))
-        return dict(zip(LANES, vector[self.norm.width :].tolist(), strict=True))
+    def _poll(self, stage: Stage, here: Mapping[str, object]) -> None:
+        """Vote without a statistic, and raise if any rank is in another stage."""
+        vector = self._vote(self.norm.zeros(self.ranks.device()), Ballot(stage, self.raises))
+        diagnosis.raise_disagreement(self.ranks, Count.of(vector[self.norm.width :].tolist()), here)
 
-    def _all_raise(self, votes: float) -> bool:
-        return votes == Ballot(raises=True).agreed(self.norm.op, self.ranks.size)[LANES.index("raises")]
-
-    def _raise_disagreement(self, disputed: set[str], raising: float, here: Mapping[str, object]) -> None:
-        """Raise if the ranks measure different things; say who measures what if all of them will listen."""
-        if not disputed & {"unplanned", "raises", "terms", "terms_again"}:
-            return
-        if self._all_raise(raising):
-            agree_on_terms(
-                self.ranks, {_SET: here.get(_SET, "as planned")} if "unplanned" in disputed else here
-            )
-        raise DisagreementError(
-            "expected every rank to measure the same set on the same terms (threshold, norm type, "
-            "error_if_nonfinite), found ranks with another set or other terms"
-        )
-
-    def _raise_unequal_presence(
-        self, unequal: bool, shards: Sequence[GradShard], gradients: Sequence[Tensor | None]
+    def _raise_if_wrong(
+        self,
+        total_norm: Tensor,
+        vector: Tensor,
+        here: Mapping[str, object] | None,
+        shards: Sequence[GradShard],
+        gradients: Sequence[Tensor | None],
+        problems: Sequence[DistnormError],
     ) -> None:
-        if not unequal:
-            return
-        mine = list(self._weights)
-        present = [gradients[i] is not None for i in mine]
-        values = torch.tensor(present, dtype=torch.int64).view(-1, 1)
-        rows = torch.cat([identity_rows(shards)[mine], values], dim=1)
-        splits = self.ranks.join(rows[:, 0], rows, differing).view(-1).tolist()
-        raise_named(
-            self.ranks,
-            [
-                (shards[i].name, "a gradient" if has_one else "no gradient")
-                for i, has_one, bad in zip(mine, present, splits, strict=True)
-                if bad
-            ],
-            ReplicaError,
-            "a gradient on all replicas or on none",
-            "Replicas' gradients must be reduced before they are measured; zeros count as a gradient.",
-        )
-
-    def _raise_not_finite(
-        self, total_norm: float, shards: Sequence[GradShard], gradients: Sequence[Tensor | None]
-    ) -> NoReturn:
-        mine = [
-            shard.name
-            for shard, gradient in zip(shards, gradients, strict=True)
-            if gradient is not None and not gradient.isfinite().all()
-        ]
-        everywhere = enumerate(self.ranks.gather(mine[:_MOST_NAMED]))
-        found = [f"'{name}' on rank {rank}" for rank, names in everywhere for name in names]
-        where = ", ".join(found[:_MOST_NAMED]) or "no single gradient; their norm leaves fp64's range"
-        raise NonFiniteGradientError(
-            f"expected a finite total norm of order {self.norm.order:g}, found {total_norm}: {where}"
-        )
-
-
-def _attempt(read: Callable[[], list[GradShard]]) -> tuple[list[GradShard], DistnormError | None]:
-    try:
-        return read(), None
-    except DistnormError as error:
-        return [], error
+        """Raise what all ranks find together if all of them listen, else what this rank found alone."""
+        if self.raises and not math.isfinite(total_norm):
+            count = Count.of(vector[self.norm.width :].tolist())
+            diagnosis.raise_disagreement(self.ranks, count, here, terms_too=True)
+            self.ranks.raise_together(problems[0] if problems else None)
+            if count.one_sided:
+                diagnosis.raise_one_sided(self.ranks, shards, gradients, list(self._weights))
+            diagnosis.raise_not_finite(self.ranks, self.norm.order, float(total_norm), shards, gradients)
+        if problems:
+            raise problems[0]
 
 
 def _read(shards: Sequence[GradShard]) -> tuple[list[Reading], list[DistnormError]]:

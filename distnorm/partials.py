@@ -20,7 +20,7 @@ from torch import Tensor
 from distnorm.collectives import Ranks, reduce_partial_
 from distnorm.errors import CoverageError, ReplicaError
 from distnorm.norms import norm
-from distnorm.plan import Plan, identity_rows, piece_groups, raise_named, spread, stable_hash
+from distnorm.plan import Share, identity_rows, piece_groups, raise_named, spread, stable_hash
 from distnorm.shards import GradShard, PartialGrad
 
 Reading = Tensor | PartialGrad | None
@@ -58,7 +58,7 @@ class Batch:
         reduce_partial_(buffer, [first.axis_group(axis) for axis in self.axes])
         for i, slot in zip(self.members, slots, strict=True):
             arrived, reduced = readings[i], slot.view(shards[i].shape)
-            if isinstance(arrived, Tensor):
+            if isinstance(arrived, Tensor) or self._goes_too_far(arrived):
                 continue
             if store and arrived is not None:
                 reduced = arrived.tensor.copy_(reduced)
@@ -66,7 +66,7 @@ class Batch:
             readings[i] = reduced
 
     def _add(self, slot: Tensor, shard: GradShard, arrived: Reading) -> None:
-        if arrived is None:
+        if arrived is None or self._goes_too_far(arrived):
             return
         partial = arrived if isinstance(arrived, PartialGrad) else PartialGrad(arrived, (), "sum")
         if any(shard.axis_index(axis) for axis in self.axes if axis not in partial.axes):
@@ -75,9 +75,13 @@ class Batch:
         if partial.op == "avg":
             slot.div_(math.prod(shard.axis_group(axis).size() for axis in partial.axes))
 
+    def _goes_too_far(self, arrived: Reading) -> bool:
+        """Whether a gradient is partial over axes that nobody agreed on; it stays as it is, for refusal."""
+        return isinstance(arrived, PartialGrad) and not set(arrived.axes) <= set(self.axes)
+
 
 def agree_on_partials(
-    ranks: Ranks, plan: Plan, shards: Sequence[GradShard], readings: Sequence[Reading]
+    ranks: Ranks, shares: Sequence[Share], shards: Sequence[GradShard], readings: Sequence[Reading]
 ) -> tuple[Batch, ...] | None:
     """Agree which shards may hold partial gradients, and that replicas hold the same gradient.
 
@@ -93,7 +97,7 @@ def agree_on_partials(
     """
     identities = identity_rows(shards)
     norms = [
-        _replica_norm(s, r, share.replicas) for s, r, share in zip(shards, readings, plan.shares, strict=True)
+        _replica_norm(s, r, share.replicas) for s, r, share in zip(shards, readings, shares, strict=True)
     ]
     sizes = torch.tensor([[value, math.sqrt(tolerance)] for value, tolerance in norms], dtype=torch.float64)
     flags = [_flags(r) if s.numel else 0 for s, r in zip(shards, readings, strict=True)]

@@ -33,7 +33,7 @@ class Share:
         stop: end of the elements.
         replicas: number of shards of this identity over all ranks.
         index: which of them this one is.
-        key: 64-bit hash of the name, the same on all ranks.
+        key: hash of the identity, the same on all ranks.
     """
 
     start: int
@@ -77,8 +77,9 @@ def make_plan(
     sizes = torch.tensor([[s.numel, s.global_numel] for s in shards], dtype=torch.int64).view(-1, 2)
     replies = ranks.join(rows[:, 0], torch.cat([rows, sizes], dim=1), _holders).tolist()
     _check_coverage(ranks, shards, replies)
+    keys = (rows[:, 0] ^ rows[:, 1]).tolist()
     shares = []
-    for shard, key, (replicas, index, _, _) in zip(shards, rows[:, 0].tolist(), replies, strict=True):
+    for shard, key, (replicas, index, _, _) in zip(shards, keys, replies, strict=True):
         if not shard.numel:  # nothing to count, nothing to claim
             replicas, index = 1, 0
         parts, which = (replicas, index) if replicas_share else (1, 0)
@@ -88,31 +89,33 @@ def make_plan(
     return Plan(tuple(shares), _ident(ranks, shards, terms))
 
 
-def agree_on_terms(ranks: Ranks, terms: Mapping[str, object]) -> None:
-    """Compare terms, by name, over all ranks. Collective.
+def agree_on_terms(ranks: Ranks, terms: Mapping[str, object] | None) -> None:
+    """Compare terms, by name, over all ranks that have any. Collective.
 
     Raises:
         DisagreementError: on every rank, with each term that differs, its values and their ranks.
     """
-    mine = {name: repr(value) for name, value in terms.items()}
-    if ranks.size == 1 or _same(ranks, stable_hash(repr(sorted(mine.items())))):
+    mine = None if terms is None else {name: repr(value) for name, value in terms.items()}
+    hashed = None if mine is None else stable_hash(repr(sorted(mine.items())))
+    if ranks.size == 1 or _same(ranks, hashed):
         return
-    everybody = ranks.gather(mine)
+    everybody = [(rank, theirs) for rank, theirs in enumerate(ranks.gather(mine)) if theirs is not None]
     differing = []
-    for name in dict.fromkeys(name for terms_of_one in everybody for name in terms_of_one):
+    for name in dict.fromkeys(name for _, theirs in everybody for name in theirs):
         values: dict[str, list[int]] = {}
-        for rank, terms_of_one in enumerate(everybody):
-            values.setdefault(terms_of_one.get(name, "absent"), []).append(rank)
+        for rank, theirs in everybody:
+            values.setdefault(theirs.get(name, "absent"), []).append(rank)
         if len(values) > 1:
             found = ", ".join(f"{value} on {_on(who)}" for value, who in values.items())
             differing.append(f"{name}: expected the same on every rank, found {found}")
     raise DisagreementError("; ".join(differing))
 
 
-def _same(ranks: Ranks, value: int) -> bool:
-    extremes = torch.tensor([value, -value], dtype=torch.int64, device=ranks.device())
+def _same(ranks: Ranks, value: int | None) -> bool:
+    both = [-(1 << 63)] * 2 if value is None else [value, -value]
+    extremes = torch.tensor(both, dtype=torch.int64, device=ranks.device())
     most, least = ranks.all_reduce_(extremes, "max").tolist()
-    return bool(most == -least)
+    return bool(most == -least or most == least)  # equal extremes: nobody has a value
 
 
 def identity_rows(shards: Sequence[GradShard]) -> Tensor:

@@ -1,0 +1,94 @@
+"""What to say when a measurement went wrong: who did what, found out together, off the fast path.
+
+Every function here is collective, and is called only after all ranks have read the same votes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from distnorm.ballot import Count
+from distnorm.collectives import Ranks
+from distnorm.errors import DisagreementError, NonFiniteGradientError, ReplicaError
+from distnorm.plan import agree_on_terms, differing, identity_rows, raise_named
+from distnorm.shards import GradShard
+
+SET = "the set of parameters or tensors"
+_MOST_NAMED = 5
+
+
+def raise_disagreement(
+    ranks: Ranks, count: Count, here: Mapping[str, object] | None, *, terms_too: bool = False
+) -> None:
+    """Raise if the ranks are in several stages or on other terms; say who is where if all listen.
+
+    Raises:
+        DisagreementError: naming terms and ranks.
+    """
+    mixed = len(count.stages) > 1
+    if mixed and count.all_listen:
+        agree_on_terms(ranks, None if here is None else {SET: here.get(SET, "as before")})
+    if terms_too and count.all_listen:
+        agree_on_terms(ranks, here)
+    elif mixed or terms_too:
+        raise DisagreementError(
+            "expected every rank to measure the same set on the same terms (threshold, norm type, "
+            "error_if_nonfinite), found ranks with another set or other terms"
+        )
+
+
+def raise_one_sided(
+    ranks: Ranks,
+    shards: Sequence[GradShard],
+    gradients: Sequence[Tensor | None],
+    replicated: Sequence[int],
+) -> None:
+    """Name the replicated shards that have a gradient on some ranks only.
+
+    Raises:
+        ReplicaError: on every rank.
+    """
+    present = [gradients[i] is not None for i in replicated]
+    values = torch.tensor(present, dtype=torch.int64).view(-1, 1)
+    rows = torch.cat([identity_rows(shards)[list(replicated)], values], dim=1)
+    splits = ranks.join(rows[:, 0], rows, differing).view(-1).tolist()
+    raise_named(
+        ranks,
+        [
+            (shards[i].name, "a gradient" if has_one else "no gradient")
+            for i, has_one, bad in zip(replicated, present, splits, strict=True)
+            if bad
+        ],
+        ReplicaError,
+        "a gradient on all replicas or on none",
+        "Replicas' gradients must be reduced before they are measured; zeros count as a gradient.",
+    )
+
+
+def raise_not_finite(
+    ranks: Ranks,
+    order: float,
+    total_norm: float,
+    shards: Sequence[GradShard],
+    gradients: Sequence[Tensor | None],
+) -> NoReturn:
+    """Name the gradients that are not finite, and their ranks.
+
+    Raises:
+        NonFiniteGradientError: on every rank.
+    """
+    mine = [
+        shard.name
+        for shard, gradient in zip(shards, gradients, strict=True)
+        if gradient is not None and not gradient.isfinite().all()
+    ]
+    everywhere = enumerate(ranks.gather(mine[:_MOST_NAMED]))
+    found = [f"'{name}' on rank {rank}" for rank, names in everywhere for name in names]
+    where = ", ".join(found[:_MOST_NAMED]) or "no single gradient; their norm leaves fp64's range"
+    raise NonFiniteGradientError(
+        f"expected a finite total norm of order {order:g}, found {total_norm}: {where}"
+    )
