@@ -21,7 +21,7 @@ Stage = Literal["plan", "agree", "measure", "follow"]
 yet; it measures; it was given nothing, and does what the others do."""
 
 LANES = ("nan", "plan", "agree", "measure", "mute", "refused", "presence", "terms", "terms_again")
-"""The lanes of the vector after the statistic; the first counts statistics that are NaN."""
+"""The first lanes of the vector, before the statistic; the very first counts statistics that are NaN."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distnorm import diagnosis
-from distnorm.ballot import Ballot, Count, Stage, presence_weights
+from distnorm.ballot import LANES, Ballot, Count, Stage, presence_weights
 from distnorm.collectives import Ranks
 from distnorm.diagnosis import SET
 from distnorm.errors import (
@@ -41,6 +41,7 @@ from distnorm.sources import Tied
 Reader = Callable[[], tuple[list[GradShard], list[str]]]
 """Gives this rank's shards and the names that its tensors were given under."""
 
+_WIDTH = 8  # fp64 values of a statistic, for orders up to 27 and inf
 NO_TERMS: Mapping[str, object] = MappingProxyType({})
 
 
@@ -135,7 +136,7 @@ class Meter:
         while True:
             ballot = Ballot("follow", self.raises)
             vector = self._vote(self.norm.zeros(self.ranks.device()), ballot)
-            count = Count.of(vector[self.norm.width :].tolist())
+            count = Count.of(vector[: len(LANES)].tolist())
             if count.stages == {"plan"}:
                 self.prepare(lambda: ([], []))
             elif count.stages == {"agree"}:
@@ -205,21 +206,27 @@ class Meter:
         return self.norm.reduce(torch.stack(statistics))
 
     def _vote(self, statistic: Tensor, ballot: Ballot) -> Tensor:
-        """All-reduce the statistic and the ballot. A NaN travels in a lane, since a maximum may lose it."""
+        """All-reduce the ballot and the statistic: ``[nan, votes ..., padding ..., statistic ...]``.
+
+        A NaN travels in a lane, since a maximum may lose it. The padding gives vectors of unlike norms one
+        length, so that ranks which differ in the norm meet, and see it.
+        """
         nan = statistic.isnan()
-        votes = torch.tensor(ballot.votes(self.norm.op), dtype=torch.float64, device=statistic.device)
-        vector = torch.cat([torch.where(nan, 0.0, statistic), nan.any().double().view(1), votes])
+        padding = [0] * (_WIDTH - self.norm.width)
+        votes = [*ballot.votes(self.norm.op), *padding]
+        vote = torch.tensor(votes, dtype=torch.float64, device=statistic.device)
+        vector = torch.cat([nan.any().double().view(1), vote, torch.where(nan, 0.0, statistic)])
         return self.ranks.all_reduce_(vector, self.norm.op)
 
     def _finalise(self, vector: Tensor, ballot: Ballot) -> Tensor:
-        statistic, lanes = vector[: self.norm.width], vector[self.norm.width :]
+        lanes, statistic = vector[: len(LANES)], vector[-self.norm.width :]
         well = ballot.well(self.norm.op, self.ranks.size, lanes)
         return torch.where(well, self.norm.finalise(statistic), math.nan)
 
     def _poll(self, stage: Stage, here: Mapping[str, object]) -> None:
         """Vote without a statistic, and raise if any rank is in another stage."""
         vector = self._vote(self.norm.zeros(self.ranks.device()), Ballot(stage, self.raises))
-        diagnosis.raise_disagreement(self.ranks, Count.of(vector[self.norm.width :].tolist()), here)
+        diagnosis.raise_disagreement(self.ranks, Count.of(vector[: len(LANES)].tolist()), here)
 
     def _raise_if_wrong(
         self,
@@ -232,7 +239,7 @@ class Meter:
     ) -> None:
         """Raise what all ranks find together if all of them listen, else what this rank found alone."""
         if self.raises and not math.isfinite(total_norm):
-            count = Count.of(vector[self.norm.width :].tolist())
+            count = Count.of(vector[: len(LANES)].tolist())
             diagnosis.raise_disagreement(self.ranks, count, here, terms_too=True)
             self.ranks.raise_together(problems[0] if problems else None)
             if count.one_sided:
