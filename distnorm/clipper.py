@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -21,7 +21,7 @@ from distnorm.measurement import Measured, Meter
 from distnorm.norms import norm
 from distnorm.policies import Decision
 from distnorm.shards import GradShard, of_grad
-from distnorm.sources import Target, Tied, checked_tied, named_tensors, shards_of, stage_of
+from distnorm.sources import Target, Tied, checked_tied, named_tensors, read_once, shards_of, stage_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +99,11 @@ class GradClipper:
         try:
             self.config = load_config(config)
             order = norm(self.config.norm.type)
+            self._target = read_once(target)
             self._stage, self._tied = stage_of(pp_mesh), checked_tied(tied)
         except DistnormError as caught:
             error = caught
         ranks.raise_together(error)
-        self._target = target if isinstance(target, Tensor | nn.Module | Collection) else list(target)
         self._max_norm = policies.check_max_norm(self.config.clip.max_norm)
         self._steps = 0
         self.last: ClipResult | None = None

@@ -146,8 +146,9 @@ def _measure(
     tied: Tied,
     max_norm: float | None = None,
 ) -> Measured:
-    ranks, target = Ranks(group), read_once(target)
+    ranks = Ranks(group)
     try:
+        target = read_once(target)
         order, threshold = norm(norm_type), policies.check_max_norm(max_norm)
         named, stage, tied = named_tensors(target), stage_of(pp_mesh), checked_tied(tied)
     except DistnormError as error:
@@ -168,7 +169,10 @@ def _measure(
         _meters[key] = meter, [weakref.ref(tensor) for _, tensor in named] if take is of_grad else []
         if len(_meters) > _MOST_METERS:
             _meters.popitem(last=False)
-    shards = shards or read()[0]
+    try:
+        shards = shards or read()[0]
+    except DistnormError as error:
+        Meter(ranks, order, terms, tied, raises).withdraw(error)
     return meter.measure(shards, store=take is of_grad, terms={"max_norm": threshold})
 
 
@@ -178,7 +182,8 @@ def _signature(
     """What a plan depends on. Parameters live long and are known by themselves; of other tensors, which
     are new in every step, only their layout is known."""
     if take is of_grad:
-        return tuple((name, id(tensor)) for name, tensor in named)
+        # FSDP1 may keep a parameter and give it another shape.
+        return tuple((name, id(tensor), tensor.shape) for name, tensor in named)
     return tuple(
         (name, t.shape, t.dtype, getattr(t, "placements", None), getattr(t, "device_mesh", None))
         for name, t in named

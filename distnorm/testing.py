@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 # Imported once, in the server: some of these cost a rank of its own two seconds at first use.
-_PRELOAD = """distnorm.testing hypothesis pydantic pytest yaml torch._dynamo torch.profiler
+_PRELOAD = """distnorm.testing distnorm.functional hypothesis pydantic pytest yaml torch._dynamo torch.profiler
     torch.distributed.checkpoint torch.distributed.fsdp torch.distributed.pipelining
     torch.distributed.tensor.parallel"""
 

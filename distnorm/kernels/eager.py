@@ -55,11 +55,18 @@ def _packed(tensors: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
 
 
 def _fill(buffer: Tensor, parts: list[Tensor]) -> Tensor:
-    parts = [part.to(torch.complex128).abs() if part.is_complex() else part for part in parts]
+    parts = [_widened(part) for part in parts]
     if len(parts) == 1:
         return buffer[: parts[0].numel()].copy_(parts[0])
     total = sum(part.numel() for part in parts)
     return torch.cat(parts, out=buffer[:total])
+
+
+def _widened(part: Tensor) -> Tensor:
+    if part.is_complex():
+        return part.to(torch.complex128).abs()
+    # On CPU fp16 goes to fp64 an element at a time, but to fp32 by vector instructions; both are exact.
+    return part.float() if part.dtype is torch.float16 else part
 
 
 def checksum(tensor: Tensor) -> Tensor:

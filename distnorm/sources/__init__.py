@@ -57,7 +57,7 @@ def shards_of(
             f"expected parameters, found {len(named)} tensors that hold no gradient and require none; "
             "were gradients passed where parameters are meant?"
         )
-    names = canonical_names([name for name, _ in named], stage, tied)
+    names = canonical_names([fsdp1.plain_name(name, tensor) for name, tensor in named], stage, tied)
     homes = fsdp1.homes(modules_of(target))
     shards: list[GradShard] = []
     for name, (_, tensor) in zip(names, named, strict=True):

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from distnorm.errors import ConfigError, DistnormError
-from distnorm.sources import fsdp1
 
 Tied = Sequence[Sequence[str]]
 """Groups of names that are one parameter, such as ``[("tok.weight", "head.weight")]``."""
@@ -18,6 +17,9 @@ Tied = Sequence[Sequence[str]]
 _DATA_PARALLEL = ("DistributedDataParallel", "DataParallel")
 # What torch.compile, activation checkpointing and FSDP1 put between a module and its parameters.
 _WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.")
+
+
+_EXPECTED = "a tensor, a module, or an iterable of tensors, of (name, tensor) pairs or of modules"
 
 
 def named_tensors(target: Tensor | nn.Module | Iterable[Any]) -> list[tuple[str, Tensor]]:
@@ -34,8 +36,16 @@ def named_tensors(target: Tensor | nn.Module | Iterable[Any]) -> list[tuple[str,
 
 
 def read_once(target: Tensor | nn.Module | Iterable[Any]) -> Tensor | nn.Module | Collection[Any]:
-    """Make of a generator what can be read again."""
-    return target if isinstance(target, Tensor | nn.Module | Collection) else list(target)
+    """Make of a generator what can be read again.
+
+    Raises:
+        DistnormError: it is nothing that can be read.
+    """
+    if isinstance(target, Tensor | nn.Module | Collection):
+        return target
+    if not isinstance(target, Iterable):
+        raise DistnormError(f"expected {_EXPECTED}; found {type(target).__name__}")
+    return list(target)
 
 
 def modules_of(target: Tensor | nn.Module | Iterable[Any]) -> list[nn.Module]:
@@ -75,10 +85,7 @@ def _parts_pairs(parts: Sequence[nn.Module]) -> list[tuple[str, Tensor]]:
 def _module_pairs(module: nn.Module) -> list[tuple[str, Tensor]]:
     while type(module).__name__ in _DATA_PARALLEL:
         module = module.module  # type: ignore[assignment]
-    return [
-        (_WRAPPERS.sub("", fsdp1.plain_name(name, parameter)), parameter)
-        for name, parameter in module.named_parameters()
-    ]
+    return [(_WRAPPERS.sub("", name), parameter) for name, parameter in module.named_parameters()]
 
 
 def _pair(position: int, item: Any) -> tuple[str, Tensor]:
@@ -91,10 +98,7 @@ def _pair(position: int, item: Any) -> tuple[str, Tensor]:
         and isinstance(item[1], Tensor)
     ):
         return item
-    raise DistnormError(
-        "expected a tensor, a module, or an iterable of tensors, of (name, tensor) pairs or of modules; "
-        f"found {type(item).__name__} at position {position}"
-    )
+    raise DistnormError(f"expected {_EXPECTED}; found {type(item).__name__} at position {position}")
 
 
 def checked_tied(tied: Tied) -> tuple[tuple[str, ...], ...]:
