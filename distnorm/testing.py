@@ -29,8 +29,8 @@ import torch
 import torch.distributed as dist
 
 # Imported once, in the server: some of these cost a rank of its own two seconds at first use.
-_PRELOAD = """distnorm.testing distnorm.functional hypothesis pydantic pytest yaml torch._dynamo torch.profiler
-    torch.distributed.checkpoint torch.distributed.fsdp torch.distributed.pipelining
+_PRELOAD = """distnorm.testing distnorm.functional hypothesis pydantic pytest yaml torch._dynamo
+    torch.profiler torch.distributed.checkpoint torch.distributed.fsdp torch.distributed.pipelining
     torch.distributed.tensor.parallel"""
 
 # What a rank sees when the fault is somebody else's: the neighbour left, or never came.
