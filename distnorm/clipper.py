@@ -138,7 +138,7 @@ class GradClipper:
             decision = policies.constant(measured.total_norm, self._max_norm, self.config.clip.nonfinite)
             apply(decision, measured)
         self._steps += 1
-        self.last = _result(measured.total_norm, decision)
+        self.last = clip_result(measured.total_norm, decision)
         return self.last
 
     def measure(self) -> ClipResult:
@@ -151,7 +151,7 @@ class GradClipper:
             total_norm = self._measure(store=False).total_norm
             unclipped = policies.constant(total_norm, math.inf)
             decision = replace(unclipped, threshold=torch.full_like(total_norm, self._max_norm))
-        return _result(total_norm, decision)
+        return clip_result(total_norm, decision)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to go on: plain numbers. Not collective."""
@@ -190,7 +190,8 @@ def apply(decision: Decision, measured: Measured) -> None:
         kernels.zero_unless_(measured.gradients, measured.total_norm.isfinite())
 
 
-def _result(total_norm: Tensor, decision: Decision) -> ClipResult:
+def clip_result(total_norm: Tensor, decision: Decision) -> ClipResult:
+    """What a decision makes of a norm."""
     is_finite = total_norm.isfinite()
     clipped_norm = total_norm * decision.coef
     if decision.zero:

@@ -90,5 +90,5 @@ def raise_not_finite(
     found = [f"'{name}' on rank {rank}" for rank, names in everywhere for name in names]
     where = ", ".join(found[:_MOST_NAMED]) or "no single gradient; their norm leaves fp64's range"
     raise NonFiniteGradientError(
-        f"expected a finite total norm of order {order:g}, found {total_norm}: {where}"
+        f"expected a finite total norm of order {order:g}, found {total_norm}: {where}", total_norm
     )

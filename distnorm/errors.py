@@ -6,6 +6,7 @@ natural built-in counterpart derives from that as well.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 __all__ = [
@@ -78,7 +79,13 @@ class UnsupportedGradientError(DistnormError):
 
 
 class NonFiniteGradientError(DistnormError, RuntimeError):
-    """The total norm is inf or NaN and the configuration asks to raise."""
+    """The total norm is inf or NaN and the configuration asks to raise; `total_norm` says which."""
+
+    total_norm: float
+
+    def __init__(self, message: str, total_norm: float = math.nan) -> None:
+        super().__init__(message)
+        self.total_norm = total_norm
 
 
 class RunError(DistnormError):

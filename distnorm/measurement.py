@@ -263,6 +263,8 @@ def _read(shards: Sequence[GradShard]) -> tuple[list[Reading], list[DistnormErro
         if local is not None and tuple(local.shape) != shard.shape and (local.numel() or shard.numel):
             problems.append(_refusal(shard, f"expected the shape {shard.shape}, found {tuple(local.shape)}"))
             reading = None
+        if isinstance(reading, PartialGrad) and not reading.tensor.numel():
+            reading = reading.tensor  # nothing to reduce
         readings.append(reading)
     return readings, problems
 

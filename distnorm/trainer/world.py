@@ -1,0 +1,131 @@
+"""This process among the others: the process group, the device, and errors that all ranks raise together."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from distnorm import Config, DistnormError, RunError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Rank, number of ranks and device of this process. Without a process group it is one rank of one."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def together(self, what: str, action: Callable[[], T]) -> T:
+        """Run what may fail on some ranks only, and raise what any of them raised on all. Collective.
+
+        Args:
+            what: the config's key or the file that a failure of the system is about.
+            action: what to run; its `DistnormError` or `OSError` becomes a `RunError`.
+
+        Returns:
+            What the action returned on this rank.
+
+        Raises:
+            RunError: the action failed on some rank; the text says where.
+        """
+        failure: Exception | None = None
+        message: str | None = None
+        try:
+            result = action()
+        except DistnormError as error:
+            failure, message = error, str(error)
+        except OSError as error:
+            failure, message = error, f"{what}: {error}"
+        failed = [(rank, text) for rank, text in enumerate(self.gather(message)) if text is not None]
+        if failed:
+            raise RunError(_on_ranks(failed, self.size)) from failure
+        return result
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, in rank order. Collective."""
+        if not dist.is_initialized():
+            return [value]
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks. Collective."""
+        self.gather(None)
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock can be read."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _on_ranks(failed: list[tuple[int, str]], size: int) -> str:
+    """One text for all ranks: each message once, with its ranks where they aren't all."""
+    ranks_of: dict[str, list[int]] = {}
+    for rank, message in failed:
+        ranks_of.setdefault(message, []).append(rank)
+    return "\n".join(
+        message if len(ranks) == size else f"rank {', '.join(map(str, ranks))}: {message}"
+        for message, ranks in ranks_of.items()
+    )
+
+
+@contextmanager
+def open_world(config: Config) -> Iterator[World]:
+    """Join the process group that torchrun describes, and leave it at the end.
+
+    A process group that is there already is used and left alone; without torchrun there is none, and the
+    world is this process. The degrees are checked first, by every rank alike, so none waits for another.
+
+    Raises:
+        RunError: the degrees don't multiply to the number of ranks, or the device isn't there.
+    """
+    size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    _check_degrees(config, size)
+    device = _device(config.train.device)
+    ours = "WORLD_SIZE" in os.environ and not dist.is_initialized()
+    if ours:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank() if dist.is_initialized() else 0, size, device)
+    finally:
+        if ours and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _check_degrees(config: Config, size: int) -> None:
+    parallel = config.train.parallel
+    names = ("dp_replicate", "dp_shard", "tp", "pp")
+    degrees = [int(getattr(parallel, name)) for name in names]
+    expected = math.prod(degrees)
+    if expected != size:
+        product = " x ".join(f"{name} {degree}" for name, degree in zip(names, degrees, strict=True))
+        raise RunError(
+            f"train.parallel: expected {expected} ranks ({product}), found {size}; "
+            f"start it with torchrun --nproc-per-node {expected}, or change the degrees"
+        )
+
+
+def _device(name: str) -> torch.device:
+    """The device of this rank; `auto` takes CUDA where every local rank can have a GPU of its own."""
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if name == "cpu" or (name == "auto" and found < max(local_ranks, 1)):
+        return torch.device("cpu")
+    if found < local_ranks:
+        raise RunError(
+            f"train.device: expected a CUDA device for each of {local_ranks} local ranks, found {found}"
+        )
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
