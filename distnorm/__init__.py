@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         UnsupportedGradientError,
     )
     from distnorm.functional import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
+    from distnorm.hooks import Handle, attach
     from distnorm.verification import VerifyReport, verify
 
 __version__ = "0.1.0"
@@ -34,11 +35,13 @@ __all__ = [
     "DisagreementError",
     "DistnormError",
     "GradClipper",
+    "Handle",
     "NonFiniteGradientError",
     "ReplicaError",
     "RunError",
     "UnsupportedGradientError",
     "VerifyReport",
+    "attach",
     "clip_grad_norm_",
     "clip_grads_with_norm_",
     "get_total_norm",
@@ -60,6 +63,7 @@ _HOMES = {
         "UnsupportedGradientError",
     ),
     "functional": ("clip_grad_norm_", "clip_grads_with_norm_", "get_total_norm"),
+    "hooks": ("Handle", "attach"),
     "verification": ("VerifyReport", "verify"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

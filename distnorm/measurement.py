@@ -167,7 +167,7 @@ class Meter:
             self._agree(shards, readings, problems)
         for batch in self._batches or ():
             batch.reduce(shards, readings, store=store)
-        gradients, late = _completed(shards, readings)
+        gradients, late = _completed(shards, readings, store=store)
         problems += late
         here = {**terms, "plan": self._plan.ident, "raises": self.raises}
         ballot = Ballot(
@@ -263,22 +263,29 @@ def _read(shards: Sequence[GradShard]) -> tuple[list[Reading], list[DistnormErro
         if local is not None and tuple(local.shape) != shard.shape and (local.numel() or shard.numel):
             problems.append(_refusal(shard, f"expected the shape {shard.shape}, found {tuple(local.shape)}"))
             reading = None
-        if isinstance(reading, PartialGrad) and not reading.tensor.numel():
-            reading = reading.tensor  # nothing to reduce
         readings.append(reading)
     return readings, problems
 
 
 def _completed(
-    shards: Sequence[GradShard], readings: Sequence[Reading]
+    shards: Sequence[GradShard], readings: Sequence[Reading], *, store: bool
 ) -> tuple[list[Tensor | None], list[DistnormError]]:
-    """The readings without those that are partial still, which nobody agreed to reduce."""
-    late = [
-        _refusal(shard, "its gradient is Partial now; the first gradients that were seen had none such")
-        for shard, reading in zip(shards, readings, strict=True)
-        if isinstance(reading, PartialGrad)
-    ]
-    return [None if isinstance(reading, PartialGrad) else reading for reading in readings], late
+    """The readings as gradients, and what is wrong with those that are partial still: nobody agreed to
+    reduce them. An empty one needs no reducing to be complete."""
+    gradients: list[Tensor | None] = []
+    late: list[DistnormError] = []
+    for shard, reading in zip(shards, readings, strict=True):
+        if not isinstance(reading, PartialGrad):
+            gradients.append(reading)
+        elif not reading.tensor.numel():
+            gradients.append(reading.tensor)
+            if store:
+                shard.store(reading.tensor)
+        else:
+            gradients.append(None)
+            fact = "its gradient is Partial now; the first gradients that were seen had none such"
+            late.append(_refusal(shard, fact))
+    return gradients, late
 
 
 def _refusal(shard: GradShard, fact: str) -> DistnormError:

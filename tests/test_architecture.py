@@ -39,7 +39,6 @@ ORDER = [
     "verification",
     "compare",
     "hooks",
-    "attach",
     "monitor",
     "trainer",
     "cli",

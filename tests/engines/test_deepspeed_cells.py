@@ -1,0 +1,96 @@
+"""Every cell of stage x dtype x offload x accumulation: the norm and the update are the dense oracle's."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from distnorm.hooks.deepspeed import DeepSpeedHook
+from tests.engines.rig import (
+    LR,
+    dense_gradients,
+    make_engine,
+    norm_of,
+    parameters_of,
+    roundings,
+    run_step,
+)
+
+MAX_NORM = 0.1
+FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}
+
+
+def cells_of(stage: int) -> list[tuple[str, bool, int, dict[str, Any]]]:
+    """(dtype, offload, accumulation, what else is set); stage 0 offloads nothing, whatever is asked of it."""
+    cells = list(itertools.product(("fp32", "bf16", "fp16"), (False, True), (1, 3), ({},)))
+    if stage == 0:
+        fused = [(dtype, False, count, {"fused": True}) for dtype in ("bf16", "fp16") for count in (1, 3)]
+        return [cell for cell in cells if not cell[1]] + fused
+    others = (FP32_ACCUMULATION,)
+    if stage == 1:
+        others += (FP32_ACCUMULATION | {"bf16": {"enabled": True, "immediate_grad_update": False}},)
+    return cells + [("bf16", False, count, other) for count in (1, 3) for other in others]
+
+
+def run_cell(
+    stage: int, dtype: str, offload: bool, accumulation: int, others: dict[str, Any]
+) -> dict[str, Any]:
+    """Two steps; the errors as fractions of what is allowed, or why DeepSpeed forbids the cell."""
+    try:
+        engine = make_engine(stage, dtype, offload=offload, accumulation=accumulation, **others)
+    except (ValueError, AssertionError, NotImplementedError, RuntimeError) as error:
+        return {"forbidden": str(error).splitlines()[0]}
+    hook = DeepSpeedHook(engine, {"clip": {"max_norm": MAX_NORM}})
+    norm_error = update_error = 0.0
+    for step in range(2):
+        before = parameters_of(engine)
+        # At stage 0 the engine's backward doesn't scale the loss, whatever the wrapper's scale is.
+        scale = float(engine.optimizer.loss_scale) if stage and dtype == "fp16" else 1.0
+        run_step(engine, step, dtype=dtype)
+        exact, magnitude = dense_gradients(before, step, accumulation, dtype=dtype, loss_scale=scale)
+        relative, absolute = roundings(dtype, dist.get_world_size(), accumulation, scale)
+        result = hook.clipper.last.to_dict()
+        assert float(engine.get_global_grad_norm()) == result["total_norm"]
+        true_norm = norm_of(exact)
+        coef = min(1.0, MAX_NORM / (true_norm + 1e-6))
+        assert result["was_clipped"] and abs(result["clip_coef"] / coef - 1) < 0.05
+        slack = {name: relative * m + absolute for name, m in magnitude.items()}
+        allowed = norm_of(slack) + 1e-5 * true_norm
+        norm_error = max(norm_error, abs(result["total_norm"] - true_norm) / allowed)
+        after = parameters_of(engine)
+        unit = torch.finfo({"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]).eps
+        for name, old in before.items():
+            change = -LR * coef * exact[name]
+            bound = unit * (old.abs() + after[name].abs()) + LR * coef * (
+                slack[name] + exact[name].abs() * allowed / true_norm
+            )
+            update_error = max(update_error, float(((after[name] - old - change).abs() / bound).max()))
+    hook.remove()
+    return {"wrapper": type(engine.optimizer).__name__, "norm": norm_error, "update": update_error}
+
+
+def run_cells(stage: int) -> list[dict[str, Any]]:
+    return [run_cell(stage, *cell) for cell in cells_of(stage)]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_norm_and_update_are_the_dense_oracles(engine_ranks, table, world, stage):
+    everybody = engine_ranks(world, run_cells, stage, timeout=120)
+    found = everybody[0]
+    for (dtype, offload, accumulation, _), outcome in zip(cells_of(stage), found, strict=True):
+        cell = f"{world} ranks  stage {stage}  {dtype}  {'offload' if offload else '-':7}  x{accumulation}"
+        if "forbidden" in outcome:
+            table.append(f"{cell}  forbidden by DeepSpeed: {outcome['forbidden'][:90]}")
+        else:
+            table.append(
+                f"{cell}  {outcome['wrapper']:29}  error/allowed: norm {outcome['norm']:.3f}, "
+                f"update {outcome['update']:.3f}"
+            )
+    for rank, outcomes in enumerate(everybody):
+        for cell, outcome in zip(cells_of(stage), outcomes, strict=True):
+            assert outcome.get("norm", 0) <= 1 and outcome.get("update", 0) <= 1, (rank, stage, cell, outcome)

@@ -1,0 +1,123 @@
+"""What can't be hooked is refused on every rank, by name, and nothing is changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from distnorm import ConfigError, DistnormError, UnsupportedGradientError
+from distnorm.hooks.deepspeed import DeepSpeedHook, is_engine
+from tests.engines.rig import make_engine, make_net, use_deepspeed
+
+
+def attempt(engine: Any, **settings: Any) -> tuple[str, str]:
+    before = dict(vars(engine)), dict(vars(engine.optimizer)) if engine.optimizer else {}
+    try:
+        DeepSpeedHook(engine, {"clip": {"max_norm": 1.0}}, **settings)
+    except DistnormError as error:
+        after = dict(vars(engine)), dict(vars(engine.optimizer)) if engine.optimizer else {}
+        assert [list(one) for one in before] == [list(one) for one in after]
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def one_bit() -> Any:
+    engine = make_engine(0)  # before 0.19 DeepSpeed had such an optimizer
+
+    class OnebitAdam(torch.optim.SGD):
+        pass
+
+    OnebitAdam.__module__ = "deepspeed.runtime.fp16.onebit.adam"
+    OnebitAdam.__qualname__ = "OnebitAdam"
+    engine.optimizer.__class__ = OnebitAdam
+    return engine
+
+
+def subclassed() -> Any:
+    engine = make_engine(2)
+    kind = type(engine.optimizer)
+    engine.optimizer.__class__ = type("ZenFlowZeroOptimizer", (kind,), {})
+    return engine
+
+
+def own_clipping() -> Any:
+    engine = make_engine(2)
+    engine.optimizer.optimizer.param_groups[0]["max_grad_norm"] = 0.5
+    return engine
+
+
+def nvme() -> Any:
+    engine = make_engine(3)
+    engine.optimizer.swap_optimizer = True
+    return engine
+
+
+def no_optimizer() -> Any:
+    deepspeed = use_deepspeed()
+    return deepspeed.initialize(
+        model=make_net(), config={"train_micro_batch_size_per_gpu": 1}, dist_init_required=False
+    )[0]
+
+
+def other_version() -> Any:
+    engine = make_engine(0, "bf16")
+
+    class FP16_UnfusedOptimizer(type(engine.optimizer)):
+        def step(self, closure: Any = None) -> None:
+            raise AssertionError
+
+    FP16_UnfusedOptimizer.__module__ = "deepspeed.runtime.fp16.unfused_optimizer"
+    FP16_UnfusedOptimizer.__qualname__ = "FP16_UnfusedOptimizer"
+    engine.optimizer.__class__ = FP16_UnfusedOptimizer
+    return engine
+
+
+def refuse_all() -> dict[str, tuple[str, str]]:
+    makers = [one_bit, subclassed, own_clipping, nvme, no_optimizer, other_version]
+    found = {make.__name__: attempt(make()) for make in makers}
+    engine = make_engine(1)
+    assert is_engine(engine) and not is_engine(engine.module)
+    hook = DeepSpeedHook(engine, {"clip": {"max_norm": 1.0}})
+    found["twice"] = attempt(engine)
+    for name in ("clip", "measure"):
+        try:
+            getattr(hook.clipper, name)()
+        except DistnormError as error:
+            found[name] = type(error).__name__, str(error)
+    return found
+
+
+def test_what_cant_be_hooked_is_refused_by_name(engine_ranks):
+    expected = {
+        "one_bit": (UnsupportedGradientError, "OnebitAdam"),
+        "subclassed": (UnsupportedGradientError, "ZenFlowZeroOptimizer"),
+        "own_clipping": (ConfigError, "optimizer.params.max_grad_norm"),
+        "nvme": (UnsupportedGradientError, "zero_optimization.offload_optimizer.device: nvme"),
+        "no_optimizer": (UnsupportedGradientError, "without an optimizer"),
+        "other_version": (DistnormError, "get_weight_norm"),
+        "twice": (UnsupportedGradientError, "attached to already"),
+        "clip": (DistnormError, "step()"),
+        "measure": (DistnormError, "step()"),
+    }
+    for found in engine_ranks(2, refuse_all, timeout=90):
+        for name, (kind, words) in expected.items():
+            assert found[name][0] == kind.__name__ and words in found[name][1], (name, found[name])
+
+
+def test_without_deepspeed_nothing_is_an_engine(monkeypatch):
+    monkeypatch.delitem(__import__("sys").modules, "deepspeed", raising=False)
+    assert not is_engine(object())
+
+
+@pytest.mark.parametrize("module", ["distnorm.hooks.deepspeed", "distnorm.sources.deepspeed"])
+def test_deepspeed_is_not_imported_by_us(module):
+    import subprocess
+    import sys
+
+    code = f"import sys, {module}; print('deepspeed' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout == "False\n"
