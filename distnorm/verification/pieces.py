@@ -62,6 +62,11 @@ def read_parameters(
         if id(tensor) in seen or (tensor.grad is None and not tensor.requires_grad):
             continue
         seen.add(id(tensor))
+        if getattr(tensor, "_fsdp_flattened", False):
+            raise UnsupportedGradientError(
+                f"parameter '{name}': expected a plain tensor or a DTensor, found what FSDP1 has flattened; "
+                "verify does not read FSDP1 models, GradClipper does"
+            )
         found.append((same.get(name, name if stage is None else f"{stage}:{name}"), tensor))
     return found
 
