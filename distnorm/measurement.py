@@ -25,17 +25,17 @@ from distnorm.diagnosis import SET
 from distnorm.errors import (
     DisagreementError,
     DistnormError,
-    UnsupportedGradientError,
 )
 from distnorm.norms import Norm
-from distnorm.partials import Batch, Reading, agree_on_partials
+from distnorm.partials import Batch, agree_on_partials
 from distnorm.plan import (
     Plan,
     check_tied,
     make_plan,
     stable_hash,
 )
-from distnorm.shards import GradShard, PartialGrad
+from distnorm.readings import Reading, completed, read_gradients
+from distnorm.shards import GradShard
 from distnorm.sources import Tied
 
 Reader = Callable[[], tuple[list[GradShard], list[str]]]
@@ -161,13 +161,13 @@ class Meter:
             DistnormError: on the rank that has a gradient which can't be measured; on all with `raises`.
         """
         assert self._plan is not None
-        readings, problems = _read(shards)
+        readings, problems = read_gradients(shards)
         if self._batches is None:
             self._poll("agree", {})
             self._agree(shards, readings, problems)
         for batch in self._batches or ():
             batch.reduce(shards, readings, store=store)
-        gradients, late = _completed(shards, readings, store=store)
+        gradients, late = completed(shards, readings, store=store)
         problems += late
         here = {**terms, "plan": self._plan.ident, "raises": self.raises}
         ballot = Ballot(
@@ -247,46 +247,3 @@ class Meter:
             diagnosis.raise_not_finite(self.ranks, self.norm.order, float(total_norm), shards, gradients)
         if problems:
             raise problems[0]
-
-
-def _read(shards: Sequence[GradShard]) -> tuple[list[Reading], list[DistnormError]]:
-    """This step's gradients, and what is wrong with those that can't be measured."""
-    readings: list[Reading] = []
-    problems: list[DistnormError] = []
-    for shard in shards:
-        reading: Reading = None
-        try:
-            reading = shard.read()
-        except UnsupportedGradientError as error:
-            problems.append(_refusal(shard, str(error)))
-        local = reading.tensor if isinstance(reading, PartialGrad) else reading
-        if local is not None and tuple(local.shape) != shard.shape and (local.numel() or shard.numel):
-            problems.append(_refusal(shard, f"expected the shape {shard.shape}, found {tuple(local.shape)}"))
-            reading = None
-        readings.append(reading)
-    return readings, problems
-
-
-def _completed(
-    shards: Sequence[GradShard], readings: Sequence[Reading], *, store: bool
-) -> tuple[list[Tensor | None], list[DistnormError]]:
-    """The readings as gradients, and what is wrong with those that are partial still: nobody agreed to
-    reduce them. An empty one needs no reducing to be complete."""
-    gradients: list[Tensor | None] = []
-    late: list[DistnormError] = []
-    for shard, reading in zip(shards, readings, strict=True):
-        if not isinstance(reading, PartialGrad):
-            gradients.append(reading)
-        elif not reading.tensor.numel():
-            gradients.append(reading.tensor)
-            if store:
-                shard.store(reading.tensor)
-        else:
-            gradients.append(None)
-            fact = "its gradient is Partial now; the first gradients that were seen had none such"
-            late.append(_refusal(shard, fact))
-    return gradients, late
-
-
-def _refusal(shard: GradShard, fact: str) -> DistnormError:
-    return UnsupportedGradientError(f"parameter '{shard.name}': {fact}")

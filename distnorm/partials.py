@@ -21,13 +21,12 @@ from distnorm.collectives import Ranks, reduce_partial_
 from distnorm.errors import CoverageError, ReplicaError
 from distnorm.norms import norm
 from distnorm.plan import Share, identity_rows, piece_groups, raise_named, spread, stable_hash
+from distnorm.readings import Reading
 from distnorm.shards import GradShard, PartialGrad
-
-Reading = Tensor | PartialGrad | None
-"""A local gradient as it was found, or `None` where this rank has none in this step."""
 
 _MISSING, _COMPLETE = 1, 2
 _AXIS_BIT, _MOST_AXES = 2, 16
+_WIDE_BIT = _AXIS_BIT + _MOST_AXES
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +36,12 @@ class Batch:
     Args:
         members: positions of the shards, in the same order on every rank of the axes' groups.
         axes: the mesh axes to reduce over.
+        wide: the mesh axes along which these gradients arrive uncut, though their parameters are sharded.
     """
 
     members: tuple[int, ...]
     axes: tuple[int, ...]
+    wide: tuple[int, ...]
 
     def reduce(self, shards: Sequence[GradShard], readings: list[Reading], *, store: bool) -> None:
         """Replace this batch's readings by the reduced gradients, and store them if asked to.
@@ -50,25 +51,27 @@ class Batch:
         """
         first = shards[self.members[0]]
         like = first.witness()
-        sizes = [shards[i].numel for i in self.members]
+        shapes = [shards[i].wide_shape(self.wide) for i in self.members]
+        sizes = [math.prod(shape) for shape in shapes]
         buffer = torch.zeros(sum(sizes), dtype=like.dtype, device=like.device)
         slots = torch.split(buffer, sizes)
         for i, slot in zip(self.members, slots, strict=True):
             self._add(slot, shards[i], readings[i])
         reduce_partial_(buffer, [first.axis_group(axis) for axis in self.axes])
-        for i, slot in zip(self.members, slots, strict=True):
-            arrived, reduced = readings[i], slot.view(shards[i].shape)
+        for i, slot, shape in zip(self.members, slots, shapes, strict=True):
+            arrived = readings[i]
             if isinstance(arrived, Tensor) or self._goes_too_far(arrived):
                 continue
+            reduced = shards[i].narrowed(slot.view(shape), self.wide)
             if store and arrived is not None:
-                reduced = arrived.tensor.copy_(reduced)
+                reduced = reduced.clone() if self.wide else arrived.tensor.copy_(reduced)
                 shards[i].store(reduced)
             readings[i] = reduced
 
     def _add(self, slot: Tensor, shard: GradShard, arrived: Reading) -> None:
-        if arrived is None or self._goes_too_far(arrived):
+        if arrived is None or self._goes_too_far(arrived) or (self.wide and isinstance(arrived, Tensor)):
             return
-        partial = arrived if isinstance(arrived, PartialGrad) else PartialGrad(arrived, (), "sum")
+        partial = arrived if isinstance(arrived, PartialGrad) else PartialGrad(arrived, ())
         if any(shard.axis_index(axis) for axis in self.axes if axis not in partial.axes):
             return  # complete along that axis: its first rank alone adds it
         slot.copy_(partial.tensor.reshape(-1))
@@ -77,7 +80,9 @@ class Batch:
 
     def _goes_too_far(self, arrived: Reading) -> bool:
         """Whether a gradient is partial over axes that nobody agreed on; it stays as it is, for refusal."""
-        return isinstance(arrived, PartialGrad) and not set(arrived.axes) <= set(self.axes)
+        return isinstance(arrived, PartialGrad) and (
+            not set(arrived.axes) <= set(self.axes) or arrived.wide != self.wide
+        )
 
 
 def agree_on_partials(
@@ -100,7 +105,7 @@ def agree_on_partials(
         _replica_norm(s, r, share.replicas) for s, r, share in zip(shards, readings, shares, strict=True)
     ]
     sizes = torch.tensor([[value, math.sqrt(tolerance)] for value, tolerance in norms], dtype=torch.float64)
-    flags = [_flags(r) if s.numel else 0 for s, r in zip(shards, readings, strict=True)]
+    flags = [_flags(r, s.numel) for s, r in zip(shards, readings, strict=True)]
     flag_rows = torch.tensor(flags, dtype=torch.int64).view(-1, 1)
     rows = torch.cat([identities, flag_rows, sizes.view(-1, 2).view(torch.int64)], dim=1)
     replies = ranks.join(identities[:, 0], rows, _merge).tolist()
@@ -125,21 +130,22 @@ def _replica_norm(shard: GradShard, reading: Reading, replicas: int) -> tuple[fl
     return float(l2.finalise(l2.statistic([reading], reading.device))), torch.finfo(reading.dtype).eps
 
 
-def _flags(reading: Reading) -> int:
-    if reading is None:
-        return _MISSING
-    if isinstance(reading, Tensor):
-        return _COMPLETE
-    return sum(1 << (_AXIS_BIT + axis) for axis in reading.axes)
+def _flags(reading: Reading, numel: int) -> int:
+    if isinstance(reading, PartialGrad) and reading.axes and reading.tensor.numel():
+        axes = sum(1 << (_AXIS_BIT + axis) for axis in reading.axes)
+        return axes + sum(1 << (_WIDE_BIT + axis) for axis in reading.wide)
+    if not numel:
+        return 0
+    return _MISSING if reading is None else _COMPLETE
 
 
 def _merge(rows: Tensor) -> Tensor:
     """[m, (name, piece, flags, norm, tolerance)] -> [m, (flags of all replicas, whether they differ)]."""
     of, count = piece_groups(rows)
-    flags = torch.zeros(count, dtype=torch.int64)
-    for bit in range(_AXIS_BIT + _MOST_AXES):
-        has_bit = (rows[:, 2] >> bit) & 1
-        flags |= flags.new_zeros(count).scatter_reduce_(0, of, has_bit, "amax") << bit
+    names, name_of = torch.unique(rows[:, 0], return_inverse=True)
+    # Whether a gradient is there is a matter of each piece; how it is laid out, of the parameter.
+    presence = _or(rows[:, 2] & (_MISSING | _COMPLETE), of, count)
+    layout = _or(rows[:, 2] >> _AXIS_BIT << _AXIS_BIT, name_of, len(names))
     values, tolerance = rows[:, 3:].contiguous().view(torch.float64).unbind(1)
     known = values.isfinite()
     differs = torch.zeros(count, dtype=torch.bool)
@@ -147,9 +153,16 @@ def _merge(rows: Tensor) -> Tensor:
         most = values.new_zeros(count).scatter_reduce_(0, of[known], values[known], "amax")
         allowed = most * tolerance.new_zeros(count).scatter_reduce_(0, of[known], tolerance[known], "amax")
         differs |= spread(values[known], of[known], count) > allowed
-    some_only = (flags & (_MISSING | _COMPLETE)) == (_MISSING | _COMPLETE)
-    differs |= some_only & (flags >> _AXIS_BIT == 0)
-    return torch.stack([flags, differs.long()], dim=1)[of]
+    some_only = (presence == (_MISSING | _COMPLETE))[of] & (layout == 0)[name_of]
+    return torch.stack([presence[of] | layout[name_of], (differs[of] | some_only).long()], dim=1)
+
+
+def _or(flags: Tensor, group_of: Tensor, groups: int) -> Tensor:
+    """The bitwise or of each group's flags."""
+    merged = torch.zeros(groups, dtype=torch.int64)
+    for bit in range(_WIDE_BIT + _MOST_AXES):
+        merged |= torch.zeros_like(merged).scatter_reduce_(0, group_of, (flags >> bit) & 1, "amax") << bit
+    return merged
 
 
 def _check_replicas(
@@ -178,28 +191,31 @@ def _batches(shards: Sequence[GradShard], flags: Sequence[int], any_partial: boo
     """Group what may be partial: what is on some rank, and, in a model that has partial gradients, what
     no rank has a gradient of yet."""
     grouped: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    axes_of: dict[int, tuple[int, ...]] = {}
+    layouts: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     for i, (shard, flag) in enumerate(zip(shards, flags, strict=True)):
-        axes = tuple(axis for axis in range(_MOST_AXES) if flag >> _AXIS_BIT >> axis & 1)
+        axes = tuple(axis for axis in shard.mesh_axes if flag >> _AXIS_BIT >> axis & 1)
+        wide = tuple(axis for axis in shard.mesh_axes if flag >> _WIDE_BIT >> axis & 1)
         if any_partial and flag == _MISSING and shard.holder.requires_grad:
             axes = shard.replicated_axes
-        if axes and shard.numel:
-            axes_of[i] = axes
-    for i in sorted(axes_of, key=lambda i: shards[i].name):
+        numel = math.prod(shard.wide_shape(wide))
+        if axes and numel:
+            layouts[i] = axes, wide
+    for i in sorted(layouts, key=lambda i: shards[i].name):
         like = shards[i].witness()
-        groups = tuple(id(shards[i].axis_group(axis)) for axis in axes_of[i])
-        grouped[groups, like.dtype, like.device].append(i)
-    return tuple(Batch(tuple(members), axes_of[members[0]]) for members in grouped.values())
+        groups = tuple(id(shards[i].axis_group(axis)) for axis in layouts[i][0])
+        grouped[groups, layouts[i], like.dtype, like.device].append(i)
+    return tuple(Batch(tuple(members), *layouts[members[0]]) for members in grouped.values())
 
 
 def _check_members(ranks: Ranks, shards: Sequence[GradShard], batches: Sequence[Batch]) -> None:
     """All ranks of an axis must reduce the same gradients, or the reduction would hang or mix them."""
     rows, facts = [], []
     for batch in batches:
-        first, held = shards[batch.members[0]], [(shards[i].name, shards[i].shape) for i in batch.members]
+        first = shards[batch.members[0]]
+        held = [(shards[i].name, shards[i].wide_shape(batch.wide)) for i in batch.members]
         for axis in batch.axes:
             group = first.axis_group(axis)
-            meeting = (dist.get_process_group_ranks(group), batch.axes, first.witness().dtype)
+            meeting = (dist.get_process_group_ranks(group), batch.axes, batch.wide, first.witness().dtype)
             rows.append([stable_hash(repr(meeting)), stable_hash(repr(held)), group.size()])
             facts.append((first.name, f"{len(held)} partial gradients from this one on"))
     mine = torch.tensor(rows, dtype=torch.int64).view(-1, 3)

@@ -23,17 +23,19 @@ Extent = tuple[int, int] | str
 
 @dataclass(frozen=True, slots=True)
 class PartialGrad:
-    """A local gradient that still has to be reduced over some axes of its mesh.
+    """A local gradient that is laid out unlike its parameter: to be reduced, or cut, or both.
 
     Args:
-        tensor: this rank's summand, in the shape of the local shard.
+        tensor: this rank's summand, in the shape of the local shard, uncut along `wide`.
         axes: the mesh axes over which it is partial, ascending.
         op: ``"sum"`` or ``"avg"``.
+        wide: the mesh axes along which the parameter is sharded, and this gradient is not.
     """
 
     tensor: Tensor
     axes: tuple[int, ...]
-    op: str
+    op: str = "sum"
+    wide: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +78,25 @@ class GradShard(ABC):
         """Mesh axes over which this piece is copied, and over which a gradient may arrive partial."""
         return ()
 
+    @property
+    def mesh_axes(self) -> tuple[int, ...]:
+        """The axes of this parameter's mesh that have more than one rank."""
+        return ()
+
+    def wide_shape(self, wide: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of a local gradient that is not cut along the axes `wide`."""
+        return self.shape
+
+    def narrowed(self, tensor: Tensor, wide: tuple[int, ...]) -> Tensor:
+        """This shard's piece, as a view, of a gradient of `wide_shape`."""
+        return tensor
+
     def axis_group(self, axis: int) -> ProcessGroup:
-        """The ranks along one of `replicated_axes`."""
+        """The ranks along one of `mesh_axes`."""
         raise NotImplementedError(f"{type(self).__name__} has no mesh axis {axis}")
 
     def axis_index(self, axis: int) -> int:
-        """This rank's coordinate on one of `replicated_axes`."""
+        """This rank's coordinate on one of `mesh_axes`."""
         raise NotImplementedError(f"{type(self).__name__} has no mesh axis {axis}")
 
     def store(self, reduced: Tensor) -> None:

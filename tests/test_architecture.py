@@ -31,6 +31,7 @@ ORDER = [
     "norms",
     "ballot",
     "diagnosis",
+    "readings",
     "partials",
     "measurement",
     "policies",

@@ -36,9 +36,34 @@ class DTensorShard(GradShard):
     placements: tuple[Any, ...]
 
     @property
-    def replicated_axes(self) -> tuple[int, ...]:
+    def mesh_axes(self) -> tuple[int, ...]:
         sizes = _dtensor(self.holder).device_mesh.shape
-        return tuple(axis for axis, p in enumerate(self.placements) if sizes[axis] > 1 and _cuts(p) is None)
+        return tuple(axis for axis, size in enumerate(sizes) if size > 1)
+
+    @property
+    def replicated_axes(self) -> tuple[int, ...]:
+        return tuple(axis for axis in self.mesh_axes if _cuts(self.placements[axis]) is None)
+
+    def wide_shape(self, wide: tuple[int, ...]) -> tuple[int, ...]:
+        return self._uncut(wide)[1] if wide else self.shape
+
+    def narrowed(self, tensor: Tensor, wide: tuple[int, ...]) -> Tensor:
+        for dim, (ours, theirs) in enumerate(zip(self.piece, self._uncut(wide)[0], strict=True)):
+            if ours != theirs:
+                if isinstance(ours, str) or isinstance(theirs, str):
+                    raise UnsupportedGradientError(
+                        f"expected runs of indices on dim {dim}, found {ours} of {theirs}; "
+                        "redistribute the gradient to the placements of its parameter"
+                    )
+                tensor = tensor.narrow(dim, ours[0] - theirs[0], ours[1] - ours[0])
+        return tensor
+
+    def _uncut(self, wide: tuple[int, ...]) -> tuple[tuple[Extent, ...], tuple[int, ...]]:
+        from torch.distributed.tensor import Replicate
+
+        mesh = _dtensor(self.holder).device_mesh
+        placements = tuple(Replicate() if axis in wide else p for axis, p in enumerate(self.placements))
+        return _cut(self.global_shape, tuple(mesh.shape), tuple(mesh.get_coordinate() or ()), placements)
 
     def axis_group(self, axis: int) -> ProcessGroup:
         return _dtensor(self.holder).device_mesh.get_group(axis)
@@ -65,21 +90,26 @@ class DTensorShard(GradShard):
         return self._align(local, placements)
 
     def _align(self, local: Tensor, placements: tuple[Any, ...]) -> Tensor | PartialGrad:
-        """Read a gradient that is laid out unlike its parameter: partial where that is replicated."""
-        axes = tuple(axis for axis, p in enumerate(placements) if p.is_partial())
+        """Read a gradient that is laid out unlike its parameter: partial, or copied where that is sharded."""
+        unlike = [
+            a for a in self.mesh_axes if placements[a].is_partial() or placements[a] != self.placements[a]
+        ]
+        axes = tuple(axis for axis in unlike if placements[axis].is_partial())
+        wide = tuple(axis for axis in unlike if _cuts(self.placements[axis]) is not None)
         ops = {_reduce_op(placements[axis]) for axis in axes}
-        rest = [p for axis, p in enumerate(placements) if axis not in axes]
-        ours = [p for axis, p in enumerate(self.placements) if axis not in axes]
-        if rest != ours or any(_cuts(self.placements[axis]) for axis in axes):
+        if not all(placements[axis].is_partial() or placements[axis].is_replicate() for axis in unlike):
             raise UnsupportedGradientError(
-                f"expected the placements of its parameter {self.placements}, or Partial where that is "
-                f"replicated; found {placements}; redistribute the gradient first"
+                f"expected the placements of its parameter {self.placements}, or Partial or Replicate in "
+                f"their place; found {placements}; redistribute the gradient first"
             )
         if len(ops) > 1:
             raise UnsupportedGradientError(f"expected one kind of Partial, found {sorted(ops)}")
-        sizes = _dtensor(self.holder).device_mesh.shape
-        axes = tuple(axis for axis in axes if sizes[axis] > 1)
-        return PartialGrad(local, axes, ops.pop()) if axes else local
+        if not unlike:
+            return local
+        arrived = PartialGrad(local, axes, ops.pop() if ops else "sum", wide)
+        if wide and tuple(local.shape) == self.wide_shape(wide):
+            self.narrowed(local, wide)  # refuses what it can't cut before any rank reduces
+        return arrived
 
     def store(self, reduced: Tensor) -> None:
         from torch.distributed.tensor import DTensor

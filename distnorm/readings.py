@@ -1,0 +1,70 @@
+"""This step's local gradients, and what is wrong with those that can't be measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distnorm.errors import DistnormError, UnsupportedGradientError
+from distnorm.shards import GradShard, PartialGrad
+
+Reading = Tensor | PartialGrad | None
+"""A local gradient as it was found, or `None` where this rank has none in this step."""
+
+
+def read_gradients(shards: Sequence[GradShard]) -> tuple[list[Reading], list[DistnormError]]:
+    """This step's gradients, and what is wrong with those that can't be measured."""
+    readings: list[Reading] = []
+    problems: list[DistnormError] = []
+    for shard in shards:
+        reading: Reading = None
+        try:
+            reading = shard.read()
+        except UnsupportedGradientError as error:
+            problems.append(_refusal(shard, str(error)))
+        misfit = _misfit(shard, reading)
+        if misfit:
+            problems.append(_refusal(shard, misfit))
+            reading = None
+        readings.append(reading)
+    return readings, problems
+
+
+def _misfit(shard: GradShard, reading: Reading) -> str | None:
+    local, expected = reading, shard.shape
+    if isinstance(reading, PartialGrad):
+        local, expected = reading.tensor, shard.wide_shape(reading.wide)
+    assert not isinstance(local, PartialGrad)
+    if local is None or tuple(local.shape) == expected or not (local.numel() or math.prod(expected)):
+        return None
+    return f"expected the shape {expected}, found {tuple(local.shape)}"
+
+
+def completed(
+    shards: Sequence[GradShard], readings: Sequence[Reading], *, store: bool
+) -> tuple[list[Tensor | None], list[DistnormError]]:
+    """The readings as gradients, and what is wrong with those that are partial still: nobody agreed to
+    reduce them. An empty one needs no reducing; one that is only too wide is cut."""
+    gradients: list[Tensor | None] = []
+    late: list[DistnormError] = []
+    for shard, reading in zip(shards, readings, strict=True):
+        if not isinstance(reading, PartialGrad):
+            gradients.append(reading)
+        elif not reading.axes or not reading.tensor.numel():
+            gradient = shard.narrowed(reading.tensor, reading.wide)
+            if store:
+                gradient = gradient.clone(memory_format=torch.contiguous_format)
+                shard.store(gradient)
+            gradients.append(gradient)
+        else:
+            gradients.append(None)
+            fact = "its gradient is Partial now; the first gradients that were seen had none such"
+            late.append(_refusal(shard, fact))
+    return gradients, late
+
+
+def _refusal(shard: GradShard, fact: str) -> DistnormError:
+    return UnsupportedGradientError(f"parameter '{shard.name}': {fact}")
