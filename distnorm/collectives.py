@@ -12,11 +12,7 @@ from torch.distributed import ProcessGroup
 
 from distnorm.errors import DistnormError
 
-_OPS = (
-    {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
-    if dist.is_available()
-    else {}
-)
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX} if dist.is_available() else {}
 
 
 class Ranks:
@@ -54,7 +50,7 @@ class Ranks:
         return torch.device(self._device_types[0], torch.accelerator.current_device_index())
 
     def all_reduce_(self, tensor: Tensor, op: str) -> Tensor:
-        """Reduce in place over all ranks: ``"sum"``, ``"min"`` or ``"max"``."""
+        """Reduce in place over all ranks: ``"sum"`` or ``"max"``."""
         if self.size > 1:
             dist.all_reduce(tensor, _OPS[op], self.group)
         return tensor

@@ -123,8 +123,7 @@ class DTensorShard(GradShard):
             shape=parameter.shape,
             stride=parameter.stride(),
         )
-        # A gradient can't change its placements in place, and torch refuses to swap it for one that
-        # differs from the parameter only through `None`.
+        # torch refuses to put a gradient of another layout in an old one's place, but not in no one's.
         self.holder.grad = None
         self.holder.grad = gradient
 
