@@ -87,7 +87,16 @@ install() {
     fi
     "$VENV_PYTHON" -m pip install --quiet --no-input --disable-pip-version-check \
         --constraint "$constraints" --editable "$ROOT$extras" || fail "pip could not install distnorm$extras"
+    if [[ "$extras" == *dev* ]]; then install_deepspeed "$constraints"; fi
     rm -f "$constraints"
+}
+
+# DeepSpeed's build imports torch, so it can't be isolated from it; no operator of its own is compiled.
+install_deepspeed() {
+    local pip=("$VENV_PYTHON" -m pip install --quiet --no-input --disable-pip-version-check --constraint "$1")
+    "${pip[@]}" setuptools wheel || fail "pip could not install setuptools and wheel"
+    DS_BUILD_OPS=0 DS_ACCELERATOR=cpu "${pip[@]}" --no-build-isolation deepspeed ||
+        fail "pip could not install deepspeed"
 }
 
 set_up() {

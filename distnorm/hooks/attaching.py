@@ -82,7 +82,7 @@ def attach(
         DistnormError: no optimizer, or something else, was given.
 
     Example:
-        >>> handle = distnorm.hooks(model, optimizer, {"clip": {"max_norm": 1.0}})
+        >>> handle = distnorm.attach(model, optimizer, {"clip": {"max_norm": 1.0}})
         >>> loss.backward()
         >>> optimizer.step()
         >>> handle.last.total_norm
