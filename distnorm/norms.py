@@ -45,6 +45,11 @@ class Norm(ABC):
     def op(self) -> str:
         """The reduce op over ranks: ``"sum"`` or ``"max"``."""
 
+    @property
+    def kernel(self) -> kernels.Kernel | None:
+        """What compiled code computes in place of `of_block`, if it can."""
+        return None
+
     @abstractmethod
     def reduce(self, stacked: Tensor) -> Tensor:
         """Combine statistics, [n, width] -> [width], as the all-reduce does over ranks."""
@@ -59,7 +64,10 @@ class Norm(ABC):
 
     def statistic(self, tensors: Sequence[Tensor], device: torch.device) -> Tensor:
         """The statistic, [width] fp64, of tensors of one device; zeros where there are none."""
-        statistics = [self.of_block(block) for block in kernels.blocks(tensors)]
+        statistics: list[Tensor] = []
+        if self.kernel is not None and device.type == "cpu":
+            statistics, tensors = kernels.measure(tensors, self.kernel)
+        statistics += [self.of_block(block) for block in kernels.blocks(tensors)]
         return self.reduce(torch.stack(statistics)) if statistics else self.zeros(device)
 
     def zeros(self, device: torch.device) -> Tensor:
@@ -70,6 +78,7 @@ class Norm(ABC):
 class _Max(Norm):
     __slots__ = ()
     op = "max"
+    kernel = kernels.Kernel.LARGEST
 
     def reduce(self, stacked: Tensor) -> Tensor:
         return stacked.amax(dim=0)
@@ -84,6 +93,10 @@ class _Max(Norm):
 class _Sum(Norm):
     __slots__ = ()
     op = "sum"
+
+    @property
+    def kernel(self) -> kernels.Kernel | None:
+        return {1.0: kernels.Kernel.MAGNITUDES, 2.0: kernels.Kernel.SQUARES}.get(self.order)
 
     def reduce(self, stacked: Tensor) -> Tensor:
         return stacked.sum(dim=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from distnorm.kernels.eager import blocks, checksum, scale_, zero_unless_
+from distnorm.kernels.dispatch import measure, scale_
+from distnorm.kernels.eager import blocks, checksum, zero_unless_
+from distnorm.kernels.native import Kernel
 
-__all__ = ["blocks", "checksum", "scale_", "zero_unless_"]
+__all__ = ["Kernel", "blocks", "checksum", "measure", "scale_", "zero_unless_"]

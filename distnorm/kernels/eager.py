@@ -89,10 +89,8 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
     """Multiply every tensor in place by a 0-d coefficient that stays on its device.
 
     The coefficient is rounded to fp32, and to fp64 for fp64 and complex128 tensors; each product is
-    rounded once, to the tensor's dtype. A coefficient of 1 that is in the host's memory costs no pass.
+    rounded once, to the tensor's dtype, save that of bf16 and fp16 tensors, which is an fp32 number first.
     """
-    if coef.device.type == "cpu" and coef.numpy() == 1:  # there is no device to wait for
-        return
     for (device, dtype), members in _by_kind(tensors).items():
         exact = dtype in (torch.float64, torch.complex128)
         factor = coef.to(device, torch.float64 if exact else torch.float32, non_blocking=True)

@@ -1,0 +1,119 @@
+"""Compiling a C file of the package with the system's compiler, and loading it.
+
+The library is kept for the next process, under a name that tells the source, the compiler and the CPU, so
+that a home which machines of several kinds share is safe. Ranks that start together may all compile it:
+each renames a file of its own to that name, and any of them will do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+# No -ffast-math: NaN and inf must come through.
+_FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
+_TIMEOUT = 60.0  # seconds
+
+
+class CompileError(Exception):
+    """The library can't be had here; the message says why."""
+
+
+def load(source: Path) -> ctypes.CDLL:
+    """Load the compiled form of a C file, compiling it first if no process did before.
+
+    Raises:
+        CompileError: there is no compiler, it failed, or nothing may be written or loaded here.
+    """
+    if os.name != "posix":
+        raise CompileError(f"{os.name} is not POSIX")
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    found = shutil.which(compiler[0]) if compiler else None
+    if found is None:
+        raise CompileError(f"there is no C compiler {compiler[0] if compiler else ''!r}")
+    features = _cpu_features()
+    path = _cache() / f"{source.stem}-{_ident(source, compiler, found, features)}.so"
+    with suppress(OSError):
+        if _only_ours(path.parent) and _only_ours(path):
+            return ctypes.CDLL(str(path))
+    try:
+        return _compile_into(path, source, compiler, features)
+    except OSError:  # a directory that is read-only, full, not ours, or mounted noexec
+        return _compile_for_this_process(path.name, source, compiler, features)
+
+
+def _cache() -> Path:
+    if own := os.environ.get("DISTNORM_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path(os.path.expanduser("~"), ".cache")) / "distnorm"
+
+
+def _cpu_features() -> str:
+    """What Linux says the CPU can do; nothing elsewhere."""
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if line.startswith(("flags", "Features")):
+                return line
+    return ""
+
+
+def _ident(source: Path, compiler: list[str], found: str, features: str) -> str:
+    """A file's size and time stand for the compiler's version: asking it takes longer than loading."""
+    file = os.stat(found)
+    version = (os.path.realpath(found), file.st_size, file.st_mtime_ns)
+    told = repr((source.read_bytes(), compiler, _FLAGS, version, platform.machine(), features))
+    return hashlib.sha256(told.encode()).hexdigest()[:24]
+
+
+def _only_ours(path: Path) -> bool:
+    """Whether a path is this user's, and nobody else may write to it."""
+    status = path.stat()
+    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _compile_into(path: Path, source: Path, compiler: list[str], features: str) -> ctypes.CDLL:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _only_ours(path.parent):
+        raise PermissionError(f"others may write to {path.parent}")
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        built = Path(scratch, path.name)
+        _compile(built, source, compiler, features)
+        os.replace(built, path)
+    return ctypes.CDLL(str(path))
+
+
+def _compile_for_this_process(name: str, source: Path, compiler: list[str], features: str) -> ctypes.CDLL:
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            built = Path(scratch, name)
+            _compile(built, source, compiler, features)
+            return ctypes.CDLL(str(built))
+    except OSError as error:
+        raise CompileError(str(error)) from error
+
+
+def _compile(built: Path, source: Path, compiler: list[str], features: str) -> None:
+    said = ""
+    for machine in (["-march=native"], []) if features else ([],):
+        command = [*compiler, *_FLAGS, *machine, "-o", str(built), str(source)]
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise CompileError(f"{shlex.join(command)} took more than {_TIMEOUT:g} s") from error
+        if done.returncode == 0 and built.exists():
+            built.chmod(0o700)
+            return
+        said = done.stderr.decode(errors="replace").strip()
+    raise CompileError(f"{shlex.join(command)} failed: {said[-500:]}")

@@ -1,0 +1,48 @@
+"""Which kernel takes which tensors: compiled code what it can, torch's operators the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distnorm.kernels import eager, native
+
+
+def measure(tensors: Sequence[Tensor], kernel: native.Kernel) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """Measure what compiled code can.
+
+    Returns:
+        Its statistic, [1] fp64 on the CPU, or none if there was nothing for it; and the tensors that it left.
+    """
+    fitting, rest = _split(tensors)
+    if not fitting:
+        return [], rest
+    found = native.statistic(native.Spans.of(fitting), kernel)
+    return [torch.tensor([found], dtype=torch.float64)], rest
+
+
+def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
+    """Multiply every tensor in place by a 0-d coefficient that stays on its device.
+
+    The roundings are those of `distnorm.kernels.eager.scale_`, bit for bit. A coefficient of 1 that is in
+    the host's memory costs no pass.
+    """
+    if coef.device.type == "cpu":  # there is no device to wait for
+        factor = float(coef.numpy())
+        if factor == 1:
+            return
+        fitting, tensors = _split(tensors)
+        if fitting:
+            torch.autograd.graph.increment_version(fitting)
+            native.scale_(native.Spans.of(fitting), factor)
+    eager.scale_(tensors, coef)
+
+
+def _split(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    fitting: list[Tensor] = []
+    rest: list[Tensor] = []
+    for tensor in tensors:
+        (fitting if native.fits(tensor) else rest).append(tensor)
+    return fitting, rest

@@ -1,0 +1,260 @@
+// The local statistic and the scaling of CPU memory, in one pass over it. native.py builds and calls it.
+//
+// Spans of memory count as one sequence of elements. Element i is accumulated in fp64 in lane i % LANES of
+// unit i / UNIT, and lanes and units are added up in a fixed order. So the result has the same bits
+// however the sequence is cut into spans, wherever these lie, and whatever the number of threads.
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define BYTES 64
+#elif defined(__AVX__)
+#define BYTES 32
+#else
+#define BYTES 16
+#endif
+
+enum { LANES = 32, WIDTH = BYTES / 8, VECTORS = LANES / WIDTH, UNIT = 1 << 16, MOST_THREADS = 128 };
+
+enum { AHEAD = 4, LINE = 64, MOST_AHEAD = 1024 }; // spans, bytes, bytes: see fetch
+
+// These codes are native.py's too.
+enum op { SQUARES, MAGNITUDES, LARGEST, SCALE };
+enum dtype { F32, F64, BF16, F16 };
+
+static const int64_t SIZE[] = {4, 8, 2, 2};
+
+#define VECTOR(element, bytes) element __attribute__((vector_size(bytes), aligned(1), may_alias))
+typedef VECTOR(double, BYTES) f64;
+typedef VECTOR(int64_t, BYTES) i64;
+typedef VECTOR(float, BYTES / 2) f32;
+typedef VECTOR(uint32_t, BYTES / 2) u32;
+#if !defined(__F16C__) && defined(__aarch64__)
+typedef VECTOR(__fp16, BYTES / 4) f16;
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define EACH(k, count) _Pragma("GCC unroll 16") for (int k = 0; k < (count); k++)
+
+INLINE f64 widened(f32 x) { return __builtin_convertvector(x, f64); }
+
+#if defined(__F16C__) && BYTES == 64
+INLINE f32 load_f16(const char *p) { return (f32)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+INLINE void store_f16(char *p, f32 x) { _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)x, 0)); }
+#elif defined(__F16C__)
+INLINE f32 load_f16(const char *p) { return (f32)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)p)); }
+INLINE void store_f16(char *p, f32 x) { _mm_storel_epi64((__m128i *)p, _mm_cvtps_ph((__m128)x, 0)); }
+#elif defined(__aarch64__)
+INLINE f32 load_f16(const char *p) { return __builtin_convertvector(*(const f16 *)p, f32); }
+INLINE void store_f16(char *p, f32 x) { *(f16 *)p = __builtin_convertvector(x, f16); }
+#else
+#define NO_F16
+INLINE f32 load_f16(const char *p) { abort(); }
+INLINE void store_f16(char *p, f32 x) { abort(); }
+#endif
+
+// bf16 is the upper half of fp32, so a word holds two: which of them comes first doesn't matter.
+INLINE f32 upper(u32 words) { return (f32)(words & 0xffff0000u); }
+INLINE f32 lower(u32 words) { return (f32)(words << 16); }
+
+// To bf16, to the nearest, ties to even, in the upper half; the lower half is left undefined.
+INLINE u32 rounded_bf16(f32 x) {
+    u32 bits = (u32)x;
+    u32 nan = (u32)(x != x);
+    u32 rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    return (nan & 0x7fc00000u) | (~nan & rounded);
+}
+
+INLINE void load(enum dtype dtype, const char *p, f64 x[VECTORS]) {
+    if (dtype == BF16) {
+        EACH(k, VECTORS / 2) {
+            u32 words = *(const u32 *)(p + k * BYTES / 2);
+            x[2 * k] = widened(lower(words));
+            x[2 * k + 1] = widened(upper(words));
+        }
+        return;
+    }
+    EACH(k, VECTORS) {
+        const char *at = p + k * WIDTH * SIZE[dtype];
+        x[k] = dtype == F64 ? *(const f64 *)at : widened(dtype == F32 ? *(const f32 *)at : load_f16(at));
+    }
+}
+
+INLINE f64 accumulated(enum op op, f64 sum, f64 x) {
+    if (op == SQUARES) return sum + x * x;
+    i64 bits = (i64)x & INT64_MAX;
+    if (op == MAGNITUDES) return sum + (f64)bits;
+    // Bits of magnitudes are ordered as these are, and NaN comes behind inf.
+    i64 most = (i64)sum;
+    i64 above = bits > most;
+    return (f64)((above & bits) | (~above & most));
+}
+
+INLINE void accumulate_steps(enum op op, enum dtype dtype, const char *p, int64_t steps, f64 lanes[VECTORS]) {
+    f64 sums[VECTORS];
+    EACH(k, VECTORS) sums[k] = lanes[k];
+    for (; steps > 0; steps--, p += LANES * SIZE[dtype]) {
+        f64 x[VECTORS];
+        load(dtype, p, x);
+        EACH(k, VECTORS) sums[k] = accumulated(op, sums[k], x[k]);
+    }
+    EACH(k, VECTORS) lanes[k] = sums[k];
+}
+
+INLINE void scale_steps(enum dtype dtype, char *p, int64_t steps, double coef) {
+    float factor = (float)coef;
+    for (; steps > 0; steps--, p += LANES * SIZE[dtype]) {
+        if (dtype == BF16) {
+            EACH(k, VECTORS / 2) {
+                u32 *at = (u32 *)(p + k * BYTES / 2);
+                u32 low = rounded_bf16(lower(*at) * factor), high = rounded_bf16(upper(*at) * factor);
+                *at = (high & 0xffff0000u) | (low >> 16);
+            }
+            continue;
+        }
+        EACH(k, VECTORS) {
+            char *at = p + k * WIDTH * SIZE[dtype];
+            if (dtype == F64) *(f64 *)at *= coef;
+            if (dtype == F32) *(f32 *)at *= factor;
+            if (dtype == F16) store_f16(at, load_f16(at) * factor);
+        }
+    }
+}
+
+#define FOR_DTYPE(dtype, CALL) \
+    switch (dtype) { \
+        case F32: CALL(F32); break; \
+        case F64: CALL(F64); break; \
+        case BF16: CALL(BF16); break; \
+        case F16: CALL(F16); break; \
+    }
+
+// One function for each op and dtype, as both are constants where the steps are inlined.
+static void run_steps(enum op op, enum dtype dtype, char *p, int64_t steps, f64 *lanes, double coef) {
+#define SQUARES_OF(dtype) accumulate_steps(SQUARES, dtype, p, steps, lanes)
+#define MAGNITUDES_OF(dtype) accumulate_steps(MAGNITUDES, dtype, p, steps, lanes)
+#define LARGEST_OF(dtype) accumulate_steps(LARGEST, dtype, p, steps, lanes)
+#define SCALE_OF(dtype) scale_steps(dtype, p, steps, coef)
+    switch (op) {
+        case SQUARES: FOR_DTYPE(dtype, SQUARES_OF) break;
+        case MAGNITUDES: FOR_DTYPE(dtype, MAGNITUDES_OF) break;
+        case LARGEST: FOR_DTYPE(dtype, LARGEST_OF) break;
+        case SCALE: FOR_DTYPE(dtype, SCALE_OF) break;
+    }
+}
+
+// Fewer elements than a step has, of which the first is for this lane: the step's others are zeros.
+static void run_part(enum op op, enum dtype dtype, char *p, int64_t count, int64_t lane, f64 *lanes,
+                     double coef) {
+    char step[LANES * sizeof(double)] = {0};
+    int64_t size = SIZE[dtype];
+    memcpy(step + lane * size, p, count * size);
+    run_steps(op, dtype, step, 1, lanes, coef);
+    if (op == SCALE) memcpy(p, step + lane * size, count * size);
+}
+
+static void run(enum op op, enum dtype dtype, char *p, int64_t count, int64_t lane, f64 *lanes, double coef) {
+    if (lane) {
+        int64_t head = count < LANES - lane ? count : LANES - lane;
+        run_part(op, dtype, p, head, lane, lanes, coef);
+        p += head * SIZE[dtype];
+        count -= head;
+    }
+    int64_t steps = count / LANES, tail = count % LANES;
+    if (steps) run_steps(op, dtype, p, steps, lanes, coef);
+    if (tail) run_part(op, dtype, p + steps * LANES * SIZE[dtype], tail, 0, lanes, coef);
+}
+
+static double folded(enum op op, const f64 lanes[VECTORS]) {
+    double x[LANES];
+    memcpy(x, lanes, sizeof x);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int k = 0; k < half; k++) {
+            // No number in x is negative, so what is not below is above, or NaN.
+            if (op == LARGEST) x[k] = x[k] != x[k] || x[k] >= x[k + half] ? x[k] : x[k + half];
+            else x[k] += x[k + half];
+        }
+    return x[0];
+}
+
+struct job {
+    enum op op;
+    char *const *pointers;
+    const int64_t *numels;
+    const int32_t *dtypes;
+    int64_t spans, total, units;
+    double coef;
+    double *results; // one for each unit
+    _Atomic int64_t next;
+};
+
+// The hardware fetches ahead within a span, but not from one small span to the next.
+static void fetch(const struct job *job, int64_t span) {
+    if (span >= job->spans) return;
+    int64_t size = job->numels[span] * SIZE[job->dtypes[span]];
+    for (int64_t at = 0; at < size && at < MOST_AHEAD; at += LINE)
+        __builtin_prefetch(job->pointers[span] + at);
+}
+
+static void *work(void *argument) {
+    struct job *job = argument;
+    int64_t span = 0, start = 0, unit; // units come in rising order, so spans do too
+    while ((unit = atomic_fetch_add(&job->next, 1)) < job->units) {
+        int64_t at = unit * UNIT, stop = job->total - at > UNIT ? at + UNIT : job->total;
+        f64 lanes[VECTORS] = {0};
+        while (at < stop) {
+            while (start + job->numels[span] <= at) start += job->numels[span++];
+            int64_t end = start + job->numels[span], count = (end < stop ? end : stop) - at;
+            enum dtype dtype = (enum dtype)job->dtypes[span];
+            char *p = job->pointers[span] + (at - start) * SIZE[dtype];
+            fetch(job, span + AHEAD);
+            run(job->op, dtype, p, count, at % LANES, lanes, job->coef);
+            at += count;
+        }
+        if (job->op != SCALE) job->results[unit] = folded(job->op, lanes);
+    }
+    return NULL;
+}
+
+// Threads live for one call: nothing is left that a fork could break. Where one can't start, the others do
+// its work.
+static void run_job(struct job *job, int64_t threads) {
+    pthread_t others[MOST_THREADS];
+    if (threads > MOST_THREADS) threads = MOST_THREADS;
+    int started = 0;
+    while (started < threads - 1 && !pthread_create(&others[started], NULL, work, job)) started++;
+    work(job);
+    while (started) pthread_join(others[--started], NULL);
+}
+
+// The dtypes that this build can do, as a bit for each code.
+int32_t distnorm_dtypes(void) {
+#if defined(NO_F16)
+    return 1 << F32 | 1 << F64 | 1 << BF16;
+#else
+    return 1 << F32 | 1 << F64 | 1 << BF16 | 1 << F16;
+#endif
+}
+
+// The statistic of spans that have `total` elements, into *result; or the scaling, in place, without a
+// result. No span is empty. Returns 0, or 1 if there is no memory.
+int32_t distnorm_run(int32_t op, int64_t spans, char *const *pointers, const int64_t *numels,
+                     const int32_t *dtypes, int64_t total, int64_t threads, double coef, double *result) {
+    struct job job = {op, pointers, numels, dtypes, spans, total, (total + UNIT - 1) / UNIT, coef, NULL, 0};
+    if (op != SCALE && !(job.results = malloc((job.units + 1) * sizeof(double)))) return 1;
+    run_job(&job, threads);
+    if (op != SCALE) {
+        f64 lanes[VECTORS] = {0};
+        run(op == LARGEST ? LARGEST : MAGNITUDES, F64, (char *)job.results, job.units, 0, lanes, 0);
+        *result = folded(op, lanes);
+        free(job.results);
+    }
+    return 0;
+}

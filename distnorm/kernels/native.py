@@ -1,0 +1,193 @@
+"""The local statistic and the scaling of CPU tensors by compiled C, at the memory's bandwidth.
+
+Other tensors, orders and machines without a compiler are left to `distnorm.kernels.eager`. The
+environment variable ``DISTNORM_NATIVE=0`` leaves everything to it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import cache, cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from distnorm.kernels import compiling
+
+_LOG = logging.getLogger("distnorm")
+_SOURCE = Path(__file__).with_name("native.c")
+_PLAIN = (Tensor, nn.Parameter)
+_PER_THREAD = 1 << 19  # elements: below, starting a thread takes longer than it saves
+
+
+class Kernel(IntEnum):
+    """A statistic of the elements' magnitudes. The values are native.c's codes."""
+
+    SQUARES = 0
+    """Their squares' sum."""
+    MAGNITUDES = 1
+    """Their sum."""
+    LARGEST = 2
+    """The largest, or NaN if one is NaN."""
+
+
+_SCALE = 3  # in place of a Kernel
+# In the order of native.c's codes.
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """The compiled functions.
+
+    Args:
+        code: of each dtype that they can do here.
+        run: takes the kernel; the number of spans and the addresses of three arrays, as `Spans` has them;
+            the number of elements, of threads, the coefficient, and where the result goes.
+    """
+
+    code: dict[torch.dtype, int]
+    run: ctypes._NamedFuncPointer
+
+
+@cache
+def library() -> Library | None:
+    """Compile the C file, or take what an earlier process left; `None` if there can't be one here."""
+    if os.environ.get("DISTNORM_NATIVE") == "0":
+        return None
+    try:
+        loaded = compiling.load(_SOURCE)
+    except (compiling.CompileError, OSError) as error:
+        _LOG.info("gradients on the CPU are read by torch's operators, not by compiled code: %s", error)
+        return None
+    address, size = ctypes.c_void_p, ctypes.c_int64
+    loaded.distnorm_run.argtypes = [
+        *(ctypes.c_int32, size, address, address, address),
+        *(size, size, ctypes.c_double, address),
+    ]
+    able = loaded.distnorm_dtypes()
+    return Library(
+        {dtype: code for code, dtype in enumerate(_DTYPES) if able >> code & 1}, loaded.distnorm_run
+    )
+
+
+def fits(tensor: Tensor) -> bool:
+    """Whether the compiled code can read and scale this tensor: dense CPU memory of a real dtype."""
+    compiled = library()
+    return (
+        compiled is not None
+        and type(tensor) in _PLAIN
+        and tensor.is_cpu
+        and tensor.dtype in compiled.code
+        and (tensor.is_contiguous() or _is_dense(tensor))
+        and (tensor.data_ptr() != 0 or not tensor.numel())
+    )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether it is contiguous but for the order of its dims."""
+    strides = tensor.stride()
+    return tensor.permute(sorted(range(tensor.dim()), key=lambda dim: -strides[dim])).is_contiguous()
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where tensors lie in memory, ready for any number of calls.
+
+    It keeps no tensor alive: use it while the tensors are there, and after a change only if it `holds` them.
+    Neighbours that lie one behind the other, as views of one flat buffer do, are one span.
+
+    Args:
+        addresses: of the tensors' first elements, in their order.
+        starts, numels, codes: [spans] address, number of elements and dtype of each span; none is empty.
+    """
+
+    addresses: list[int]
+    starts: npt.NDArray[np.int64]
+    numels: npt.NDArray[np.int64]
+    codes: npt.NDArray[np.int32]
+    total: int = field(init=False)
+    _arguments: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        arrays = [array.ctypes.data for array in (self.starts, self.numels, self.codes)]
+        object.__setattr__(self, "total", int(self.numels.sum()))
+        object.__setattr__(self, "_arguments", (len(self.starts), *arrays, self.total))
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Spans:
+        """The spans of tensors that each `fits`."""
+        compiled = library()
+        assert compiled is not None
+        addresses = list(map(Tensor.data_ptr, tensors))
+        starts = np.array(addresses, dtype=np.int64)
+        numels = np.array(list(map(Tensor.numel, tensors)), dtype=np.int64)
+        codes = np.array([compiled.code[tensor.dtype] for tensor in tensors], dtype=np.int32)
+        held = numels > 0
+        starts, numels, codes = starts[held], numels[held], codes[held]
+        apart = (starts[1:] != _ends(starts, numels, codes)[:-1]) | (codes[1:] != codes[:-1])
+        first = np.flatnonzero(np.concatenate([[True], apart])[: len(starts)])
+        merged = np.add.reduceat(numels, first) if len(first) else numels
+        return cls(addresses, starts[first], merged, codes[first])
+
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether tensors that have the shapes and dtypes of these still lie where these did."""
+        return list(map(Tensor.data_ptr, tensors)) == self.addresses
+
+    @cached_property
+    def overlap(self) -> bool:
+        """Whether some element is in two spans: then threads would race for it."""
+        order = np.argsort(self.starts)
+        ends = _ends(self.starts, self.numels, self.codes)
+        return bool((self.starts[order][1:] < ends[order][:-1]).any())
+
+
+def statistic(spans: Spans, kernel: Kernel) -> float:
+    """The statistic of all elements; 0 if there are none.
+
+    It depends on the elements and their order alone, not on how they are cut into spans, where they
+    lie, or on the number of threads.
+    """
+    result = ctypes.c_double(0.0)
+    _run(kernel, spans, _threads(spans.total), 0.0, ctypes.addressof(result))
+    return result.value
+
+
+def scale_(spans: Spans, coef: float) -> None:
+    """Multiply every element in place, with the roundings of `distnorm.kernels.eager.scale_`.
+
+    Autograd isn't told: see `torch.autograd.graph.increment_version`.
+    """
+    threads = _threads(spans.total)
+    _run(_SCALE, spans, 1 if threads > 1 and spans.overlap else threads, coef, None)
+
+
+def _run(code: int, spans: Spans, threads: int, coef: float, result: int | None) -> None:
+    compiled = library()
+    assert compiled is not None
+    if compiled.run(code, *spans._arguments, threads, coef, result):
+        raise MemoryError
+
+
+def _threads(elements: int) -> int:
+    """As many as torch uses, but no more than may run: OpenMP's own may be bound to one CPU each."""
+    worth = elements // _PER_THREAD
+    if worth < 2:
+        return 1
+    threads = min(torch.get_num_threads(), worth)
+    return min(threads, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else threads
+
+
+def _ends(
+    starts: npt.NDArray[np.int64], numels: npt.NDArray[np.int64], codes: npt.NDArray[np.int32]
+) -> npt.NDArray[np.int64]:
+    sizes = np.array([dtype.itemsize for dtype in _DTYPES], dtype=np.int64)
+    return starts + numels * sizes[codes]
