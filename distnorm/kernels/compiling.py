@@ -88,8 +88,11 @@ def _compile_into(path: Path, source: Path, compiler: list[str], features: str) 
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         built = Path(scratch, path.name)
         _compile(built, source, compiler, features)
+        with built.open("rb") as file:  # a file cut short by a crash would be loaded, and end the process
+            os.fsync(file.fileno())
+        loaded = ctypes.CDLL(str(built))
         os.replace(built, path)
-    return ctypes.CDLL(str(path))
+    return loaded
 
 
 def _compile_for_this_process(name: str, source: Path, compiler: list[str], features: str) -> ctypes.CDLL:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from distnorm.kernels import Kernel, measure, native, scale_
+from distnorm.kernels import Kernel, eager, measure, native, scale_
 from tests import oracle
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -220,13 +220,19 @@ def by_torch(tensor: torch.Tensor, coef: float) -> torch.Tensor:
 COEFFICIENTS = (0.5, 0.1, 1 / 3, 0.9999999, 1e-3, 1e-30, 1e-41, 3.0, 1e30, 0.0, -0.7, math.inf, math.nan)
 
 
+def scale_both_ways(tensor: torch.Tensor, coef: float) -> list[torch.Tensor]:
+    ways = [tensor.clone(), tensor.clone()]
+    native.scale_(native.Spans.of(ways[:1]), coef)
+    eager.scale_(ways[1:], torch.tensor(coef, dtype=torch.float64))
+    return ways
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("coef", COEFFICIENTS)
 def test_scaling_every_pattern_of_the_small_dtypes(dtype, coef):
     tensor = all_patterns(dtype)
-    expected = by_torch(tensor, coef)
-    native.scale_(native.Spans.of([tensor]), coef)
-    assert_same(tensor, expected)
+    for scaled in scale_both_ways(tensor, coef):
+        assert_same(scaled, by_torch(tensor, coef))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -236,9 +242,8 @@ def test_scaling_random_patterns_of_the_large_dtypes(dtype, coef):
     tensor = torch.cat(
         [words.view(dtype), torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan], dtype=dtype)]
     )
-    expected = by_torch(tensor, coef)
-    native.scale_(native.Spans.of([tensor]), coef)
-    assert_same(tensor, expected)
+    for scaled in scale_both_ways(tensor, coef):
+        assert_same(scaled, by_torch(tensor, coef))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
