@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = ROOT / "launch" / "torchrun.sh"
+DEEPSPEED = ROOT / "launch" / "deepspeed.sh"
 SCRIPT = """
 import sys, torch, torch.distributed as dist
 dist.init_process_group("gloo")
@@ -45,11 +46,18 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def test_help_names_every_variable_that_the_script_reads():
-    code, out, _ = finish(start(TORCHRUN, "--help"))
+@pytest.mark.parametrize(
+    ("script", "some"),
+    [
+        (TORCHRUN, {"NNODES", "NPROC_PER_NODE", "RDZV_ENDPOINT", "RDZV_ID", "OMP_NUM_THREADS"}),
+        (DEEPSPEED, {"NPROC_PER_NODE", "HOSTFILE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"}),
+    ],
+)
+def test_help_names_every_variable_that_the_script_reads(script, some):
+    code, out, _ = finish(start(script, "--help"))
     assert code == 0
-    read = set(re.findall(r"\$\{([A-Z_]+):?-", TORCHRUN.read_text(encoding="utf-8")))
-    assert {"NNODES", "NPROC_PER_NODE", "RDZV_ENDPOINT", "RDZV_ID", "OMP_NUM_THREADS"} <= read
+    read = set(re.findall(r"\$\{([A-Z_]+):?-", script.read_text(encoding="utf-8")))
+    assert some <= read
     assert {name for name in read if name not in out} == set()
 
 
@@ -67,6 +75,14 @@ def test_wrong_use_says_what_is_missing():
     assert (code, "2 nodes need RDZV_ENDPOINT" in err) == (2, True)
     code, _, err = finish(start(TORCHRUN, "train", "x.yaml", NNODES="two"))
     assert (code, "NNODES must be a positive number; it is 'two'" in err) == (2, True)
+
+
+def test_deepspeed_script_says_that_deepspeed_is_missing(tmp_path):
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    code, _, err = finish(start(DEEPSPEED, "train", "x.yaml", PYTHON=str(bare)))
+    assert (code, err.splitlines()[0]) == (1, f"deepspeed.sh: {bare} has no DeepSpeed; install it with:")
 
 
 def test_two_nodes_meet_and_form_one_group(tmp_path):

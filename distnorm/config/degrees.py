@@ -46,20 +46,73 @@ def conflicts(train: TrainConfig) -> Iterator[Conflict]:
 
 def _backend(train: TrainConfig) -> Iterator[Conflict]:
     parallel = train.parallel
-    if parallel.backend != "ddp":
-        return
-    if parallel.dp_shard > 1:
+    if parallel.backend == "ddp":
+        if parallel.dp_shard > 1:
+            yield Conflict(
+                ("parallel.dp_shard", "parallel.backend"),
+                f"expected dp_shard = 1 under backend ddp, which shards nothing, found {parallel.dp_shard}; "
+                "its replicas are dp_replicate",
+            )
+        if parallel.tp > 1:
+            yield _needs_one(
+                "tp", parallel.tp, "ddp", "fsdp2 with dp_replicate keeps whole replicas as ddp does"
+            )
+    if parallel.backend in ("fsdp1", "deepspeed") and parallel.tp > 1:
+        yield _needs_one("tp", parallel.tp, parallel.backend, "the trainer has tensor parallelism with fsdp2")
+    if parallel.backend == "fsdp1" and parallel.pp > 1:
+        yield _needs_one("pp", parallel.pp, "fsdp1", "pipelines go with fsdp2, ddp and deepspeed")
+    if parallel.backend == "deepspeed":
+        yield from _deepspeed(train)
+
+
+def _deepspeed(train: TrainConfig) -> Iterator[Conflict]:
+    parallel, deepspeed = train.parallel, train.deepspeed
+    stage, zero = deepspeed.zero_stage, f"deepspeed.zero_stage = {deepspeed.zero_stage}"
+    if stage == 0 and parallel.dp_shard > 1:
         yield Conflict(
-            ("parallel.dp_shard", "parallel.backend"),
-            f"expected dp_shard = 1 under backend ddp, which shards nothing, found {parallel.dp_shard}; "
+            ("parallel.dp_shard", "deepspeed.zero_stage"),
+            f"expected dp_shard = 1 under {zero}, which shards nothing, found {parallel.dp_shard}; "
             "its replicas are dp_replicate",
         )
-    if parallel.tp > 1:
+    if stage > 0 and parallel.dp_replicate > 1:
         yield Conflict(
-            ("parallel.tp", "parallel.backend"),
-            f"expected tp = 1 under backend ddp, found {parallel.tp}; "
-            "fsdp2 with dp_replicate keeps whole replicas as ddp does",
+            ("parallel.dp_replicate", "deepspeed.zero_stage"),
+            f"expected dp_replicate = 1 under {zero}, found {parallel.dp_replicate}; its ranks are dp_shard",
         )
+    if parallel.pp > 1 and not deepspeed.pipeline:
+        yield Conflict(
+            ("deepspeed.pipeline", "parallel.pp"),
+            f"expected pipeline = true under backend deepspeed with pp = {parallel.pp}, found false",
+        )
+    if deepspeed.pipeline and stage > 1:
+        yield Conflict(
+            ("deepspeed.zero_stage", "deepspeed.pipeline"),
+            f"expected zero_stage 0 or 1 in a pipeline, which DeepSpeed runs with no other, found {stage}",
+        )
+    if deepspeed.offload and stage == 0:
+        yield Conflict(
+            ("deepspeed.offload", "deepspeed.zero_stage"),
+            f"expected offload = false under {zero}, which leaves the optimizer to torch, found true",
+        )
+    for key in ("every", "resume_from"):
+        if (found := getattr(train.checkpoint, key)) is not None:
+            yield Conflict(
+                (f"checkpoint.{key}", "parallel.backend"),
+                f"expected {key} = null under backend deepspeed, whose checkpoints are of another kind, "
+                f"found {found}",
+            )
+    if train.dtype == "float64":
+        yield Conflict(
+            ("dtype", "parallel.backend"),
+            "expected float32 or bfloat16 under backend deepspeed, which reduces no other, found float64",
+        )
+
+
+def _needs_one(degree: str, found: int, backend: str, instead: str) -> Conflict:
+    return Conflict(
+        (f"parallel.{degree}", "parallel.backend"),
+        f"expected {degree} = 1 under backend {backend}, found {found}; {instead}",
+    )
 
 
 def _batch(train: TrainConfig) -> Iterator[Conflict]:

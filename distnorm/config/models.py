@@ -130,9 +130,15 @@ class OptimizerConfig(Section):
 class ParallelConfig(Section):
     """The topology; the four degrees multiply to the number of ranks, and any of them may be 1."""
 
-    backend: Literal["fsdp2", "ddp"] = Field("fsdp2", description="Who holds and reduces the gradients.")
-    dp_replicate: PositiveInt = Field(1, description="Replicas of the model: DDP's, or HSDP's under fsdp2.")
-    dp_shard: PositiveInt = Field(1, description="Ranks over which fsdp2 shards each replica; 1 under ddp.")
+    backend: Literal["fsdp2", "fsdp1", "ddp", "deepspeed"] = Field(
+        "fsdp2", description="Who holds and reduces the gradients."
+    )
+    dp_replicate: PositiveInt = Field(
+        1, description="Replicas of the model: DDP's, ZeRO stage 0's, or under fsdp2 and fsdp1 those of HSDP."
+    )
+    dp_shard: PositiveInt = Field(
+        1, description="Ranks over which fsdp2, fsdp1 or ZeRO shards each replica; 1 under ddp."
+    )
     tp: PositiveInt = Field(1, description="Ranks over which each layer is split (tensor parallelism).")
     pp: PositiveInt = Field(1, description="Stages into which the layers are cut (pipeline parallelism).")
     sequence_parallel: bool = Field(
@@ -141,6 +147,24 @@ class ParallelConfig(Section):
     microbatches: PositiveInt | None = Field(
         None,
         description="Micro-batches of a pipelined step, at least pp; null: 2 * pp. Ignored where pp is 1.",
+    )
+
+
+class DeepSpeedConfig(Section):
+    """What backend deepspeed needs beside the rest, from which its own JSON is made."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2, description="What ZeRO shards: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."
+    )
+    offload: bool = Field(
+        False, description="Whether the optimizer and its state are on the CPU; needs zero_stage 1, 2 or 3."
+    )
+    pipeline: bool = Field(
+        False,
+        description="Whether a PipelineEngine runs the parallel.pp stages; needs zero_stage 0 or 1.",
+    )
+    config: Location | None = Field(
+        None, description="A JSON file with more of DeepSpeed's keys; what is said here is an error there."
     )
 
 
@@ -171,6 +195,9 @@ class TrainConfig(Section):
         default_factory=OptimizerConfig, description="How weights are updated."
     )
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="How ranks share the work.")
+    deepspeed: DeepSpeedConfig = Field(
+        default_factory=DeepSpeedConfig, description="Backend deepspeed's own; ignored by the others."
+    )
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="What is saved.")
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -23,10 +23,13 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from distnorm import GradClipper, RunError
 from distnorm.trainer.engine import Engine
+from distnorm.trainer.model import TIED_NAMES
 from distnorm.trainer.rundir import CHECKPOINT_FILES, CHECKPOINTS_FOLDER
 
 _METADATA_FILE, _STATE_FILE = CHECKPOINT_FILES
@@ -94,12 +97,16 @@ def load_checkpoint(path: Path, engine: Engine, optimizer: Optimizer, clipper: G
     with _as_run_error(f"{what}: expected to read it, found"):
         tensors = _tensors(engine, optimizer)
         state_dict_loader.load(tensors, storage_reader=_Reader(path), planner=_TensorPlanner())
+        if _is_fsdp1(engine):
+            _put_back(tensors, engine, optimizer)
     world.together(what, lambda: clipper.load_state_dict(state["clipper"]))
     return int(state["step"])
 
 
 def _tensors(engine: Engine, optimizer: Optimizer) -> dict[str, Tensor]:
     """Parameters and the optimizer's state: tensors only, since torch unpickles anything else."""
+    if _is_fsdp1(engine):
+        return _fsdp1_tensors(engine, optimizer)
     tensors: dict[str, Tensor] = {}
     for name, parameter in engine.named_parameters().items():
         tensors[f"model.{name}"] = parameter.detach()
@@ -107,6 +114,43 @@ def _tensors(engine: Engine, optimizer: Optimizer) -> dict[str, Tensor]:
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{name}.{key}"] = value
     return tensors
+
+
+def _is_fsdp1(engine: Engine) -> bool:
+    return isinstance(engine.module, FullyShardedDataParallel)
+
+
+def _fsdp1_tensors(engine: Engine, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Copies of what FSDP1's flat parameters and their optimizer state hold, as DTensors by whole names."""
+    model, states = _fsdp1_state(engine, optimizer)
+    names = engine.named_parameters()  # a tied parameter has one of its names there
+    tensors = {f"model.{name}": model[name] for name in names}
+    for name in names:
+        for key, value in states["state"].get(name, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{name}.{key}"] = value
+    return tensors
+
+
+def _fsdp1_state(engine: Engine, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of FSDP1 as a whole
+        return get_state_dict(engine.module, optimizer)
+
+
+def _put_back(tensors: Mapping[str, Tensor], engine: Engine, optimizer: Optimizer) -> None:
+    """Write copies that `_fsdp1_tensors` gave, with their new values, to where they are from."""
+    model, states = _fsdp1_state(engine, optimizer)
+    for name in engine.named_parameters():
+        model[name] = tensors[f"model.{name}"]
+        for key in states["state"].get(name, {}):
+            states["state"][name][key] = tensors[f"optimizer.{name}.{key}"]
+    first, second = TIED_NAMES
+    if engine.config.train.model.tie_embeddings:
+        model[second] = model[first]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        set_state_dict(engine.module, optimizer, model_state_dict=model, optim_state_dict=states)
 
 
 def _model_facts(engine: Engine) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""One step's forward and backward on this rank, the same gradient whatever the topology."""
+"""One step's forward and backward on this rank, the same gradient whatever the topology of torch's."""
 
 from __future__ import annotations
 
@@ -7,45 +7,38 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from distnorm import Config
-from distnorm.trainer.data import Text
-from distnorm.trainer.model import TIED_NAMES, VOCABULARY, Transformer, build_model, mean_loss
-from distnorm.trainer.topology import make_topology, parallelize
-from distnorm.trainer.world import World
+from distnorm.trainer.job import Job
+from distnorm.trainer.model import TIED_NAMES, VOCABULARY, Transformer, mean_loss
+from distnorm.trainer.topology import FSDP1_PREFIX, parallelize
 
 
 class Engine:
-    """The model on its topology.
+    """The model on torch's own parallelisms. Every rank makes one, in the same call. Collective.
 
     Args:
-        config: a validated config.
-        world: this process; every rank of it makes an engine, in the same call. Collective.
-        text: where batches come from.
+        job: what is trained.
+        model: the whole model, the same on every rank; what other ranks hold is taken out of it.
 
     Attributes:
-        module: what this rank calls: its stage of the model, wrapped by DDP under that backend.
-        parameter_count: number of elements of the whole model.
+        module: what this rank calls: its stage of the model, wrapped by DDP or FSDP1 under those backends.
         tied: the names on different stages that are one parameter, as `GradClipper` takes them.
     """
 
-    def __init__(self, config: Config, world: World, text: Text) -> None:
-        self.config = config
-        self.world = world
-        self.text = text
-        self.topology = make_topology(config, world)
-        model = build_model(config)
-        self.parameter_count = sum(p.numel() for p in model.parameters())
+    def __init__(self, job: Job, model: Transformer) -> None:
+        self.job, self.config, self.world, self.topology = job, job.config, job.world, job.topology
+        train = self.config.train
         if self.pipelined:
             model.keep_stage(self.topology.index("pp"), self.topology.degree("pp"))
-        model.to(device=world.device, dtype=getattr(torch, config.train.dtype))
+        model.to(device=self.world.device, dtype=getattr(torch, train.dtype))
         self.module: nn.Module = parallelize(model, self.topology)
         self._schedule = self._make_schedule() if self.pipelined else None
         # In one process a tied embedding is one parameter with one name; between stages it is two.
-        self.tied = (TIED_NAMES,) if self.pipelined and config.train.model.tie_embeddings else ()
+        self.tied = (TIED_NAMES,) if self.pipelined and train.model.tie_embeddings else ()
         self._ends = self.topology.end_stages_group() if self.tied else None
 
     @property
@@ -54,15 +47,17 @@ class Engine:
 
     @property
     def stage(self) -> Transformer:
-        """This rank's part of the model, without DDP's wrapper."""
-        module = self.module.module if isinstance(self.module, DistributedDataParallel) else self.module
+        """This rank's part of the model, without its wrapper."""
+        wrappers = (DistributedDataParallel, FullyShardedDataParallel)
+        module = self.module.module if isinstance(self.module, wrappers) else self.module
         assert isinstance(module, Transformer)
         return module
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters by their names in the whole model, a tied one by its first name."""
         canonical = {name: names[0] for names in self.tied for name in names}
-        return {canonical.get(name, name): p for name, p in self.stage.named_parameters()}
+        named = ((name.replace(FSDP1_PREFIX, ""), p) for name, p in self.stage.named_parameters())
+        return {canonical.get(name, name): p for name, p in named}
 
     def backward(self, step: int) -> Tensor:
         """Compute the gradient of the loss over step `step`'s global batch. Collective.
@@ -70,9 +65,7 @@ class Engine:
         Returns:
             This rank's share of that loss, 0-d fp64: summed over all ranks it is the mean over all tokens.
         """
-        slices = self.topology.data_degree
-        inputs, targets = self.text.batch(step, self.topology.data_index, slices)
-        inputs, targets = inputs.to(self.world.device), targets.to(self.world.device)
+        inputs, targets = self.job.batch(step)
         if self._schedule is not None:
             losses = self._run_schedule(self._schedule, inputs, targets)
         else:
@@ -85,7 +78,9 @@ class Engine:
             dist.all_reduce(_local_gradient(parameters[TIED_NAMES[0]]), group=self._ends)
         share = torch.zeros((), dtype=torch.float64, device=self.world.device)
         if losses and self.topology.index("tp") == 0:  # tensor parallel ranks all hold this loss
-            share += torch.stack([loss.detach().double() for loss in losses]).mean() / slices
+            share += (
+                torch.stack([loss.detach().double() for loss in losses]).mean() / self.topology.data_degree
+            )
         return share
 
     def _run_schedule(self, schedule: Schedule1F1B, inputs: Tensor, targets: Tensor) -> list[Tensor]:

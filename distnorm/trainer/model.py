@@ -163,6 +163,12 @@ def build_model(config: Config) -> Transformer:
     return model
 
 
+def parameter_count(config: Config) -> int:
+    """Number of elements of the whole model."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Transformer(config).parameters())
+
+
 def _initial_std(name: str, layers: int) -> float:
     if name in TIED_NAMES:
         return _EMBEDDING_STD

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.optim import Optimizer
 
-from distnorm import ClipResult, Config, GradClipper, RunError
-from distnorm.trainer.checkpoint import load_checkpoint, save_checkpoint
-from distnorm.trainer.data import Text
-from distnorm.trainer.engine import Engine
+from distnorm import Config
 from distnorm.trainer.interrupt import Interrupt
+from distnorm.trainer.job import Job, Trainer, make_job
 from distnorm.trainer.metrics import METRICS_FILE, MetricsWriter, Row
-from distnorm.trainer.optimizer import make_optimizer
+from distnorm.trainer.model import build_model, parameter_count
 from distnorm.trainer.rundir import find_start, write_config
+from distnorm.trainer.torch_trainer import TorchTrainer
 from distnorm.trainer.world import World, open_world
 
 INTERRUPTED = 130
@@ -37,63 +34,32 @@ def main(config: Config) -> int:
     with open_world(config) as world:
         start = find_start(config, world)
         trainer = build(config, world)
-        done = 0
-        if start.checkpoint is not None:
-            done = load_checkpoint(start.checkpoint, trainer.engine, trainer.optimizer, trainer.clipper)
+        done = trainer.load(start.checkpoint) if start.checkpoint is not None else 0
         code = _train(trainer, done)
         if code == 0:
             _say(world, str(Path(config.train.output_dir, METRICS_FILE)))
         return code
 
 
-@dataclass(frozen=True, slots=True)
-class Trainer:
-    """What one step needs."""
-
-    engine: Engine
-    optimizer: Optimizer
-    clipper: GradClipper
-
-    def compute_gradient(self, step: int) -> torch.Tensor:
-        """Fill the gradients of step `step`, unclipped. Collective.
-
-        Returns:
-            This rank's share of the loss, as `Engine.backward` says.
-        """
-        self.optimizer.zero_grad()
-        return self.engine.backward(step)
-
-    def update(self) -> ClipResult:
-        """Clip the gradients and apply them. Collective."""
-        result = self.clipper.clip()
-        if self.engine.config.clip.nonfinite != "skip" or bool(result.is_finite):
-            self.optimizer.step()
-        return result
-
-
 def build(config: Config, world: World) -> Trainer:
-    """Make the model, optimizer and clipper on their topology. Collective.
+    """Make the model on its topology, its optimizer and what clips. Collective.
 
     Raises:
-        RunError: the text can't be read, or ranks read different texts.
+        RunError: the text can't be read, ranks read different texts, or DeepSpeed can't do it.
     """
-    text = world.together("train.data.path", lambda: Text(config))
-    digests = world.gather(text.digest)
-    if len(set(digests)) > 1:
-        rank = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
-        raise RunError(
-            f"train.data.path: expected the same text on every rank, found another on rank {rank} than on "
-            "rank 0; give all of them the same files"
-        )
-    engine = Engine(config, world, text)
-    optimizer = make_optimizer(engine.named_parameters().values(), config)
-    return Trainer(engine, optimizer, GradClipper([engine.module], config, tied=engine.tied))
+    job = make_job(config, world)
+    model = build_model(config)
+    if config.train.parallel.backend == "deepspeed":
+        from distnorm.trainer.deepspeed_trainer import DeepSpeedTrainer
+
+        return DeepSpeedTrainer(job, model)
+    return TorchTrainer(job, model)
 
 
 def _train(trainer: Trainer, done: int) -> int:
-    config, world = trainer.engine.config, trainer.engine.world
+    config, world = trainer.job.config, trainer.job.world
     steps, every = config.train.steps, config.train.checkpoint.every
-    _say(world, _headline(trainer.engine, done))
+    _say(world, _headline(trainer.job, done))
     opened = world.together("train.output_dir", lambda: _open_run(config, world, done))
     with opened as metrics, Interrupt() as interrupt:
         for step in range(done + 1, steps + 1):
@@ -102,7 +68,7 @@ def _train(trainer: Trainer, done: int) -> int:
                 metrics.write(row)
             _say(world, _progress(row, steps))
             if every is not None and step % every == 0:
-                save_checkpoint(trainer.engine, trainer.optimizer, trainer.clipper, step)
+                trainer.save(step)
             if stop and step < steps:
                 _say(world, f"stopped by a signal after step {step} of {steps}")
                 return INTERRUPTED
@@ -119,17 +85,16 @@ def _open_run(config: Config, world: World, done: int) -> AbstractContextManager
 
 def _one_step(trainer: Trainer, step: int, interrupt: Interrupt) -> tuple[Row, bool]:
     """Make a step on all ranks; the metrics row, and whether any rank was told to stop."""
-    engine = trainer.engine
+    job = trainer.job
     began = time.perf_counter()
-    share = trainer.compute_gradient(step)
-    result = trainer.update()
+    share, result = trainer.step(step)
     totals = torch.stack([share, share.new_tensor(float(interrupt.requested))])
     if dist.is_initialized():
         dist.all_reduce(totals)
     loss, stops = totals.tolist()
     facts = result.to_dict()
-    engine.world.synchronize()
-    train = engine.config.train
+    job.world.synchronize()
+    train = job.config.train
     row = {
         "step": step,
         "loss": loss,
@@ -144,15 +109,18 @@ def _one_step(trainer: Trainer, step: int, interrupt: Interrupt) -> tuple[Row, b
     return row, stops > 0
 
 
-def _headline(engine: Engine, done: int) -> str:
-    train, world = engine.config.train, engine.world
-    axes = [(axis, engine.topology.degree(axis)) for axis in ("pp", "dp_replicate", "dp_shard", "tp")]
+def _headline(job: Job, done: int) -> str:
+    train, world = job.config.train, job.world
+    axes = [(axis, job.topology.degree(axis)) for axis in ("pp", "dp_replicate", "dp_shard", "tp")]
     layout = " x ".join(f"{axis} {degree}" for axis, degree in axes if degree > 1) or "single process"
+    backend: str = train.parallel.backend
+    if backend == "deepspeed":
+        backend += f" ZeRO {train.deepspeed.zero_stage}"
     resumed = f", going on after step {done}" if done else ""
     ranks = f"{world.size} rank{'s' if world.size > 1 else ''} on {world.device.type}"
     return (
-        f"{ranks}: {train.parallel.backend}, {layout}; {engine.parameter_count:,} parameters, {train.dtype}; "
-        f"text: {engine.text.source}{resumed}"
+        f"{ranks}: {backend}, {layout}; {parameter_count(job.config):,} parameters, {train.dtype}; "
+        f"text: {job.text.source}{resumed}"
     )
 
 

@@ -1,13 +1,15 @@
-"""How the model is cut over the ranks: mesh, tensor and sequence parallel, FSDP2, HSDP and DDP."""
+"""How the model is cut over the ranks: mesh, tensor and sequence parallel, FSDP2, FSDP1, HSDP and DDP."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -19,12 +21,15 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from distnorm import Config, ConfigError
-from distnorm.trainer.model import Transformer
+from distnorm import Config
+from distnorm.trainer.model import Block, Transformer
 from distnorm.trainer.world import World
 
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 """The mesh's axes, outermost first: tensor parallel ranks are neighbours."""
+
+FSDP1_PREFIX = "_fsdp_wrapped_module."
+"""What FSDP1 puts into the names of parameters, once for each of its wrappers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +78,8 @@ class Topology:
 
 
 def make_topology(config: Config, world: World) -> Topology:
-    """Lay the mesh over the ranks. Collective.
-
-    Raises:
-        ConfigError: the combination isn't supported.
-    """
+    """Lay the mesh over the ranks. Collective."""
     parallel = config.train.parallel
-    if parallel.backend == "ddp" and parallel.tp > 1:
-        # DDP's buckets hold plain tensors: it would have to take the DTensors apart, and with them every
-        # rank's knowledge of which piece it holds.
-        raise ConfigError(
-            f"train.parallel: expected backend fsdp2 with tp > 1, found backend ddp with tp {parallel.tp}; "
-            "fsdp2 with dp_replicate keeps whole replicas as ddp does"
-        )
     if not dist.is_initialized():
         return Topology(config, None)
     mesh = init_device_mesh(
@@ -98,15 +92,18 @@ def parallelize(model: Transformer, topology: Topology) -> nn.Module:
     """Apply tensor parallel and then data parallel to this rank's stage. Collective.
 
     Returns:
-        The module to call: the model itself, or DDP's wrapper of it.
+        The module to call: the model itself, or DDP's or FSDP1's wrapper of it.
     """
     if topology.degree("tp") > 1:
         _apply_tensor_parallel(model, topology)
     if topology.data_degree == 1:
         return model
-    if topology.config.train.parallel.backend == "ddp":
+    backend = topology.config.train.parallel.backend
+    if backend == "ddp":
         group = topology.axis("dp_replicate").get_group()
         return DistributedDataParallel(model, process_group=group)
+    if backend == "fsdp1":
+        return _apply_fsdp1(model, topology)
     _apply_fsdp2(model, topology)
     return model
 
@@ -119,6 +116,25 @@ def _apply_fsdp2(model: Transformer, topology: Topology) -> None:
     for block in model.blocks.values():
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
+
+def _apply_fsdp1(model: Transformer, topology: Topology) -> nn.Module:
+    if topology.degree("dp_shard") == 1:
+        strategy, mesh = ShardingStrategy.NO_SHARD, topology.axis("dp_replicate")
+    elif topology.degree("dp_replicate") == 1:
+        strategy, mesh = ShardingStrategy.FULL_SHARD, topology.axis("dp_shard")
+    else:
+        strategy, mesh = ShardingStrategy.HYBRID_SHARD, topology.axis("dp_replicate", "dp_shard")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of FSDP1 as a whole, which the config asks for
+        return FullyShardedDataParallel(
+            model,
+            sharding_strategy=strategy,
+            device_mesh=mesh,
+            auto_wrap_policy=ModuleWrapPolicy({Block}),
+            use_orig_params=True,
+            device_id=next(model.parameters()).device,
+        )
 
 
 def _apply_tensor_parallel(model: Transformer, topology: Topology) -> None:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from distnorm import Config, verify
+import math
+
+import torch
+
+from distnorm import Config, load_config, verify
+from distnorm.trainer.model import build_model, mean_loss, parameter_count
 from distnorm.trainer.run import build
+from distnorm.trainer.torch_trainer import TorchTrainer
 from distnorm.trainer.world import open_world
 
 _WARM_UP_STEPS = 2
+_STEPS = 3
+# Of a norm computed in the dtype throughout; fp64 is what decides it.
+_TOLERANCES = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 2e-2}
 
 
 def main(config: Config) -> int:
-    """Train a few steps on the config's topology and verify the next gradient; every rank calls it.
+    """Train a few steps on the config's topology and verify the gradient; every rank calls it.
 
+    Where the gradient can be read between backward and step it is verified as `distnorm.verify` does, after
+    two steps of training. FSDP1 and DeepSpeed hold it in buffers of their own: there the norms of three
+    steps, whose learning rate is 0, are compared with those of one process that has the whole model in fp64.
     Nothing is written: `train.output_dir` and checkpoints are left alone.
 
     Returns:
@@ -20,13 +32,51 @@ def main(config: Config) -> int:
     Raises:
         DistnormError: on every rank: the topology can't be built.
     """
+    if config.train.parallel.backend in ("fsdp1", "deepspeed"):
+        return _against_the_whole_model(config)
     with open_world(config) as world:
         trainer = build(config, world)
+        assert isinstance(trainer, TorchTrainer)
         for step in range(1, _WARM_UP_STEPS + 1):
-            trainer.compute_gradient(step)
-            trainer.update()
+            trainer.step(step)
         trainer.compute_gradient(_WARM_UP_STEPS + 1)
         report = verify([trainer.engine.module], config, tied=trainer.engine.tied)
         if world.rank == 0:
             print(report, flush=True)
         return 0 if report.ok else 1
+
+
+def _against_the_whole_model(config: Config) -> int:
+    values = config.model_dump()
+    values["train"]["optimizer"] |= {"lr": 0.0, "weight_decay": 0.0}
+    tolerance, order = _TOLERANCES[config.train.dtype], config.norm.type
+    with open_world(config) as world:
+        trainer = build(load_config(values), world)
+        checks = []
+        for step in range(1, _STEPS + 1):
+            _, result = trainer.step(step)
+            found, expected = float(result.total_norm), _whole_norm(trainer.job.text.batch(step), config)
+            checks.append(
+                (math.isclose(found, expected, rel_tol=tolerance), f"step {step}  {found!r} for {expected!r}")
+            )
+            checks.append((len(set(world.gather(found))) == 1, f"step {step}  the same bits on every rank"))
+        verdicts = [ok for ok, _ in checks]
+        if world.rank == 0:
+            verdict = (
+                "verified" if all(verdicts) else f"{verdicts.count(False)} of {len(checks)} checks FAILED"
+            )
+            print(
+                f"gradient norm {verdict} on {world.size} rank{'s' if world.size > 1 else ''} "
+                f"(p = {order:g}, {parameter_count(config):,} elements, within {tolerance:g})"
+            )
+            for ok, text in checks:
+                print(f"  {'ok  ' if ok else 'FAIL'}  {text}", flush=True)
+        return 0 if all(all(theirs) for theirs in world.gather(verdicts)) else 1
+
+
+def _whole_norm(batch: tuple[torch.Tensor, torch.Tensor], config: Config) -> float:
+    """The norm of the gradient at the initial weights, by one process in fp64."""
+    model = build_model(config).to(getattr(torch, config.train.dtype)).double()
+    mean_loss(model(batch[0]), batch[1]).backward()  # type: ignore[no-untyped-call]
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return float(torch.linalg.vector_norm(gradient, config.norm.type))

@@ -47,6 +47,51 @@ from tests.config.files import Place, load, only, places, problems
             "fsdp2 with dp_replicate keeps whole replicas as ddp does",
         ),
         (
+            "parallel: {backend: fsdp1, pp: 2}",
+            (1, 40, "parallel.pp"),
+            "expected pp = 1 under backend fsdp1, found 2; pipelines go with fsdp2, ddp and deepspeed",
+        ),
+        (
+            "parallel: {backend: deepspeed, tp: 2}",
+            (1, 44, "parallel.tp"),
+            "expected tp = 1 under backend deepspeed, found 2; the trainer has tensor parallelism with fsdp2",
+        ),
+        (
+            "deepspeed: {zero_stage: 0}, parallel: {backend: deepspeed, dp_shard: 2}",
+            (1, 78, "parallel.dp_shard"),
+            "expected dp_shard = 1 under deepspeed.zero_stage = 0, which shards nothing, found 2",
+        ),
+        (
+            "parallel: {backend: deepspeed, dp_replicate: 2}",
+            (1, 54, "parallel.dp_replicate"),
+            "expected dp_replicate = 1 under deepspeed.zero_stage = 2, found 2; its ranks are dp_shard",
+        ),
+        (
+            "deepspeed: {zero_stage: 1}, parallel: {backend: deepspeed, pp: 2}",
+            (1, 72, "parallel.pp"),
+            "expected pipeline = true under backend deepspeed with pp = 2, found false",
+        ),
+        (
+            "parallel: {backend: deepspeed}, deepspeed: {pipeline: true}",
+            (1, 63, "deepspeed.pipeline"),
+            "expected zero_stage 0 or 1 in a pipeline, which DeepSpeed runs with no other, found 2",
+        ),
+        (
+            "parallel: {backend: deepspeed}, deepspeed: {zero_stage: 0, offload: true}",
+            (1, 77, "deepspeed.offload"),
+            "expected offload = false under deepspeed.zero_stage = 0, which leaves the optimizer to torch",
+        ),
+        (
+            "parallel: {backend: deepspeed}, checkpoint: {every: 2}",
+            (1, 61, "checkpoint.every"),
+            "expected every = null under backend deepspeed, whose checkpoints are of another kind, found 2",
+        ),
+        (
+            "parallel: {backend: deepspeed}, dtype: float64",
+            (1, 48, "dtype"),
+            "expected float32 or bfloat16 under backend deepspeed, which reduces no other, found float64",
+        ),
+        (
             "parallel: {dp_replicate: 3}",
             (1, 34, "parallel.dp_replicate"),
             "data.batch_size to be a multiple of 3 (dp_replicate 3), found 16",

@@ -35,6 +35,7 @@ def test_defaults_are_the_documented_ones() -> None:
             "sequence_parallel": False,
             "microbatches": None,
         },
+        "deepspeed": {"zero_stage": 2, "offload": False, "pipeline": False, "config": None},
         "checkpoint": {"every": None, "resume_from": None},
     }
 

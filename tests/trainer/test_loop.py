@@ -20,6 +20,7 @@ from distnorm import Config, NonFiniteGradientError
 from distnorm.trainer.data import Text
 from distnorm.trainer.metrics import MetricsWriter
 from distnorm.trainer.run import build
+from distnorm.trainer.torch_trainer import TorchTrainer
 from distnorm.trainer.world import open_world
 
 from .tiny import rows, shipped, train
@@ -68,6 +69,7 @@ def test_skip_leaves_the_weights(policy: str, moves: bool, tmp_path: Path) -> No
     config = shipped("single", tmp_path, f"clip.nonfinite={policy}")
     with open_world(config) as world:
         trainer = build(config, world)
+        assert isinstance(trainer, TorchTrainer)
         trainer.compute_gradient(1)
         parameters = trainer.engine.named_parameters()
         before = {name: parameter.detach().clone() for name, parameter in parameters.items()}

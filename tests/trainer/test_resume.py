@@ -39,7 +39,7 @@ def test_resumed_run_has_the_bits_of_an_uninterrupted_one(four_steps: list[Any],
     assert trace(tmp_path) == four_steps
 
 
-@pytest.mark.parametrize("name", ["ddp4", "fsdp2_tp2", "pp2_tp2_sp"])
+@pytest.mark.parametrize("name", ["ddp4", "fsdp2_tp2", "pp2_tp2_sp", "fsdp1_hybrid2x2"])
 def test_resumed_run_equals_an_uninterrupted_one(
     name: str, ranks: Callable[..., list[Any]], four_steps: list[Any], tmp_path: Path
 ) -> None:
@@ -57,6 +57,8 @@ def test_resumed_run_equals_an_uninterrupted_one(
         ("single", "fsdp2_tp2_sp"),
         ("ddp4", "tp2"),
         ("hsdp2x2", "pp2_fsdp2"),
+        ("fsdp1_4", "fsdp2_tp2"),
+        ("pp2_tied", "fsdp1_hybrid2x2"),
     ],
 )
 def test_another_topology_goes_on(
