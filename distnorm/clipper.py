@@ -21,7 +21,7 @@ from distnorm.measurement import Measured, Meter
 from distnorm.norms import norm
 from distnorm.policies import Decision
 from distnorm.shards import GradShard, of_grad
-from distnorm.sources import Target, Tied, checked_tied, named_tensors, read_once, shards_of, stage_of
+from distnorm.sources import Inventory, Target, Tied, checked_tied, read_once, shards_of, stage_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,6 @@ class GradClipper:
             "tied": self._tied,
         }
         self._meter = Meter(ranks, order, terms, self._tied, raises=self.config.clip.nonfinite == "raise")
-        self._named: list[tuple[str, Tensor]] = []
         self._shards = self._meter.prepare(self._read_target)
 
     def clip(self) -> ClipResult:
@@ -169,23 +168,21 @@ class GradClipper:
         self._steps = steps
 
     def _read_target(self) -> tuple[list[GradShard], list[str]]:
-        self._named = named_tensors(self._target)
-        shards = shards_of(self._named, of_grad, target=self._target, stage=self._stage, tied=self._tied)
-        return shards, [name for name, _ in self._named]
+        self._inventory = Inventory(self._target)
+        named = self._inventory.named
+        shards = shards_of(named, of_grad, target=self._target, stage=self._stage, tied=self._tied)
+        return shards, [name for name, _ in named]
 
     def _measure(self, *, store: bool) -> Measured:
-        held, now = (
-            [id(tensor) for _, tensor in named] for named in (self._named, named_tensors(self._target))
-        )
-        if held != now or not self._meter.has_plan:
+        if not self._meter.has_plan or not self._inventory.is_current:
             self._shards = self._meter.prepare_anew(self._read_target)
-        return self._meter.measure(self._shards, store=store)
+        return self._meter.measure(self._inventory.holders, lambda: self._shards, store=store)
 
 
 def apply(decision: Decision, measured: Measured) -> None:
     """Scale the local gradients in place, without a host read."""
     if decision.may_clip:
-        kernels.scale_(measured.gradients, decision.coef)
+        kernels.scale_(measured.gradients, decision.coef, measured.spans)
     if decision.zero:
         kernels.zero_unless_(measured.gradients, measured.total_norm.isfinite())
 

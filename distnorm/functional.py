@@ -169,11 +169,15 @@ def _measure(
         _meters[key] = meter, [weakref.ref(tensor) for _, tensor in named] if take is of_grad else []
         if len(_meters) > _MOST_METERS:
             _meters.popitem(last=False)
-    try:
-        shards = shards or read()[0]
-    except DistnormError as error:
-        Meter(ranks, order, terms, tied, raises).withdraw(error)
-    return meter.measure(shards, store=take is of_grad, terms={"max_norm": threshold})
+
+    def describe() -> list[GradShard]:
+        try:
+            return shards or read()[0]
+        except DistnormError as error:
+            Meter(ranks, order, terms, tied, raises).withdraw(error)
+
+    holders = [tensor for _, tensor in named]
+    return meter.measure(holders, describe, store=take is of_grad, terms={"max_norm": threshold})
 
 
 def _signature(

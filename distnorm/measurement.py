@@ -18,7 +18,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from distnorm import diagnosis
+from distnorm import diagnosis, kernels
 from distnorm.ballot import LANES, Ballot, Count, Stage, presence_weights
 from distnorm.collectives import Ranks
 from distnorm.diagnosis import SET
@@ -37,6 +37,7 @@ from distnorm.plan import (
 from distnorm.readings import Reading, completed, read_gradients
 from distnorm.shards import GradShard
 from distnorm.sources import Tied
+from distnorm.steady import Steady
 
 Reader = Callable[[], tuple[list[GradShard], list[str]]]
 """Gives this rank's shards and the names that its tensors were given under."""
@@ -53,10 +54,12 @@ class Measured:
         total_norm: 0-d fp64, the same bits on every rank; NaN if a gradient is NaN, or if the ranks did
             not measure the same thing.
         gradients: this rank's local gradients, after partial ones were reduced.
+        spans: where they lie, if that is known.
     """
 
     total_norm: Tensor
     gradients: list[Tensor]
+    spans: kernels.Spans | None = None
 
 
 @dataclass(slots=True)
@@ -79,6 +82,8 @@ class Meter:
     _plan: Plan | None = None
     _batches: tuple[Batch, ...] | None = None
     _weights: Mapping[int, int] = field(default_factory=dict)
+    _steady: Steady | None = None  # of the shards that were measured last
+    _presence: int = 0
 
     @property
     def has_plan(self) -> bool:
@@ -91,7 +96,7 @@ class Meter:
         Raises:
             DistnormError: what `read` raised on any rank, or what `make_plan` found; on every rank.
         """
-        self._plan = None
+        self._plan = self._steady = None
         shards: list[GradShard] = []
         names: list[str] = []
         error: DistnormError | None = None
@@ -148,12 +153,18 @@ class Meter:
         return Measured(total_norm, [])
 
     def measure(
-        self, shards: Sequence[GradShard], *, store: bool = False, terms: Mapping[str, object] = NO_TERMS
+        self,
+        holders: Sequence[Tensor],
+        describe: Callable[[], Sequence[GradShard]],
+        *,
+        store: bool = False,
+        terms: Mapping[str, object] = NO_TERMS,
     ) -> Measured:
         """Measure this step's gradients. Collective: every rank must call it.
 
         Args:
-            shards: those of the plan, in its order.
+            holders: those of the plan's shards, in its order.
+            describe: gives the shards, where the holders alone don't do.
             store: whether reduced partial gradients are put back where the partial ones were.
             terms: what else all ranks must have alike in this call, such as its threshold.
 
@@ -161,26 +172,45 @@ class Meter:
             DistnormError: on the rank that has a gradient which can't be measured; on all with `raises`.
         """
         assert self._plan is not None
+        here = {**terms, "plan": self._plan.ident, "raises": self.raises}
+        batch = self._steady.read(holders) if self._steady is not None else None
+        if batch is None:
+            return self._measure_with_care(describe(), store, here)
+        ballot = self._ballot(self._presence, here)
+        vector = self._vote(self.norm.statistic_of_spans(batch.counted), ballot)
+        total_norm = self._finalise(vector, ballot)
+        if self.raises and not math.isfinite(total_norm):
+            shards = describe()
+            gradients, problems = completed(shards, read_gradients(shards)[0], store=False)
+            self._raise_if_wrong(total_norm, vector, here, shards, gradients, problems)
+        return Measured(total_norm, batch.gradients, batch.spans)
+
+    def _measure_with_care(
+        self, shards: Sequence[GradShard], store: bool, here: Mapping[str, object]
+    ) -> Measured:
+        assert self._plan is not None
         readings, problems = read_gradients(shards)
         if self._batches is None:
             self._poll("agree", {})
             self._agree(shards, readings, problems)
+        steady = None
+        if not self._batches and not problems and self.norm.kernel is not None:
+            steady = Steady.of(shards, self._plan.shares, readings)
         for batch in self._batches or ():
             batch.reduce(shards, readings, store=store)
         gradients, late = completed(shards, readings, store=store)
         problems += late
-        here = {**terms, "plan": self._plan.ident, "raises": self.raises}
-        ballot = Ballot(
-            "measure",
-            self.raises,
-            refused=bool(problems),
-            presence=sum(weight for i, weight in self._weights.items() if gradients[i] is not None),
-            terms=stable_hash(repr(here)) & 0xFFFF,
-        )
+        presence = sum(weight for i, weight in self._weights.items() if gradients[i] is not None)
+        self._steady, self._presence = steady, presence
+        ballot = self._ballot(presence, here, refused=bool(problems))
         vector = self._vote(self._statistic(gradients), ballot)
         total_norm = self._finalise(vector, ballot)
         self._raise_if_wrong(total_norm, vector, here, shards, gradients, problems)
         return Measured(total_norm, [gradient for gradient in gradients if gradient is not None])
+
+    def _ballot(self, presence: int, here: Mapping[str, object], *, refused: bool = False) -> Ballot:
+        terms = stable_hash(repr(here)) & 0xFFFF
+        return Ballot("measure", self.raises, refused=refused, presence=presence, terms=terms)
 
     def _agree(
         self,

@@ -70,6 +70,11 @@ class Norm(ABC):
         statistics += [self.of_block(block) for block in kernels.blocks(tensors)]
         return self.reduce(torch.stack(statistics)) if statistics else self.zeros(device)
 
+    def statistic_of_spans(self, spans: kernels.Spans) -> Tensor:
+        """The statistic, [width] fp64, of the CPU's memory; only where there is a `kernel`."""
+        assert self.kernel is not None
+        return kernels.measure_spans(spans, self.kernel)
+
     def zeros(self, device: torch.device) -> Tensor:
         """The statistic of nothing."""
         return torch.zeros(self.width, dtype=torch.float64, device=device)

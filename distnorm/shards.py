@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,21 @@ class PartialGrad:
 
 
 @dataclass(frozen=True, slots=True)
+class Route:
+    """How the gradients of all shards of a class are read without care, once they were read with care.
+
+    Args:
+        layout_of: from a gradient to what is equal as long as its layout is.
+        local_of: from a gradient to its local tensor; `None` where it is that itself.
+        tells_all: whether the layout tells the local tensor's shape, strides, dtype and device.
+    """
+
+    layout_of: Callable[[Tensor], object]
+    local_of: Callable[[Tensor], Tensor] | None = None
+    tells_all: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class GradShard(ABC):
     """The piece of one parameter's gradient that this rank holds.
 
@@ -49,7 +65,12 @@ class GradShard(ABC):
         piece: which piece of the parameter this is, an extent for each dim of the global shape.
         shape: shape of the local piece.
         global_shape: shape of the whole parameter.
+
+    Attributes:
+        route: the class's; `None` where every gradient is read with care in every step.
     """
+
+    route: ClassVar[Route | None] = None
 
     name: str
     holder: Tensor

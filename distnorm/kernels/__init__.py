@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
-from distnorm.kernels.dispatch import measure, scale_
+from distnorm.kernels.dispatch import measure, measure_spans, scale_
 from distnorm.kernels.eager import blocks, checksum, zero_unless_
-from distnorm.kernels.native import Kernel
+from distnorm.kernels.native import Kernel, Spans, SpanTable, addresses_of, fits
 
-__all__ = ["Kernel", "blocks", "checksum", "measure", "scale_", "zero_unless_"]
+__all__ = [
+    "Kernel",
+    "SpanTable",
+    "Spans",
+    "addresses_of",
+    "blocks",
+    "checksum",
+    "fits",
+    "measure",
+    "measure_spans",
+    "scale_",
+    "zero_unless_",
+]

@@ -10,6 +10,11 @@ from torch import Tensor
 from distnorm.kernels import eager, native
 
 
+def measure_spans(spans: native.Spans, kernel: native.Kernel) -> Tensor:
+    """The statistic of spans: [1] fp64 on the CPU."""
+    return torch.tensor([native.statistic(spans, kernel)], dtype=torch.float64)
+
+
 def measure(tensors: Sequence[Tensor], kernel: native.Kernel) -> tuple[list[Tensor], Sequence[Tensor]]:
     """Measure what compiled code can.
 
@@ -19,24 +24,28 @@ def measure(tensors: Sequence[Tensor], kernel: native.Kernel) -> tuple[list[Tens
     fitting, rest = _split(tensors)
     if not fitting:
         return [], rest
-    found = native.statistic(native.Spans.of(fitting), kernel)
-    return [torch.tensor([found], dtype=torch.float64)], rest
+    return [measure_spans(native.Spans.of(fitting), kernel)], rest
 
 
-def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
+def scale_(tensors: Sequence[Tensor], coef: Tensor, spans: native.Spans | None = None) -> None:
     """Multiply every tensor in place by a 0-d coefficient that stays on its device.
 
     The roundings are those of `distnorm.kernels.eager.scale_`, bit for bit. A coefficient of 1 that is in
     the host's memory costs no pass.
+
+    Args:
+        tensors: what is scaled.
+        coef: 0-d.
+        spans: where all of the tensors lie, if that is known.
     """
     if coef.device.type == "cpu":  # there is no device to wait for
         factor = float(coef.numpy())
         if factor == 1:
             return
-        fitting, tensors = _split(tensors)
+        fitting, tensors = _split(tensors) if spans is None else (tensors, [])
         if fitting:
             torch.autograd.graph.increment_version(fitting)
-            native.scale_(native.Spans.of(fitting), factor)
+            native.scale_(spans or native.Spans.of(fitting), factor)
     eager.scale_(tensors, coef)
 
 

@@ -42,6 +42,9 @@ class Kernel(IntEnum):
 _SCALE = 3  # in place of a Kernel
 # In the order of native.c's codes.
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_SIZES = np.array([dtype.itemsize for dtype in _DTYPES], dtype=np.int64)
+
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,20 +102,53 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Spans:
-    """Where tensors lie in memory, ready for any number of calls.
+class SpanTable:
+    """What tensors have in common from step to step, but for where they are.
 
-    It keeps no tensor alive: use it while the tensors are there, and after a change only if it `holds` them.
+    Args:
+        offsets: [tensors] of the part of each tensor that is meant, in bytes from its first element.
+        numels, codes: [tensors] number of elements of that part, and dtype.
+    """
+
+    offsets: Ints
+    numels: Ints
+    codes: npt.NDArray[np.int32]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> SpanTable:
+        """Whole tensors, each of which `fits`."""
+        compiled = library()
+        assert compiled is not None
+        numels = np.array(list(map(Tensor.numel, tensors)), dtype=np.int64)
+        codes = np.array([compiled.code[tensor.dtype] for tensor in tensors], dtype=np.int32)
+        return cls(np.zeros_like(numels), numels, codes)
+
+    def part(self, starts: Ints, numels: Ints) -> SpanTable:
+        """Of each tensor `numels` elements from `starts` on."""
+        return SpanTable(self.offsets + starts * _SIZES[self.codes], numels, self.codes)
+
+    def at(self, addresses: Ints) -> Spans:
+        """The spans of tensors whose first elements are at these addresses."""
+        held = self.numels > 0
+        starts, numels, codes = (addresses + self.offsets)[held], self.numels[held], self.codes[held]
+        apart = (starts[1:] != _ends(starts, numels, codes)[:-1]) | (codes[1:] != codes[:-1])
+        first = np.flatnonzero(np.concatenate([[True], apart])[: len(starts)])
+        merged = np.add.reduceat(numels, first) if len(first) else numels
+        return Spans(starts[first], merged, codes[first])
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where tensors lie in memory. It keeps none of them alive: use it while they are there.
+
     Neighbours that lie one behind the other, as views of one flat buffer do, are one span.
 
     Args:
-        addresses: of the tensors' first elements, in their order.
         starts, numels, codes: [spans] address, number of elements and dtype of each span; none is empty.
     """
 
-    addresses: list[int]
-    starts: npt.NDArray[np.int64]
-    numels: npt.NDArray[np.int64]
+    starts: Ints
+    numels: Ints
     codes: npt.NDArray[np.int32]
     total: int = field(init=False)
     _arguments: tuple[int, ...] = field(init=False)
@@ -125,22 +161,7 @@ class Spans:
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Spans:
         """The spans of tensors that each `fits`."""
-        compiled = library()
-        assert compiled is not None
-        addresses = list(map(Tensor.data_ptr, tensors))
-        starts = np.array(addresses, dtype=np.int64)
-        numels = np.array(list(map(Tensor.numel, tensors)), dtype=np.int64)
-        codes = np.array([compiled.code[tensor.dtype] for tensor in tensors], dtype=np.int32)
-        held = numels > 0
-        starts, numels, codes = starts[held], numels[held], codes[held]
-        apart = (starts[1:] != _ends(starts, numels, codes)[:-1]) | (codes[1:] != codes[:-1])
-        first = np.flatnonzero(np.concatenate([[True], apart])[: len(starts)])
-        merged = np.add.reduceat(numels, first) if len(first) else numels
-        return cls(addresses, starts[first], merged, codes[first])
-
-    def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether tensors that have the shapes and dtypes of these still lie where these did."""
-        return list(map(Tensor.data_ptr, tensors)) == self.addresses
+        return SpanTable.of(tensors).at(addresses_of(tensors))
 
     @cached_property
     def overlap(self) -> bool:
@@ -186,8 +207,10 @@ def _threads(elements: int) -> int:
     return min(threads, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else threads
 
 
-def _ends(
-    starts: npt.NDArray[np.int64], numels: npt.NDArray[np.int64], codes: npt.NDArray[np.int32]
-) -> npt.NDArray[np.int64]:
-    sizes = np.array([dtype.itemsize for dtype in _DTYPES], dtype=np.int64)
-    return starts + numels * sizes[codes]
+def addresses_of(tensors: Sequence[Tensor]) -> Ints:
+    """[tensors] address of each one's first element."""
+    return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+
+
+def _ends(starts: Ints, numels: Ints, codes: npt.NDArray[np.int32]) -> Ints:
+    return starts + numels * _SIZES[codes]

@@ -15,6 +15,7 @@ from distnorm.errors import DistnormError
 from distnorm.shards import GradShard, of_grad
 from distnorm.sources import dtensor, fsdp1, plain
 from distnorm.sources.targets import (
+    Inventory,
     Tied,
     canonical_names,
     checked_tied,
@@ -27,7 +28,16 @@ from distnorm.sources.targets import (
 Target = Tensor | nn.Module | Iterable[Any]
 """One tensor, a module, or an iterable of tensors, of (name, tensor) pairs or of modules."""
 
-__all__ = ["Target", "Tied", "checked_tied", "named_tensors", "read_once", "shards_of", "stage_of"]
+__all__ = [
+    "Inventory",
+    "Target",
+    "Tied",
+    "checked_tied",
+    "named_tensors",
+    "read_once",
+    "shards_of",
+    "stage_of",
+]
 
 
 def shards_of(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distnorm.errors import UnsupportedGradientError
-from distnorm.shards import Extent, GradShard, PartialGrad, require_dense
+from distnorm.shards import Extent, GradShard, PartialGrad, Route, require_dense
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -32,6 +33,8 @@ def holds(tensor: Tensor) -> bool:
 @dataclass(frozen=True, slots=True)
 class DTensorShard(GradShard):
     """This rank's piece of a DTensor, cut out by the placements of its mesh."""
+
+    route = Route(attrgetter("_spec"), attrgetter("_local_tensor"), tells_all=True)
 
     placements: tuple[Any, ...]
 

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from distnorm.errors import UnsupportedGradientError
-from distnorm.shards import GradShard, require_dense, whole
+from distnorm.shards import GradShard, Route, require_dense, whole
 
 
 @dataclass(frozen=True, slots=True)
 class PlainShard(GradShard):
     """A whole parameter: ranks that hold the same name are replicas."""
+
+    route = Route(layout_of=type)
 
     def witness(self) -> Tensor:
         return self.holder.detach()

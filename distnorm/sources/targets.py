@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, starmap, zip_longest
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,6 +35,45 @@ def named_tensors(target: Tensor | nn.Module | Iterable[Any]) -> list[tuple[str,
         DistnormError: something in the target is no tensor, pair or module.
     """
     return list({id(tensor): (name, tensor) for name, tensor in reversed(_pairs(target))}.values())[::-1]
+
+
+class Inventory:
+    """A target's tensors, and whether they are still the same.
+
+    Args:
+        target: what `read_once` has seen.
+
+    Attributes:
+        named: names and tensors, as `named_tensors` gives them.
+
+    Raises:
+        DistnormError: something in the target is no tensor, pair or module.
+    """
+
+    def __init__(self, target: Tensor | nn.Module | Collection[Any]) -> None:
+        self.named = named_tensors(target)
+        self.holders = [tensor for _, tensor in self.named]
+        self._target = target
+        self._owners = [
+            owned
+            for module in modules_of(target)
+            for inner in module.modules()
+            for owned in (inner._modules, inner._parameters)
+        ]
+        self._contents = list(self._list())
+
+    @property
+    def is_current(self) -> bool:
+        """Whether nothing was added, taken out or replaced; by identity, so that it costs little."""
+        missing = object()
+        return all(starmap(is_, zip_longest(self._list(), self._contents, fillvalue=missing)))
+
+    def _list(self) -> Iterator[object]:
+        target = self._target
+        items: Iterable[object] = target.values() if isinstance(target, Mapping) else target  # type: ignore
+        if isinstance(target, Tensor | nn.Module):
+            items = (target,)
+        return chain(items, *(owned.values() for owned in self._owners))
 
 
 def read_once(target: Tensor | nn.Module | Iterable[Any]) -> Tensor | nn.Module | Collection[Any]:

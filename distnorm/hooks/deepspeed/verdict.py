@@ -75,7 +75,7 @@ class EngineClipper(GradClipper):
         error: NonFiniteGradientError | None = None
         with torch.no_grad():
             try:
-                scaled_norm = self._meter.measure(self._shards).total_norm
+                scaled_norm = self._meter.measure((), lambda: self._shards).total_norm
             except NonFiniteGradientError as caught:
                 error = caught
                 found = caught.total_norm
