@@ -24,7 +24,7 @@ from distnorm.kernels import compiling
 
 _LOG = logging.getLogger("distnorm")
 _SOURCE = Path(__file__).with_name("native.c")
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = {Tensor, nn.Parameter}
 _PER_THREAD = 1 << 19  # elements: below, starting a thread takes longer than it saves
 
 
@@ -79,17 +79,17 @@ def library() -> Library | None:
     )
 
 
-def fits(tensor: Tensor) -> bool:
-    """Whether the compiled code can read and scale this tensor: dense CPU memory of a real dtype."""
+def split(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Those that the compiled code can read and scale, dense CPU memory of a real dtype, and the others."""
     compiled = library()
-    return (
-        compiled is not None
-        and type(tensor) in _PLAIN
-        and tensor.is_cpu
-        and tensor.dtype in compiled.code
-        and (tensor.is_contiguous() or _is_dense(tensor))
-        and (tensor.data_ptr() != 0 or not tensor.numel())
-    )
+    code = compiled.code if compiled is not None else {}
+    fitting: list[Tensor] = []
+    rest: list[Tensor] = []
+    for tensor in tensors:
+        plain = tensor.dtype in code and tensor.is_cpu and type(tensor) in _PLAIN
+        fits = plain and (tensor.is_contiguous() or _is_dense(tensor))
+        (fitting if fits else rest).append(tensor)
+    return fitting, rest
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -124,7 +124,7 @@ class Spans:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Spans:
-        """The spans of tensors that each `fits`."""
+        """The spans of tensors that `split` found fitting."""
         compiled = library()
         assert compiled is not None
         addresses = list(map(Tensor.data_ptr, tensors))
@@ -132,6 +132,8 @@ class Spans:
         numels = np.array(list(map(Tensor.numel, tensors)), dtype=np.int64)
         codes = np.array([compiled.code[tensor.dtype] for tensor in tensors], dtype=np.int32)
         held = numels > 0
+        if not starts[held].all():
+            raise ValueError("expected tensors with memory, found one whose storage was freed")
         starts, numels, codes = starts[held], numels[held], codes[held]
         apart = (starts[1:] != _ends(starts, numels, codes)[:-1]) | (codes[1:] != codes[:-1])
         first = np.flatnonzero(np.concatenate([[True], apart])[: len(starts)])

@@ -33,7 +33,7 @@ def powers(tensors: list[torch.Tensor], kernel: Kernel) -> float:
 
 
 def found(tensors: list[torch.Tensor], kernel: Kernel) -> float:
-    assert all(native.fits(tensor) for tensor in tensors)
+    assert native.split(tensors)[1] == []
     return native.statistic(native.Spans.of(tensors), kernel)
 
 
@@ -179,17 +179,25 @@ def test_spans_keep_no_tensor_alive():
 
 def test_what_fits():
     whole = torch.ones(4, 6)
-    assert all(native.fits(t) for t in (whole, whole.t(), whole[1:3], torch.ones(2, 3, 4).permute(2, 0, 1)))
-    assert all(native.fits(t) for t in (torch.tensor(1.0), torch.ones(0, 3), torch.nn.Parameter(whole)))
+    dense = [whole, whole.t(), whole[1:3], torch.ones(2, 3, 4).permute(2, 0, 1), torch.ones(0, 3)]
+    dense += [torch.tensor(1.0), torch.nn.Parameter(whole)]
     unfit = [whole[:, 1:], whole[:, :1].expand(4, 3), whole[::2], whole.to(torch.complex64), whole.long()]
     unfit += [
         whole.to("meta"),
         whole.to(torch.float8_e5m2),
         whole.as_subclass(type("Mine", (torch.Tensor,), {})),
     ]
+    fitting, rest = native.split([*unfit[:4], *dense, *unfit[4:]])
+    assert [id(tensor) for tensor in fitting] == [id(tensor) for tensor in dense]
+    assert [id(tensor) for tensor in rest] == [id(tensor) for tensor in unfit]
+
+
+def test_a_tensor_whose_memory_was_freed():
     freed = torch.ones(3)
     freed.untyped_storage().resize_(0)
-    assert not any(native.fits(t) for t in (*unfit, freed))
+    with pytest.raises(ValueError, match="storage was freed"):
+        native.Spans.of([torch.ones(2), freed])
+    assert native.Spans.of([torch.empty(0), torch.ones(2)]).total == 2
 
 
 def test_dense_tensors_of_other_dim_orders():
