@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -139,6 +141,25 @@ def test_threads_are_as_many_as_torch_has_and_no_more_than_pay(monkeypatch):
     monkeypatch.setattr("torch.get_num_threads", lambda: 1)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert native._threads(10**9) == 1
+
+
+FORK = """
+import os, torch
+from distnorm.kernels import Kernel, native
+native._threads = lambda elements: 4
+spans = native.Spans.of([tensor := torch.ones(3_000_000)])
+assert native.statistic(spans, Kernel.SQUARES) == 3_000_000
+child = os.fork()
+assert native.statistic(spans, Kernel.SQUARES) == 3_000_000
+native.scale_(spans, 2.0)
+if not child:
+    os._exit(int(tensor.sum() != 6_000_000))
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_process_forked_after_threads_were_used():
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=60)
 
 
 # ---- the spans
