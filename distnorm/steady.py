@@ -116,13 +116,15 @@ class Steady:
                 return None
             if reading is None:
                 absent.append(i)
-            elif isinstance(reading, Tensor) and kernels.fits(reading) and reading.is_contiguous():
+            elif isinstance(reading, Tensor) and reading.is_contiguous():
                 found.setdefault(shard.route, {})[i] = reading
             else:
                 return None
         holders = [shard.holder for shard in shards]
         kinds = [_kind(route, holders, tensors) for route, tensors in found.items()]
         tensors = {i: tensor for of in found.values() for i, tensor in of.items()}
+        if kernels.split(list(tensors.values()))[1]:
+            return None
         return cls(kinds, _picker(absent, len(shards)), list(tensors.values()), [shares[i] for i in tensors])
 
     def read(self, holders: Sequence[Tensor]) -> Batch | None:

@@ -53,6 +53,7 @@ def test_a_hundred_million_elements_of_known_norm(dtype):
     assert counted.total_norm.item() == math.sqrt(204 * MANY // 8)  # an integer sum in fp64 is exact
 
 
+@pytest.mark.parametrize("kernels", ["native"], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_hundred_million_random_elements(dtype):
     generator = torch.Generator().manual_seed(0)
@@ -183,6 +184,7 @@ def test_sizes_around_those_of_a_block(sizes):
         assert total(*(t.to(dtype) for t in tensors)) == np.float32(exact)
 
 
+@pytest.mark.parametrize("kernels", ["native"], indirect=True)
 def test_more_than_two_to_the_31_elements():
     """The only elements that are not zero are the first and those behind 2**31: 4.3 GB of bf16."""
     tensor = torch.zeros((1 << 31) + 8, dtype=torch.bfloat16)
@@ -195,6 +197,7 @@ def test_more_than_two_to_the_31_elements():
     assert [tensor[i].item() for i in (0, 1, 1 << 31, -1)] == [1.0, 0.0, 3.0, 1.5]
 
 
+@pytest.mark.parametrize("kernels", ["eager"], indirect=True)
 def test_an_expanded_view_of_more_than_two_to_the_31_elements():
     assert total(torch.tensor([0.5]).expand((1 << 31) + 4, 1)) == np.float32(math.sqrt((2.0**31 + 4) / 4))
 

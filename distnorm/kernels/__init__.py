@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from distnorm.kernels.dispatch import measure, measure_spans, scale_
 from distnorm.kernels.eager import blocks, checksum, zero_unless_
-from distnorm.kernels.native import Kernel, Spans, SpanTable, addresses_of, fits
+from distnorm.kernels.native import Kernel, Spans, SpanTable, addresses_of, split
 
 __all__ = [
     "Kernel",
@@ -13,9 +13,9 @@ __all__ = [
     "addresses_of",
     "blocks",
     "checksum",
-    "fits",
     "measure",
     "measure_spans",
     "scale_",
+    "split",
     "zero_unless_",
 ]

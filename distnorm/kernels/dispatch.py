@@ -21,7 +21,7 @@ def measure(tensors: Sequence[Tensor], kernel: native.Kernel) -> tuple[list[Tens
     Returns:
         Its statistic, [1] fp64 on the CPU, or none if there was nothing for it; and the tensors that it left.
     """
-    fitting, rest = _split(tensors)
+    fitting, rest = native.split(tensors)
     if not fitting:
         return [], rest
     return [measure_spans(native.Spans.of(fitting), kernel)], rest
@@ -42,16 +42,8 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor, spans: native.Spans | None =
         factor = float(coef.numpy())
         if factor == 1:
             return
-        fitting, tensors = _split(tensors) if spans is None else (tensors, [])
+        fitting, tensors = native.split(tensors) if spans is None else (list(tensors), [])
         if fitting:
             torch.autograd.graph.increment_version(fitting)
             native.scale_(spans or native.Spans.of(fitting), factor)
     eager.scale_(tensors, coef)
-
-
-def _split(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    fitting: list[Tensor] = []
-    rest: list[Tensor] = []
-    for tensor in tensors:
-        (fitting if native.fits(tensor) else rest).append(tensor)
-    return fitting, rest

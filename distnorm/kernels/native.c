@@ -128,30 +128,14 @@ INLINE void scale_steps(enum dtype dtype, char *p, int64_t steps, double coef) {
     }
 }
 
-#define FOR_DTYPE(dtype, CALL) \
-    switch (dtype) { \
-        case F32: CALL(F32); break; \
-        case F64: CALL(F64); break; \
-        case BF16: CALL(BF16); break; \
-        case F16: CALL(F16); break; \
-    }
-
-// One function for each op and dtype, as both are constants where the steps are inlined.
-static void run_steps(enum op op, enum dtype dtype, char *p, int64_t steps, f64 *lanes, double coef) {
-#define SQUARES_OF(dtype) accumulate_steps(SQUARES, dtype, p, steps, lanes)
-#define MAGNITUDES_OF(dtype) accumulate_steps(MAGNITUDES, dtype, p, steps, lanes)
-#define LARGEST_OF(dtype) accumulate_steps(LARGEST, dtype, p, steps, lanes)
-#define SCALE_OF(dtype) scale_steps(dtype, p, steps, coef)
-    switch (op) {
-        case SQUARES: FOR_DTYPE(dtype, SQUARES_OF) break;
-        case MAGNITUDES: FOR_DTYPE(dtype, MAGNITUDES_OF) break;
-        case LARGEST: FOR_DTYPE(dtype, LARGEST_OF) break;
-        case SCALE: FOR_DTYPE(dtype, SCALE_OF) break;
-    }
+// Inlined with a constant op and dtype, so that the lanes stay in registers from span to span.
+INLINE void run_steps(enum op op, enum dtype dtype, char *p, int64_t steps, f64 *lanes, double coef) {
+    if (op == SCALE) scale_steps(dtype, p, steps, coef);
+    else accumulate_steps(op, dtype, p, steps, lanes);
 }
 
 // Fewer elements than a step has, of which the first is for this lane: the step's others are zeros.
-static void run_part(enum op op, enum dtype dtype, char *p, int64_t count, int64_t lane, f64 *lanes,
+INLINE void run_part(enum op op, enum dtype dtype, char *p, int64_t count, int64_t lane, f64 *lanes,
                      double coef) {
     char step[LANES * sizeof(double)] = {0};
     int64_t size = SIZE[dtype];
@@ -160,7 +144,8 @@ static void run_part(enum op op, enum dtype dtype, char *p, int64_t count, int64
     if (op == SCALE) memcpy(p, step + lane * size, count * size);
 }
 
-static void run(enum op op, enum dtype dtype, char *p, int64_t count, int64_t lane, f64 *lanes, double coef) {
+INLINE void run_dtype(enum op op, enum dtype dtype, char *p, int64_t count, int64_t lane, f64 *lanes,
+                      double coef) {
     if (lane) {
         int64_t head = count < LANES - lane ? count : LANES - lane;
         run_part(op, dtype, p, head, lane, lanes, coef);
@@ -168,11 +153,20 @@ static void run(enum op op, enum dtype dtype, char *p, int64_t count, int64_t la
         count -= head;
     }
     int64_t steps = count / LANES, tail = count % LANES;
-    if (steps) run_steps(op, dtype, p, steps, lanes, coef);
+    run_steps(op, dtype, p, steps, lanes, coef);
     if (tail) run_part(op, dtype, p + steps * LANES * SIZE[dtype], tail, 0, lanes, coef);
 }
 
-static double folded(enum op op, const f64 lanes[VECTORS]) {
+INLINE void run(enum op op, enum dtype dtype, char *p, int64_t count, int64_t lane, f64 *lanes, double coef) {
+    switch (dtype) {
+        case F32: run_dtype(op, F32, p, count, lane, lanes, coef); break;
+        case F64: run_dtype(op, F64, p, count, lane, lanes, coef); break;
+        case BF16: run_dtype(op, BF16, p, count, lane, lanes, coef); break;
+        case F16: run_dtype(op, F16, p, count, lane, lanes, coef); break;
+    }
+}
+
+INLINE double folded(enum op op, const f64 lanes[VECTORS]) {
     double x[LANES];
     memcpy(x, lanes, sizeof x);
     for (int half = LANES / 2; half; half /= 2)
@@ -196,15 +190,14 @@ struct job {
 };
 
 // The hardware fetches ahead within a span, but not from one small span to the next.
-static void fetch(const struct job *job, int64_t span) {
+INLINE void fetch(const struct job *job, int64_t span) {
     if (span >= job->spans) return;
     int64_t size = job->numels[span] * SIZE[job->dtypes[span]];
     for (int64_t at = 0; at < size && at < MOST_AHEAD; at += LINE)
         __builtin_prefetch(job->pointers[span] + at);
 }
 
-static void *work(void *argument) {
-    struct job *job = argument;
+INLINE void work_on(enum op op, struct job *job) {
     int64_t span = 0, start = 0, unit; // units come in rising order, so spans do too
     while ((unit = atomic_fetch_add(&job->next, 1)) < job->units) {
         int64_t at = unit * UNIT, stop = job->total - at > UNIT ? at + UNIT : job->total;
@@ -215,10 +208,19 @@ static void *work(void *argument) {
             enum dtype dtype = (enum dtype)job->dtypes[span];
             char *p = job->pointers[span] + (at - start) * SIZE[dtype];
             fetch(job, span + AHEAD);
-            run(job->op, dtype, p, count, at % LANES, lanes, job->coef);
+            run(op, dtype, p, count, at % LANES, lanes, job->coef);
             at += count;
         }
-        if (job->op != SCALE) job->results[unit] = folded(job->op, lanes);
+        if (op != SCALE) job->results[unit] = folded(op, lanes);
+    }
+}
+
+static void *work(void *job) {
+    switch (((struct job *)job)->op) {
+        case SQUARES: work_on(SQUARES, job); break;
+        case MAGNITUDES: work_on(MAGNITUDES, job); break;
+        case LARGEST: work_on(LARGEST, job); break;
+        case SCALE: work_on(SCALE, job); break;
     }
     return NULL;
 }

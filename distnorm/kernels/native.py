@@ -24,7 +24,7 @@ from distnorm.kernels import compiling
 
 _LOG = logging.getLogger("distnorm")
 _SOURCE = Path(__file__).with_name("native.c")
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = {Tensor, nn.Parameter}
 _PER_THREAD = 1 << 19  # elements: below, starting a thread takes longer than it saves
 
 
@@ -82,17 +82,17 @@ def library() -> Library | None:
     )
 
 
-def fits(tensor: Tensor) -> bool:
-    """Whether the compiled code can read and scale this tensor: dense CPU memory of a real dtype."""
+def split(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Those that the compiled code can read and scale, dense CPU memory of a real dtype, and the others."""
     compiled = library()
-    return (
-        compiled is not None
-        and type(tensor) in _PLAIN
-        and tensor.is_cpu
-        and tensor.dtype in compiled.code
-        and (tensor.is_contiguous() or _is_dense(tensor))
-        and (tensor.data_ptr() != 0 or not tensor.numel())
-    )
+    code = compiled.code if compiled is not None else {}
+    fitting: list[Tensor] = []
+    rest: list[Tensor] = []
+    for tensor in tensors:
+        plain = tensor.dtype in code and tensor.is_cpu and type(tensor) in _PLAIN
+        fits = plain and (tensor.is_contiguous() or _is_dense(tensor))
+        (fitting if fits else rest).append(tensor)
+    return fitting, rest
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -116,7 +116,7 @@ class SpanTable:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> SpanTable:
-        """Whole tensors, each of which `fits`."""
+        """Whole tensors that `split` found fitting."""
         compiled = library()
         assert compiled is not None
         numels = np.array(list(map(Tensor.numel, tensors)), dtype=np.int64)
@@ -130,6 +130,8 @@ class SpanTable:
     def at(self, addresses: Ints) -> Spans:
         """The spans of tensors whose first elements are at these addresses."""
         held = self.numels > 0
+        if not addresses[held].all():
+            raise ValueError("expected tensors with memory, found one whose storage was freed")
         starts, numels, codes = (addresses + self.offsets)[held], self.numels[held], self.codes[held]
         apart = (starts[1:] != _ends(starts, numels, codes)[:-1]) | (codes[1:] != codes[:-1])
         first = np.flatnonzero(np.concatenate([[True], apart])[: len(starts)])
@@ -160,7 +162,7 @@ class Spans:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Spans:
-        """The spans of tensors that each `fits`."""
+        """The spans of tensors that `split` found fitting."""
         return SpanTable.of(tensors).at(addresses_of(tensors))
 
     @cached_property

@@ -23,6 +23,7 @@ ASK = """
 import torch, distnorm
 from distnorm.kernels import native
 assert native.library.cache_info().currsize == 0, "built at import"
+distnorm.load_config({})  # its variables are no misspelt keys
 assert distnorm.get_total_norm([torch.tensor([3.0, 4.0])]) == 5.0
 print("compiled" if native.library() else "eager")
 """
