@@ -182,9 +182,9 @@ class GradClipper:
 def apply(decision: Decision, measured: Measured) -> None:
     """Scale the local gradients in place, without a host read."""
     if decision.may_clip:
-        kernels.scale_(measured.gradients, decision.coef, measured.spans)
+        measured.scale_(decision.coef)
     if decision.zero:
-        kernels.zero_unless_(measured.gradients, measured.total_norm.isfinite())
+        kernels.zero_unless_(measured.gradients(), measured.total_norm.isfinite())
 
 
 def clip_result(total_norm: Tensor, decision: Decision) -> ClipResult:

@@ -93,7 +93,7 @@ def clip_grads_with_norm_(
     gradients = [r.tensor if isinstance(r, PartialGrad) else r for r in readings if r is not None]
     total = torch.as_tensor(total_norm)
     total = total.full_tensor() if hasattr(total, "full_tensor") else total
-    apply(policies.constant(total.double(), threshold), Measured(total, gradients))
+    apply(policies.constant(total.double(), threshold), Measured.of(total, gradients))
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -53,13 +53,19 @@ class Measured:
     Args:
         total_norm: 0-d fp64, the same bits on every rank; NaN if a gradient is NaN, or if the ranks did
             not measure the same thing.
-        gradients: this rank's local gradients, after partial ones were reduced.
-        spans: where they lie, if that is known.
+        gradients: gives this rank's local gradients, after partial ones were reduced.
+        scale_: multiplies them, in place, by a 0-d coefficient.
     """
 
     total_norm: Tensor
-    gradients: list[Tensor]
-    spans: kernels.Spans | None = None
+    gradients: Callable[[], list[Tensor]]
+    scale_: Callable[[Tensor], None]
+
+    @classmethod
+    def of(cls, total_norm: Tensor, gradients: Iterable[Tensor | None]) -> Measured:
+        """Of gradients that are at hand."""
+        present = [gradient for gradient in gradients if gradient is not None]
+        return cls(total_norm, lambda: present, lambda coef: kernels.scale_(present, coef))
 
 
 @dataclass(slots=True)
@@ -150,7 +156,7 @@ class Meter:
                 break
         total_norm = self._finalise(vector, ballot)
         self._raise_if_wrong(total_norm, vector, None, [], [], [])
-        return Measured(total_norm, [])
+        return Measured.of(total_norm, [])
 
     def measure(
         self,
@@ -173,17 +179,25 @@ class Meter:
         """
         assert self._plan is not None
         here = {**terms, "plan": self._plan.ident, "raises": self.raises}
-        batch = self._steady.read(holders) if self._steady is not None else None
-        if batch is None:
+        steady = self._steady
+        spans = steady.read(holders) if steady is not None else None
+        if steady is None or spans is None:
             return self._measure_with_care(describe(), store, here)
         ballot = self._ballot(self._presence, here)
-        vector = self._vote(self.norm.statistic_of_spans(batch.counted), ballot)
+        vector = self._vote(self.norm.statistic_of_spans(spans.counted), ballot)
         total_norm = self._finalise(vector, ballot)
-        if self.raises and not math.isfinite(total_norm):
+
+        def gradients() -> list[Tensor | None]:
             shards = describe()
-            gradients, problems = completed(shards, read_gradients(shards)[0], store=False)
-            self._raise_if_wrong(total_norm, vector, here, shards, gradients, problems)
-        return Measured(total_norm, batch.gradients, batch.spans)
+            return completed(shards, read_gradients(shards)[0], store=False)[0]
+
+        if self.raises and not math.isfinite(total_norm):
+            self._raise_if_wrong(total_norm, vector, here, describe(), gradients(), [])
+        return Measured(
+            total_norm,
+            lambda: [gradient for gradient in gradients() if gradient is not None],
+            lambda coef: steady.scale_(spans, float(coef), holders),
+        )
 
     def _measure_with_care(
         self, shards: Sequence[GradShard], store: bool, here: Mapping[str, object]
@@ -206,7 +220,7 @@ class Meter:
         vector = self._vote(self._statistic(gradients), ballot)
         total_norm = self._finalise(vector, ballot)
         self._raise_if_wrong(total_norm, vector, here, shards, gradients, problems)
-        return Measured(total_norm, [gradient for gradient in gradients if gradient is not None])
+        return Measured.of(total_norm, gradients)
 
     def _ballot(self, presence: int, here: Mapping[str, object], *, refused: bool = False) -> Ballot:
         terms = stable_hash(repr(here)) & 0xFFFF

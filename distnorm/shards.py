@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,19 +39,26 @@ class PartialGrad:
     wide: tuple[int, ...] = ()
 
 
+class LayoutChangedError(Exception):
+    """A gradient is missing, or is laid out otherwise than it was: it has to be read with care."""
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
-    """How the gradients of all shards of a class are read without care, once they were read with care.
+    """How the gradients of all shards of a class are found, once each of them was read with care.
 
     Args:
-        layout_of: from a gradient to what is equal as long as its layout is.
-        local_of: from a gradient to its local tensor; `None` where it is that itself.
-        tells_all: whether the layout tells the local tensor's shape, strides, dtype and device.
+        layout_of: from a gradient to what is equal as long as its local tensor has the same shape, strides,
+            dtype and device.
+        addresses: from holders and the layouts of their gradients, of which local tensors are contiguous
+            in the CPU's memory, to the addresses of their first elements; or `LayoutChangedError`, or
+            `AttributeError` or `TypeError` where there is no gradient at all.
+        is_versioned: whether the gradient is the local tensor itself, so that autograd sees its version.
     """
 
     layout_of: Callable[[Tensor], object]
-    local_of: Callable[[Tensor], Tensor] | None = None
-    tells_all: bool = False
+    addresses: Callable[[Sequence[Tensor], Sequence[Any]], Iterator[int]]
+    is_versioned: bool
 
 
 @dataclass(frozen=True, slots=True)

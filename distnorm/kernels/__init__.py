@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distnorm.kernels.dispatch import measure, measure_spans, scale_
+from distnorm.kernels.dispatch import measure, measure_spans, scale_, scale_spans_
 from distnorm.kernels.eager import blocks, checksum, zero_unless_
 from distnorm.kernels.native import Kernel, Spans, SpanTable, addresses_of, split
 
@@ -16,6 +16,7 @@ __all__ = [
     "measure",
     "measure_spans",
     "scale_",
+    "scale_spans_",
     "split",
     "zero_unless_",
 ]

@@ -27,23 +27,24 @@ def measure(tensors: Sequence[Tensor], kernel: native.Kernel) -> tuple[list[Tens
     return [measure_spans(native.Spans.of(fitting), kernel)], rest
 
 
-def scale_(tensors: Sequence[Tensor], coef: Tensor, spans: native.Spans | None = None) -> None:
+def scale_spans_(spans: native.Spans, coef: float) -> None:
+    """Multiply what lies in spans, as `scale_` does; autograd is not told."""
+    if coef != 1:
+        native.scale_(spans, coef)
+
+
+def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
     """Multiply every tensor in place by a 0-d coefficient that stays on its device.
 
     The roundings are those of `distnorm.kernels.eager.scale_`, bit for bit. A coefficient of 1 that is in
     the host's memory costs no pass.
-
-    Args:
-        tensors: what is scaled.
-        coef: 0-d.
-        spans: where all of the tensors lie, if that is known.
     """
     if coef.device.type == "cpu":  # there is no device to wait for
         factor = float(coef.numpy())
         if factor == 1:
             return
-        fitting, tensors = native.split(tensors) if spans is None else (list(tensors), [])
+        fitting, tensors = native.split(tensors)
         if fitting:
             torch.autograd.graph.increment_version(fitting)
-            native.scale_(spans or native.Spans.of(fitting), factor)
+            native.scale_(native.Spans.of(fitting), factor)
     eager.scale_(tensors, coef)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distnorm.errors import UnsupportedGradientError
-from distnorm.shards import Extent, GradShard, PartialGrad, Route, require_dense
+from distnorm.shards import Extent, GradShard, LayoutChangedError, PartialGrad, Route, require_dense
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -30,11 +29,31 @@ def holds(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def _layout_of(gradient: Tensor) -> object:
+    return _dtensor(gradient)._spec
+
+
+def _addresses(holders: Sequence[Tensor], specs: Sequence[object]) -> Iterator[int]:
+    """What moves or converts a model does so to all of it: one local tensor is looked at for all."""
+    first: Any = holders[0].grad
+    if not (first._local_tensor.is_cpu and first._local_tensor.is_contiguous()):
+        raise LayoutChangedError
+    for holder, spec in zip(holders, specs, strict=True):
+        gradient: Any = holder.grad
+        found = gradient._spec
+        if found is not spec and found != spec:  # FSDP2 gives a gradient the very spec of its parameter
+            raise LayoutChangedError
+        yield gradient._local_tensor.data_ptr()
+
+
+_ROUTE = Route(_layout_of, _addresses, is_versioned=False)
+
+
 @dataclass(frozen=True, slots=True)
 class DTensorShard(GradShard):
     """This rank's piece of a DTensor, cut out by the placements of its mesh."""
 
-    route = Route(attrgetter("_spec"), attrgetter("_local_tensor"), tells_all=True)
+    route = _ROUTE
 
     placements: tuple[Any, ...]
 

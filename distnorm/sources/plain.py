@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from distnorm.errors import UnsupportedGradientError
-from distnorm.shards import GradShard, Route, require_dense, whole
+from distnorm.shards import GradShard, LayoutChangedError, Route, require_dense, whole
+
+
+def _layout_of(gradient: Tensor) -> tuple[torch.dtype, int]:
+    return gradient.dtype, gradient.numel()
+
+
+def _addresses(holders: Sequence[Tensor], layouts: Sequence[tuple[torch.dtype, int]]) -> Iterator[int]:
+    for holder, (dtype, numel) in zip(holders, layouts, strict=True):
+        gradient = holder.grad
+        if (
+            type(gradient) is not Tensor
+            or gradient.dtype is not dtype
+            or gradient.numel() != numel
+            or not gradient.is_cpu
+            or not gradient.is_contiguous()
+        ):
+            raise LayoutChangedError
+        yield gradient.data_ptr()
+
+
+_ROUTE = Route(_layout_of, _addresses, is_versioned=True)
 
 
 @dataclass(frozen=True, slots=True)
 class PlainShard(GradShard):
     """A whole parameter: ranks that hold the same name are replicas."""
 
-    route = Route(layout_of=type)
+    route = _ROUTE
 
     def witness(self) -> Tensor:
         return self.holder.detach()
