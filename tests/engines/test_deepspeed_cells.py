@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from distnorm.hooks.deepspeed import DeepSpeedHook
 from tests.engines.rig import (
-    LR,
     dense_gradients,
+    fractions_of_allowed,
     make_engine,
     norm_of,
     parameters_of,
@@ -64,16 +63,11 @@ def run_cell(
         coef = min(1.0, MAX_NORM / (true_norm + 1e-6))
         assert result["was_clipped"] and abs(result["clip_coef"] / coef - 1) < 0.05
         slack = {name: relative * m + absolute for name, m in magnitude.items()}
-        allowed = norm_of(slack) + 1e-5 * true_norm
-        norm_error = max(norm_error, abs(result["total_norm"] - true_norm) / allowed)
-        after = parameters_of(engine)
-        unit = torch.finfo({"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]).eps
-        for name, old in before.items():
-            change = -LR * coef * exact[name]
-            bound = unit * (old.abs() + after[name].abs()) + LR * coef * (
-                slack[name] + exact[name].abs() * allowed / true_norm
-            )
-            update_error = max(update_error, float(((after[name] - old - change).abs() / bound).max()))
+        after, measured = parameters_of(engine), result["total_norm"]
+        errors = fractions_of_allowed(
+            before, after, exact, slack, dtype=dtype, measured=measured, max_norm=MAX_NORM
+        )
+        norm_error, update_error = max(norm_error, errors[0]), max(update_error, errors[1])
     hook.remove()
     return {"wrapper": type(engine.optimizer).__name__, "norm": norm_error, "update": update_error}
 
