@@ -13,7 +13,6 @@ import concurrent.futures
 import contextlib
 import importlib.metadata
 import math
-import multiprocessing
 import os
 import platform
 import sys
@@ -31,7 +30,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, f
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, parallel
 
 import distnorm
-from distnorm.testing import RankPool
+from distnorm.testing import RankPool, preload
 
 LIMIT = 0.05
 RIGHT, HANGS_AFTER = 1e-6, 30.0  # relative error, seconds
@@ -287,7 +286,7 @@ def main() -> None:
     print("\n|", " | ".join(["case", *columns]), "|\n" + "|---" * (len(columns) + 1) + "|")
     pool = RankPool(4)
     slow = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
-    multiprocessing.set_forkserver_preload([*slow, *(CONTENDERS[column][0] for column in columns)])
+    preload(*slow, *(CONTENDERS[column][0] for column in columns))
     for index, case in enumerate(CASES):
         if " ".join(sys.argv[1:]) in case.title:
             cells = [cell(pool, index, column) for column in columns]

@@ -24,14 +24,15 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 # Imported once, in the server: some of these cost a rank of its own two seconds at first use.
-_PRELOAD = """distnorm.testing distnorm.functional hypothesis pydantic pytest yaml torch._dynamo
-    torch.profiler torch.distributed.checkpoint torch.distributed.fsdp torch.distributed.pipelining
-    torch.distributed.tensor.parallel"""
+_preloaded = ["distnorm.testing", "distnorm.functional", "hypothesis", "pydantic", "pytest", "yaml"]
+_preloaded += ["torch._dynamo", "torch.profiler", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
+_preloaded += ["torch.distributed.pipelining", "torch.distributed.tensor.parallel"]
 
 # What a rank sees when the fault is somebody else's: the neighbour left, or never came.
 _NEIGHBOURS_FAULT = re.compile(
@@ -128,6 +129,11 @@ def _rank_main(job: _Job, pipe: Connection) -> None:
         faulthandler.unregister(signal.SIGUSR1)
 
 
+def preload(*modules: str) -> None:
+    """Import modules in the server too, once for all ranks; to be called before any pool's first `run`."""
+    _preloaded.extend(name for name in modules if name not in _preloaded)
+
+
 class RankPool:
     """Runs a function on several ranks of a fresh gloo process group, in processes of this machine.
 
@@ -138,7 +144,6 @@ class RankPool:
     def __init__(self, max_ranks: int = 8) -> None:
         self.max_ranks = max_ranks
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOAD.split())
 
     def run(
         self,
@@ -180,12 +185,9 @@ class RankPool:
 
     def _start_server(self) -> None:
         # Thread counts are read when the server imports torch and numpy: the setting has to be there by then.
-        before = os.environ.get("OMP_NUM_THREADS", "")
-        os.environ["OMP_NUM_THREADS"] = "1"
-        forkserver.ensure_running()
-        os.environ["OMP_NUM_THREADS"] = before
-        if not before:
-            del os.environ["OMP_NUM_THREADS"]
+        self._context.set_forkserver_preload(_preloaded)
+        with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
+            forkserver.ensure_running()
 
     def _run_jobs(self, jobs: list[_Job], timeout: float, expect_errors: bool) -> list[Any]:
         processes: list[ForkServerProcess] = []

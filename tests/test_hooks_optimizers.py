@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -195,7 +196,64 @@ def test_no_optimizer_is_refused(given: Any) -> None:
         distnorm.attach(model(), given)
 
 
+class Clipping(torch.optim.SGD):
+    """An optimizer that keeps a setting as apex, bitsandbytes and others do."""
+
+    def __init__(self, module: nn.Module, where: str, key: str, value: object) -> None:
+        super().__init__(module.parameters(), lr=LR)
+        if where == "args":
+            self.args = SimpleNamespace(**{key: value})
+        elif where == "group":
+            self.param_groups[-1][key] = value
+        else:
+            setattr(self, key, value)
+
+
+OFF = [("max_grad_norm", 0), ("max_grad_norm", None), ("grad_clip", False), ("percentile_clipping", 100)]
+ON = [("max_grad_norm", 1.0), ("grad_clip", True), ("clip_grad_norm", 0.5), ("percentile_clipping", 5)]
+
+
+@pytest.mark.parametrize("where", ["group", "args", "optimizer"])
+def test_an_optimizer_that_clips_by_itself_is_refused_by_its_key(where: str) -> None:
+    for key, value in ON:
+        module = model()
+        with pytest.raises(distnorm.ConfigError, match=f"{key}: expected .*, found {value}: Clipping would"):
+            distnorm.attach(module, Clipping(module, where, key, value))
+    for key, value in [*OFF, ("max_grad_norm", math.inf), ("momentum", 0.9)]:
+        module = model()
+        attached(module, Clipping(module, where, key, value))
+
+
+def test_an_optimizer_is_attached_to_once() -> None:
+    module = model()
+    optimizer = torch.optim.SGD(module.parameters(), lr=LR)
+    handle = attached(module, optimizer)
+    with pytest.raises(distnorm.DistnormError, match=r"found SGD, which clips already; call remove\(\)"):
+        distnorm.attach(module, optimizer)
+    handle.remove()
+    norm, expected = dense_step(module, rows())
+    again = attached(module, optimizer)
+    loss_of(module, rows()).backward()
+    optimizer.step()
+    assert again.last is not None and handle.last is None
+    assert again.last.total_norm.item() == pytest.approx(norm, rel=1e-14)
+    assert same(module, expected)
+
+
 # ---- over ranks
+
+
+def refused_on_one_rank() -> str:
+    module = model()
+    value = 1.0 if dist.get_rank() == 1 else 0.0
+    with pytest.raises(distnorm.ConfigError) as caught:
+        distnorm.attach(module, Clipping(module, "group", "max_grad_norm", value))
+    return str(caught.value)
+
+
+def test_what_one_rank_refuses_all_refuse(ranks: Any) -> None:
+    for message in ranks(2, refused_on_one_rank):
+        assert "max_grad_norm: expected 0, found 1.0" in message and "rank 1" in message
 
 
 def sharded(kind: str) -> list[tuple[float, bool, float, bool]]:

@@ -2,21 +2,62 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import math
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPT = re.compile(
+    r"^### ([^\n]+)\n\n```sh\ntorchrun ([^\n]+)\n```\n\n```python\n(.*?)```", re.MULTILINE | re.DOTALL
+)
+SCRIPTS = {title: (shlex.split(arguments), code) for title, arguments, code in SCRIPT.findall(README)}
+# DeepSpeed would first compile its shared-memory collectives for the CPU, and has no switch for it.
+WITHOUT_COMPILER = """import os
+if "RANK" in os.environ:
+    import deepspeed
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+"""
 
 
 def test_examples_run_one_after_the_other() -> None:
-    code = "\n".join(re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
+    code = "\n".join(re.findall(r"```python\n(.*?)```", SCRIPT.sub("", README), flags=re.DOTALL))
     assert "GradClipper" in code
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "'was_clipped'" in result.stdout
+
+
+@pytest.mark.parametrize("title", ["torch", "FSDP2", "FSDP1", "DeepSpeed"])
+def test_a_script_runs_under_torchrun(title: str, tmp_path: Path) -> None:
+    (*options, file), code = SCRIPTS[title]
+    assert len([line for line in code.splitlines() if line]) <= 10
+    (tmp_path / file).write_text(code)
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    if title == "DeepSpeed":
+        if importlib.util.find_spec("deepspeed") is None:
+            pytest.skip("needs DeepSpeed: pip install distnorm[deepspeed]")
+        environ["DS_ACCELERATOR"] = "cpu"
+        (tmp_path / "sitecustomize.py").write_text(WITHOUT_COMPILER)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d"]
+    torchrun += ["--rdzv-endpoint=localhost:0", "--redirects=1", f"--log-dir={tmp_path}"]
+    result = subprocess.run(
+        [*torchrun, *options, file], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    outputs = [path.read_text() for path in tmp_path.rglob("stdout.log")]
+    results = [ast.literal_eval(re.findall(r"^{.*}$", output, re.MULTILINE)[-1]) for output in outputs]
+    assert len(results) == 2
+    assert results[0] == results[1]
+    assert math.isfinite(results[0]["total_norm"]) and results[0]["total_norm"] > 0
 
 
 def test_named_files_and_topologies_exist() -> None:

@@ -5,13 +5,29 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from distnorm.testing import RankError, RankFailure, RankTimeout, dense_norm
+
+PRELOADING = """
+import sys
+from distnorm.testing import RankPool, preload
+
+def has_imported(*names):
+    return [name in sys.modules for name in names]
+
+if __name__ == "__main__":
+    pool = RankPool(1)
+    preload("wave", "no_such_module")
+    print(pool.run(1, has_imported, "wave", "no_such_module", "mailbox"))
+"""
 
 
 class TwoArguments(Exception):
@@ -180,3 +196,11 @@ def test_dense_norm_at_the_edges_of_the_range():
     assert math.isnan(
         dense_norm({"inf": torch.tensor([math.inf]), "nan": torch.tensor([math.nan])}, math.inf)
     )
+
+
+def test_preloaded_modules_are_there_in_every_rank(tmp_path: Path) -> None:
+    (tmp_path / "main.py").write_text(PRELOADING)
+    command = [sys.executable, "main.py"]
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[[True, False, False]]\n", done.stderr

@@ -11,10 +11,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from distnorm.clipper import ClipResult, GradClipper
+from distnorm.collectives import Ranks
 from distnorm.config import Config
 from distnorm.errors import DistnormError
 from distnorm.hooks.deepspeed import DeepSpeedHook, is_engine
-from distnorm.hooks.optimizers import OptimizerHook
+from distnorm.hooks.optimizers import OptimizerHook, refuse_other_clippers
 from distnorm.sources import Target, Tied
 
 
@@ -79,7 +80,8 @@ def attach(
     Raises:
         ConfigError, CoverageError, ReplicaError, DisagreementError, UnsupportedGradientError: as
             `GradClipper` raises.
-        DistnormError: no optimizer, or something else, was given.
+        ConfigError: the optimizer clips inside its own step as well; the key is named.
+        DistnormError: no optimizer, or something else, was given, or one that is attached to already.
 
     Example:
         >>> handle = distnorm.attach(model, optimizer, {"clip": {"max_norm": 1.0}})
@@ -91,11 +93,22 @@ def attach(
         _refuse_beside_engine(optimizer, pp_mesh)
         hook = DeepSpeedHook(target, config, group=group, tied=tied)
         return Handle(hook.clipper, hook)
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
-    if not optimizers or not all(isinstance(each, Optimizer) for each in optimizers):
-        raise DistnormError(f"optimizer: expected a torch optimizer or several, found {optimizer!r}")
+    optimizers = _checked_together(optimizer, Ranks(group))
     clipper = GradClipper(target, config, group=group, pp_mesh=pp_mesh, tied=tied)
     return Handle(clipper, OptimizerHook(clipper, optimizers))
+
+
+def _checked_together(given: Optimizer | Iterable[Optimizer] | None, ranks: Ranks) -> list[Optimizer]:
+    optimizers = [given] if isinstance(given, Optimizer) else list(given or ())
+    error: DistnormError | None = None
+    try:
+        if not optimizers or not all(isinstance(each, Optimizer) for each in optimizers):
+            raise DistnormError(f"optimizer: expected a torch optimizer or several, found {given!r}")
+        refuse_other_clippers(optimizers)
+    except DistnormError as caught:
+        error = caught
+    ranks.raise_together(error)
+    return optimizers
 
 
 def _refuse_beside_engine(optimizer: object, pp_mesh: object) -> None:

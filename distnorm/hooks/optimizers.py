@@ -6,15 +6,37 @@ optimizer passes over parameters without one, and touches neither them nor its s
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from distnorm.clipper import GradClipper
+from distnorm.errors import DistnormError
 from distnorm.hooks import amp
+from distnorm.hooks.second_clipper import refuse_second_clipper
+
+_attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+
+def refuse_other_clippers(optimizers: Sequence[Optimizer]) -> None:
+    """Refuse optimizers whose gradients would be clipped twice.
+
+    Raises:
+        ConfigError: an optimizer clips inside its own step; the key is named.
+        DistnormError: an optimizer is attached to already.
+    """
+    for optimizer in optimizers:
+        refuse_second_clipper(optimizer)
+        if optimizer in _attached:
+            raise DistnormError(
+                f"expected an optimizer that nothing is attached to, found {type(optimizer).__name__}, which "
+                "clips already; call remove() of its handle first"
+            )
 
 
 class OptimizerHook:
@@ -33,6 +55,7 @@ class OptimizerHook:
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._undo = [amp.watch_steps(self._before_scaled)]
         for optimizer in optimizers:
+            _attached.add(optimizer)
             self._undo.append(optimizer.register_step_pre_hook(self._before).remove)
             self._undo.append(optimizer.register_step_post_hook(self._after).remove)
 
@@ -41,6 +64,8 @@ class OptimizerHook:
         self._show()
         while self._undo:
             self._undo.pop()()
+        _attached.difference_update(self._optimizers)
+        self._optimizers = ()
 
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -105,4 +130,8 @@ class OptimizerHook:
     def _show(self) -> None:
         while self._hidden:
             parameter, gradient = self._hidden.pop()
-            parameter.grad = gradient
+            if gradient.dtype == parameter.dtype:
+                parameter.grad = gradient
+            else:  # FSDP1's `keep_low_precision_grads`, which a plain assignment refuses
+                parameter.grad = torch.empty_like(parameter)
+                parameter.grad.data = gradient

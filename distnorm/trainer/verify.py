@@ -22,8 +22,8 @@ def main(config: Config) -> int:
     """Train a few steps on the config's topology and verify the gradient; every rank calls it.
 
     Where the gradient can be read between backward and step it is verified as `distnorm.verify` does, after
-    two steps of training. FSDP1 and DeepSpeed hold it in buffers of their own: there the norms of three
-    steps, whose learning rate is 0, are compared with those of one process that has the whole model in fp64.
+    two steps of training. DeepSpeed's can't be: there the norms of three steps, whose learning rate is 0, are
+    compared with those of one process that has the whole model in fp64.
     Nothing is written: `train.output_dir` and checkpoints are left alone.
 
     Returns:
@@ -32,7 +32,7 @@ def main(config: Config) -> int:
     Raises:
         DistnormError: on every rank: the topology can't be built.
     """
-    if config.train.parallel.backend in ("fsdp1", "deepspeed"):
+    if config.train.parallel.backend == "deepspeed":
         return _against_the_whole_model(config)
     with open_world(config) as world:
         trainer = build(config, world)

@@ -15,6 +15,7 @@ from distnorm.clipper import ClipResult, GradClipper
 from distnorm.config import Config
 from distnorm.errors import DistnormError, NonFiniteGradientError
 from distnorm.verification.oracle import Truth, gather_truth
+from distnorm.verification.pieces import Layout
 from distnorm.verification.ranks import Ranks, rank_list
 from distnorm.verification.scaling import Before, scaling_faults
 
@@ -32,6 +33,7 @@ class Arguments:
     pp_mesh: DeviceMesh | None
     tied: tuple[tuple[str, ...], ...]
     named: list[tuple[str, Tensor]]
+    layouts: Mapping[int, Layout]
 
     def clipper(self, max_norm: float | None) -> GradClipper:
         """Make a clipper with this max norm that raises wherever it can't measure. Collective."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from distnorm.verification.faults import (
     shape_faults,
     shape_of,
 )
-from distnorm.verification.pieces import Gradient, Piece, combine, describe, local_of, p_norm
+from distnorm.verification.pieces import Gradient, Layout, Piece, combine, describe, local_of, p_norm
 from distnorm.verification.ranks import Ranks, attempt, rank_list
 
 # How much gradient one gather may bring to the root, a single larger parameter excepted.
@@ -46,7 +47,12 @@ class Truth:
     non_finite: list[str] = field(default_factory=list)
 
 
-def gather_truth(ranks: Ranks, named: Sequence[tuple[str, Tensor]], p: float) -> Truth | None:
+def gather_truth(
+    ranks: Ranks,
+    named: Sequence[tuple[str, Tensor]],
+    p: float,
+    layouts: Mapping[int, Layout] = MappingProxyType({}),
+) -> Truth | None:
     """Gather the gradients of all ranks and judge their pieces; a collective call.
 
     Of pieces with the same bits only the first travels, so replicas cost no more than a digest.
@@ -55,6 +61,7 @@ def gather_truth(ranks: Ranks, named: Sequence[tuple[str, Tensor]], p: float) ->
         ranks: the ranks that take part.
         named: this rank's parameters under their names in the whole model.
         p: order of the norm, > 0 or inf.
+        layouts: what this rank holds of parameters that don't say it themselves, by their `id`.
 
     Returns:
         What was found, on the root; `None` elsewhere.
@@ -62,7 +69,7 @@ def gather_truth(ranks: Ranks, named: Sequence[tuple[str, Tensor]], p: float) ->
     Raises:
         DistnormError: a gradient can't be read or assembled, on every rank.
     """
-    own = ranks.each("reading the gradients", lambda: _describe_all(ranks.rank, named, p))
+    own = ranks.each("reading the gradients", lambda: _describe_all(ranks.rank, named, p, layouts))
     truth = Truth(p, [piece for pieces in ranks.gather(own) for piece in pieces])
     by_name = _by_name(truth.pieces)
     problem = None
@@ -78,8 +85,13 @@ def gather_truth(ranks: Ranks, named: Sequence[tuple[str, Tensor]], p: float) ->
     return truth if ranks.is_root else None
 
 
-def _describe_all(rank: int, named: Sequence[tuple[str, Tensor]], p: float) -> list[Piece]:
-    pieces = [describe(rank, index, name, tensor, p) for index, (name, tensor) in enumerate(named)]
+def _describe_all(
+    rank: int, named: Sequence[tuple[str, Tensor]], p: float, layouts: Mapping[int, Layout]
+) -> list[Piece]:
+    pieces = [
+        describe(rank, index, name, tensor, p, layouts.get(id(tensor)))
+        for index, (name, tensor) in enumerate(named)
+    ]
     return [piece for piece in pieces if piece is not None]
 
 

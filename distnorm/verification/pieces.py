@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -51,8 +52,19 @@ class Piece:
     gradient: Gradient | None
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The shape of a whole parameter, and what of it a piece holds that does not say so itself."""
+
+    shape: tuple[int, ...]
+    extents: Extents
+
+
 def read_parameters(
-    target: Any, stage: str | None = None, tied: Iterable[Sequence[str]] = ()
+    target: Any,
+    stage: str | None = None,
+    tied: Iterable[Sequence[str]] = (),
+    layouts: Mapping[int, Layout] = MappingProxyType({}),
 ) -> list[tuple[str, Tensor]]:
     """List a target's parameters under their names in the whole model, each tensor once."""
     same = {name: group[0] for group in tied for name in group}
@@ -62,10 +74,9 @@ def read_parameters(
         if id(tensor) in seen or (tensor.grad is None and not tensor.requires_grad):
             continue
         seen.add(id(tensor))
-        if getattr(tensor, "_fsdp_flattened", False):
+        if getattr(tensor, "_fsdp_flattened", False) and id(tensor) not in layouts:
             raise UnsupportedGradientError(
-                f"parameter '{name}': expected a plain tensor or a DTensor, found what FSDP1 has flattened; "
-                "verify does not read FSDP1 models, GradClipper does"
+                f"parameter '{name}': expected the FSDP1 model itself, found what FSDP1 has flattened alone"
             )
         found.append((same.get(name, name if stage is None else f"{stage}:{name}"), tensor))
     return found
@@ -75,7 +86,7 @@ def _pairs(target: Any) -> list[tuple[str, Tensor]]:
     if isinstance(target, Tensor):
         return [("0", target)]
     if isinstance(target, nn.Module):
-        return [(_clean(name, target), parameter) for name, parameter in target.named_parameters()]
+        return [(clean_name(name, target), parameter) for name, parameter in target.named_parameters()]
     items = list(target.items() if isinstance(target, Mapping) else target)
     pairs: list[tuple[str, Tensor]] = []
     for position, item in enumerate(items):
@@ -90,7 +101,7 @@ def _pairs(target: Any) -> list[tuple[str, Tensor]]:
     return pairs
 
 
-def _clean(name: str, module: nn.Module) -> str:
+def clean_name(name: str, module: nn.Module) -> str:
     """Drop from a name what DDP, torch.compile and activation checkpointing put into it."""
     kept: list[str] = []
     at: Any = module
@@ -114,7 +125,9 @@ def local_of(tensor: Tensor) -> Tensor:
         return tensor.to_local() if is_dtensor(tensor) else tensor.detach()  # type: ignore[attr-defined]
 
 
-def describe(rank: int, index: int, name: str, tensor: Tensor, p: float) -> Piece | None:
+def describe(
+    rank: int, index: int, name: str, tensor: Tensor, p: float, layout: Layout | None = None
+) -> Piece | None:
     """Describe one parameter's local piece; `None` on a rank outside its mesh."""
     if is_dtensor(tensor) and tensor.device_mesh.get_coordinate() is None:  # type: ignore[attr-defined]
         return None
@@ -127,7 +140,7 @@ def describe(rank: int, index: int, name: str, tensor: Tensor, p: float) -> Piec
                 f"parameter '{name}': expected a dense gradient, found layout {local.layout}"
             )
         gradient = Gradient(
-            extents_of(tensor.grad),
+            extents_of(tensor.grad) if layout is None else layout.extents,
             _partial_of(tensor.grad, name),
             tuple(local.shape),
             local.dtype,
@@ -138,8 +151,8 @@ def describe(rank: int, index: int, name: str, tensor: Tensor, p: float) -> Piec
         rank,
         index,
         name,
-        tuple(tensor.shape),
-        extents_of(tensor),
+        tuple(tensor.shape) if layout is None else layout.shape,
+        extents_of(tensor) if layout is None else layout.extents,
         tuple(values.shape),
         digest(values),
         gradient,

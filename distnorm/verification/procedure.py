@@ -24,6 +24,7 @@ from distnorm.verification.fast import (
     clip_all,
     measure_all,
 )
+from distnorm.verification.flat import layouts_of
 from distnorm.verification.oracle import Truth, gather_truth
 from distnorm.verification.pieces import is_dtensor, local_of, read_parameters
 from distnorm.verification.ranks import Ranks
@@ -81,7 +82,7 @@ def verify(
 
 
 def _verify(ranks: Ranks, args: Arguments, given: checks.Given, befores: Sequence[Before]) -> VerifyReport:
-    truth = gather_truth(ranks, args.named, args.config.norm.type)
+    truth = gather_truth(ranks, args.named, args.config.norm.type, args.layouts)
     partial = ranks.on_root("looking for gradients", lambda: _partial_names(_known(truth)))
     lines = ranks.each("reading the meshes", lambda: lines_of((t for _, t in args.named), args.pp_mesh))
     facts = _Facts(
@@ -157,9 +158,9 @@ def _read(
         if pp_mesh.ndim != 1:
             raise DistnormError(f"expected a 1-d pp_mesh, found {pp_mesh}")
         stage = f"stage {pp_mesh.get_local_rank()}"
-    return Arguments(
-        target, load_config(config), group, pp_mesh, groups, read_parameters(target, stage, groups)
-    )
+    layouts = layouts_of(target)
+    named = read_parameters(target, stage, groups, layouts)
+    return Arguments(target, load_config(config), group, pp_mesh, groups, named, layouts)
 
 
 def _read_norm(measured: float | Tensor | None) -> checks.Given:

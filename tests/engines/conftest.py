@@ -14,8 +14,13 @@ from distnorm import testing
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 # The last two import torch's compiler, 10 s of a rank's time where nobody has done so before.
-PRELOAD = """ deepspeed deepspeed.pipe deepspeed.moe.layer deepspeed.runtime.superoffload.superoffload_stage3
-    deepspeed.runtime.zero.muon.muon_optimizer"""
+PRELOAD = (
+    "deepspeed",
+    "deepspeed.pipe",
+    "deepspeed.moe.layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+)
 TABLE = pytest.StashKey[list[str]]()
 
 
@@ -31,10 +36,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.engines)
         if not HAS_DEEPSPEED:
             item.add_marker(pytest.mark.skip(reason="needs DeepSpeed: pip install distnorm[deepspeed]"))
-    if here and HAS_DEEPSPEED and PRELOAD not in testing._PRELOAD:
+    if here and HAS_DEEPSPEED:
         # Before any test has started the pool's server: imports in it are shared by all ranks.
         os.environ["DS_ACCELERATOR"] = "cpu"
-        testing._PRELOAD += PRELOAD
+        testing.preload(*PRELOAD)
 
 
 @pytest.fixture(scope="session")

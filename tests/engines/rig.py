@@ -216,6 +216,39 @@ def roundings(dtype: str, world: int, accumulation: int, loss_scale: float) -> t
     return steps * info.eps / 2, steps * info.smallest_normal * info.eps / loss_scale
 
 
+def fractions_of_allowed(
+    before: dict[str, Tensor],
+    after: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    slack: dict[str, Tensor],
+    *,
+    dtype: str,
+    measured: float,
+    max_norm: float,
+) -> tuple[float, float]:
+    """Errors of the norm, and of a clipped SGD update, by what rounding may do to them.
+
+    Args:
+        before, after: parameters, fp64.
+        exact: the oracle's gradient.
+        slack: how far rounding may move each element of it.
+        dtype: the parameters' own.
+        measured: the norm found.
+        max_norm: the threshold in force.
+    """
+    true_norm = norm_of(exact)
+    allowed = norm_of(slack) + 1e-5 * true_norm
+    coef = min(1.0, max_norm / (true_norm + 1e-6))
+    worst = 0.0
+    for name, old in before.items():
+        change = -LR * coef * exact[name]
+        bound = torch.finfo(DTYPES[dtype]).eps * (old.abs() + after[name].abs()) + LR * coef * (
+            slack[name] + exact[name].abs() * allowed / true_norm
+        )
+        worst = max(worst, float(((after[name] - old - change).abs() / bound).max()))
+    return abs(measured - true_norm) / allowed, worst
+
+
 @contextmanager
 def counted_all_reduces() -> Iterator[list[str]]:
     """Names of the all-reduces that run inside, as the profiler sees them; filled at the end."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from distnorm.hooks.deepspeed import DeepSpeedHook
 from tests.engines.rig import (
-    LR,
     dense_gradients,
+    fractions_of_allowed,
     make_engine,
     norm_of,
     parameters_of,
@@ -21,6 +22,7 @@ from tests.engines.rig import (
 )
 
 MAX_NORM = 0.1
+DOC = (Path(__file__).parents[2] / "docs" / "deepspeed.md").read_text(encoding="utf-8")
 FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}
 
 
@@ -29,11 +31,13 @@ def cells_of(stage: int) -> list[tuple[str, bool, int, dict[str, Any]]]:
     cells = list(itertools.product(("fp32", "bf16", "fp16"), (False, True), (1, 3), ({},)))
     if stage == 0:
         fused = [(dtype, False, count, {"fused": True}) for dtype in ("bf16", "fp16") for count in (1, 3)]
-        return [cell for cell in cells if not cell[1]] + fused
+        forbidden = [(dtype, False, 1, FP32_ACCUMULATION) for dtype in ("bf16", "fp16")]
+        return [cell for cell in cells if not cell[1]] + fused + forbidden
     others = (FP32_ACCUMULATION,)
     if stage == 1:
         others += (FP32_ACCUMULATION | {"bf16": {"enabled": True, "immediate_grad_update": False}},)
-    return cells + [("bf16", False, count, other) for count in (1, 3) for other in others]
+    offloaded = [("bf16", True, count, FP32_ACCUMULATION) for count in (1, 3)]
+    return cells + [("bf16", False, count, other) for count in (1, 3) for other in others] + offloaded
 
 
 def run_cell(
@@ -59,22 +63,28 @@ def run_cell(
         coef = min(1.0, MAX_NORM / (true_norm + 1e-6))
         assert result["was_clipped"] and abs(result["clip_coef"] / coef - 1) < 0.05
         slack = {name: relative * m + absolute for name, m in magnitude.items()}
-        allowed = norm_of(slack) + 1e-5 * true_norm
-        norm_error = max(norm_error, abs(result["total_norm"] - true_norm) / allowed)
-        after = parameters_of(engine)
-        unit = torch.finfo({"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]).eps
-        for name, old in before.items():
-            change = -LR * coef * exact[name]
-            bound = unit * (old.abs() + after[name].abs()) + LR * coef * (
-                slack[name] + exact[name].abs() * allowed / true_norm
-            )
-            update_error = max(update_error, float(((after[name] - old - change).abs() / bound).max()))
+        after, measured = parameters_of(engine), result["total_norm"]
+        errors = fractions_of_allowed(
+            before, after, exact, slack, dtype=dtype, measured=measured, max_norm=MAX_NORM
+        )
+        norm_error, update_error = max(norm_error, errors[0]), max(update_error, errors[1])
     hook.remove()
     return {"wrapper": type(engine.optimizer).__name__, "norm": norm_error, "update": update_error}
 
 
 def run_cells(stage: int) -> list[dict[str, Any]]:
     return [run_cell(stage, *cell) for cell in cells_of(stage)]
+
+
+def documented() -> dict[tuple[int, str, str, bool], str]:
+    """What docs/deepspeed.md says of (stage, dtype, gradient's dtype, offload)."""
+    table = DOC.split("<!-- cells:", 1)[1].split("\n\n", 2)[1]
+    rows = [re.split(r" *\| *", line.strip("| ")) for line in table.splitlines()[2:]]
+    return {
+        (int(stage), dtype, gradient, offload): cell
+        for stage, dtype, gradient, *pair in rows
+        for offload, cell in zip((False, True), pair, strict=True)
+    }
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -91,6 +101,15 @@ def test_norm_and_update_are_the_dense_oracles(engine_ranks, table, world, stage
                 f"{cell}  {outcome['wrapper']:29}  error/allowed: norm {outcome['norm']:.3f}, "
                 f"update {outcome['update']:.3f}"
             )
+    said: dict[tuple[int, str, str, bool], set[str]] = {}
+    for (dtype, offload, _, others), outcome in zip(cells_of(stage), found, strict=True):
+        key = (stage, dtype, others.get("data_types", {}).get("grad_accum_dtype", dtype), offload)
+        said.setdefault(key, set()).add("forbidden" if "forbidden" in outcome else outcome["wrapper"])
+    for key, cell in documented().items():
+        if key[0] == stage and cell != "-":
+            names = {"SGD"} if cell == "the torch optimizer itself" else set(cell.split(", "))
+            assert said.pop(key) == names, key
+    assert not said
     for rank, outcomes in enumerate(everybody):
         for cell, outcome in zip(cells_of(stage), outcomes, strict=True):
             assert outcome.get("norm", 0) <= 1 and outcome.get("update", 0) <= 1, (rank, stage, cell, outcome)

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import distnorm
@@ -53,18 +52,6 @@ def test_an_error_on_one_rank_is_raised_on_all(ranks: Ranks, fault: str, said: s
     texts = ranks(3, one_rank_errs, fault)
     assert len(set(texts)) == 1
     assert said in texts[0] and ("on rank 1" in texts[0] or fault == "none")
-
-
-def fsdp1_model() -> str:
-    model = FullyShardedDataParallel(nn.Linear(4, 3), use_orig_params=True, device_id=torch.device("cpu"))
-    model(torch.ones(2, 4)).sum().backward()
-    with pytest.raises(distnorm.DistnormError) as caught:
-        verify(model)
-    return str(caught.value)
-
-
-def test_what_it_cannot_read_is_refused_by_name(ranks: Ranks) -> None:
-    assert all("FSDP1 has flattened" in text and "'weight'" in text for text in ranks(2, fsdp1_model))
 
 
 def _crash(self: GradClipper) -> Any:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from distnorm.errors import ConfigError, UnsupportedGradientError
+from distnorm.errors import UnsupportedGradientError
 from distnorm.hooks.deepspeed.adapters import WRAPPERS, Adapter, TorchOptimizer
 from distnorm.hooks.deepspeed.patches import Patches
+from distnorm.hooks.second_clipper import refuse_second_clipper
 
 _LOG = logging.getLogger("distnorm")
 _COMPRESSING = "deepspeed.runtime.fp16.onebit."
@@ -67,13 +68,7 @@ def retire_engines_clipping(engine: Any, patches: Patches, *, quiet: bool) -> No
     Raises:
         ConfigError: the optimizer clips as well, inside its own step.
     """
-    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    for group in inner.param_groups:
-        if (limit := group.get("max_grad_norm") or 0) > 0:
-            raise ConfigError(
-                f"optimizer.params.max_grad_norm: expected 0, found {limit}: {type(inner).__name__} would "
-                "clip a second time, inside its own step"
-            )
+    refuse_second_clipper(getattr(engine.optimizer, "optimizer", engine.optimizer), "optimizer.params.")
     value = engine.gradient_clipping()
     if value > 0 and not quiet:
         _LOG.warning(
