@@ -17,9 +17,10 @@ from distnorm import kernels, policies
 from distnorm.collectives import Ranks
 from distnorm.config import Config, load_config
 from distnorm.errors import DistnormError
-from distnorm.measurement import Measured, Meter
+from distnorm.measurement import Meter
 from distnorm.norms import norm
 from distnorm.policies import Decision
+from distnorm.readings import Measured
 from distnorm.shards import GradShard, of_grad
 from distnorm.sources import Inventory, Target, Tied, checked_tied, read_once, shards_of, stage_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,13 +16,16 @@ from distnorm import policies
 from distnorm.clipper import apply
 from distnorm.collectives import Ranks
 from distnorm.errors import DistnormError
-from distnorm.measurement import Measured, Meter
+from distnorm.measurement import Meter
 from distnorm.norms import norm
+from distnorm.readings import Measured
 from distnorm.shards import GradShard, PartialGrad, itself, of_grad
 from distnorm.sources import Target, Tied, checked_tied, named_tensors, read_once, shards_of, stage_of
 
 _MOST_METERS = 32
-_meters: OrderedDict[tuple[Any, ...], tuple[Meter, list[weakref.ref[Tensor]]]] = OrderedDict()
+Known = tuple[Meter, list[weakref.ref[Tensor]]]
+_meters: OrderedDict[tuple[Any, ...], Known] = OrderedDict()
+_same: OrderedDict[tuple[Any, ...], Known] = OrderedDict()
 
 
 @torch.no_grad()
@@ -150,34 +153,74 @@ def _measure(
     try:
         target = read_once(target)
         order, threshold = norm(norm_type), policies.check_max_norm(max_norm)
-        named, stage, tied = named_tensors(target), stage_of(pp_mesh), checked_tied(tied)
+        stage, tied = stage_of(pp_mesh), checked_tied(tied)
+        terms = {"norm_type": order.order, "error_if_nonfinite": raises, "tied": tied}
+        fixed = (id(ranks.group), *terms.values(), stage, take)
+        same = _meter_of_same(fixed, target)
+        named = named_tensors(target) if same is None else []
     except DistnormError as error:
         Meter(ranks, norm(2), {}, (), raises).withdraw(error)
-    terms = {"norm_type": order.order, "error_if_nonfinite": raises, "tied": tied}
-    key = (id(ranks.group), *terms.values(), stage, take, _signature(named, take))
 
     def read() -> tuple[list[GradShard], list[str]]:
-        shards = shards_of(named, take, target=target, stage=stage, tied=tied)
-        return shards, [name for name, _ in named]
+        pairs = named or named_tensors(target)
+        shards = shards_of(pairs, take, target=target, stage=stage, tied=tied)
+        return shards, [name for name, _ in pairs]
 
+    now = {"max_norm": threshold}
+    if same is not None:
+        again = same.measure_again(cast(Sequence[Tensor], target), lambda: read()[0], now)
+        if again is not None:
+            return again
+        named = named_tensors(target)
+    key = (*fixed, _signature(named, take))
     meter, shards = _cached(key, named), None
     if meter is None:
         meter = Meter(ranks, order, terms, tied, raises)
         if not named:
             return meter.follow()
         shards = meter.prepare_anew(read)
-        _meters[key] = meter, [weakref.ref(tensor) for _, tensor in named] if take is of_grad else []
-        if len(_meters) > _MOST_METERS:
-            _meters.popitem(last=False)
-
-    def describe() -> list[GradShard]:
-        try:
-            return shards or read()[0]
-        except DistnormError as error:
-            Meter(ranks, order, terms, tied, raises).withdraw(error)
-
+        _remember(_meters, key, meter, named if take is of_grad else [])
+    if take is of_grad and same is None and _is_list_of(target, named):
+        _remember(_same, (*fixed, _ids(target)), meter, named)
+    try:
+        shards = shards or read()[0]
+    except DistnormError as error:
+        Meter(ranks, order, terms, tied, raises).withdraw(error)
     holders = [tensor for _, tensor in named]
-    return meter.measure(holders, describe, store=take is of_grad, terms={"max_norm": threshold})
+    return meter.measure(holders, lambda: shards, store=take is of_grad, terms=now)
+
+
+def _meter_of_same(fixed: tuple[Any, ...], target: Target) -> Meter | None:
+    """The meter of a list of parameters that was measured before, found without a look at any of them."""
+    if not isinstance(target, list | tuple):
+        return None
+    meter, alive = _same.get((*fixed, _ids(target)), (None, []))
+    return meter if all(ref() is item for ref, item in zip(alive, target, strict=False)) else None
+
+
+def _ids(target: Any) -> tuple[int, ...]:
+    return tuple(map(id, target))
+
+
+def _is_list_of(target: Target, named: Sequence[tuple[str, Tensor]]) -> bool:
+    """Whether a target lists just these tensors, each once and without a name."""
+    return (
+        isinstance(target, list | tuple)
+        and len(target) == len(named)
+        and all(item is tensor for item, (_, tensor) in zip(target, named, strict=True))
+    )
+
+
+def _remember(
+    meters: OrderedDict[tuple[Any, ...], Known],
+    key: tuple[Any, ...],
+    meter: Meter,
+    named: Sequence[tuple[str, Tensor]],
+) -> None:
+    meters[key] = meter, [weakref.ref(tensor) for _, tensor in named]
+    meters.move_to_end(key)
+    if len(meters) > _MOST_METERS:
+        meters.popitem(last=False)
 
 
 def _signature(

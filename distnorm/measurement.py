@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -18,7 +18,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from distnorm import diagnosis, kernels
+from distnorm import diagnosis
 from distnorm.ballot import LANES, Ballot, Count, Stage, presence_weights
 from distnorm.collectives import Ranks
 from distnorm.diagnosis import SET
@@ -34,7 +34,7 @@ from distnorm.plan import (
     make_plan,
     stable_hash,
 )
-from distnorm.readings import Reading, completed, read_gradients
+from distnorm.readings import Measured, Reading, completed, read_gradients
 from distnorm.shards import GradShard
 from distnorm.sources import Tied
 from distnorm.steady import Steady
@@ -44,28 +44,6 @@ Reader = Callable[[], tuple[list[GradShard], list[str]]]
 
 _WIDTH = 8  # fp64 values of a statistic, for orders up to 27 and inf
 NO_TERMS: Mapping[str, object] = MappingProxyType({})
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A total norm and the local gradients that it was taken of.
-
-    Args:
-        total_norm: 0-d fp64, the same bits on every rank; NaN if a gradient is NaN, or if the ranks did
-            not measure the same thing.
-        gradients: gives this rank's local gradients, after partial ones were reduced.
-        scale_: multiplies them, in place, by a 0-d coefficient.
-    """
-
-    total_norm: Tensor
-    gradients: Callable[[], list[Tensor]]
-    scale_: Callable[[Tensor], None]
-
-    @classmethod
-    def of(cls, total_norm: Tensor, gradients: Iterable[Tensor | None]) -> Measured:
-        """Of gradients that are at hand."""
-        present = [gradient for gradient in gradients if gradient is not None]
-        return cls(total_norm, lambda: present, lambda coef: kernels.scale_(present, coef))
 
 
 @dataclass(slots=True)
@@ -177,12 +155,21 @@ class Meter:
         Raises:
             DistnormError: on the rank that has a gradient which can't be measured; on all with `raises`.
         """
-        assert self._plan is not None
-        here = {**terms, "plan": self._plan.ident, "raises": self.raises}
+        again = self.measure_again(holders, describe, terms)
+        return again if again is not None else self._measure_with_care(describe(), store, terms)
+
+    def measure_again(
+        self,
+        holders: Sequence[Tensor],
+        describe: Callable[[], Sequence[GradShard]],
+        terms: Mapping[str, object] = NO_TERMS,
+    ) -> Measured | None:
+        """Measure, as `measure` does, gradients that lie as they did before; else do nothing: `None`."""
         steady = self._steady
         spans = steady.read(holders) if steady is not None else None
         if steady is None or spans is None:
-            return self._measure_with_care(describe(), store, here)
+            return None
+        here = self._here(terms)
         ballot = self._ballot(self._presence, here)
         vector = self._vote(self.norm.statistic_of_spans(spans.counted), ballot)
         total_norm = self._finalise(vector, ballot)
@@ -196,13 +183,14 @@ class Meter:
         return Measured(
             total_norm,
             lambda: [gradient for gradient in gradients() if gradient is not None],
-            lambda coef: steady.scale_(spans, float(coef), holders),
+            lambda coef: steady.scale_(spans, coef, holders),
         )
 
     def _measure_with_care(
-        self, shards: Sequence[GradShard], store: bool, here: Mapping[str, object]
+        self, shards: Sequence[GradShard], store: bool, terms: Mapping[str, object]
     ) -> Measured:
         assert self._plan is not None
+        here = self._here(terms)
         readings, problems = read_gradients(shards)
         if self._batches is None:
             self._poll("agree", {})
@@ -221,6 +209,10 @@ class Meter:
         total_norm = self._finalise(vector, ballot)
         self._raise_if_wrong(total_norm, vector, here, shards, gradients, problems)
         return Measured.of(total_norm, gradients)
+
+    def _here(self, terms: Mapping[str, object]) -> Mapping[str, object]:
+        assert self._plan is not None
+        return {**terms, "plan": self._plan.ident, "raises": self.raises}
 
     def _ballot(self, presence: int, here: Mapping[str, object], *, refused: bool = False) -> Ballot:
         terms = stable_hash(repr(here)) & 0xFFFF

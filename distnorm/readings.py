@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from distnorm import kernels
 from distnorm.errors import DistnormError, UnsupportedGradientError
 from distnorm.shards import GradShard, PartialGrad
 
 Reading = Tensor | PartialGrad | None
 """A local gradient as it was found, or `None` where this rank has none in this step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A total norm and the local gradients that it was taken of.
+
+    Args:
+        total_norm: 0-d fp64, the same bits on every rank; NaN if a gradient is NaN, or if the ranks did
+            not measure the same thing.
+        gradients: gives this rank's local gradients, after partial ones were reduced.
+        scale_: multiplies them, in place, by a 0-d coefficient.
+    """
+
+    total_norm: Tensor
+    gradients: Callable[[], list[Tensor]]
+    scale_: Callable[[Tensor], None]
+
+    @classmethod
+    def of(cls, total_norm: Tensor, gradients: Iterable[Tensor | None]) -> Measured:
+        """Of gradients that are at hand."""
+        present = [gradient for gradient in gradients if gradient is not None]
+        return cls(total_norm, lambda: present, lambda coef: kernels.scale_(present, coef))
 
 
 def read_gradients(shards: Sequence[GradShard]) -> tuple[list[Reading], list[DistnormError]]:

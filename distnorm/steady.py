@@ -110,12 +110,12 @@ class Steady:
             self._addresses, self._spans = addresses, Spans(whole.at(addresses), counted.at(addresses))
         return self._spans
 
-    def scale_(self, spans: Spans, coef: float, holders: Sequence[Tensor]) -> None:
+    def scale_(self, spans: Spans, coef: Tensor, holders: Sequence[Tensor]) -> None:
         """Multiply the gradients that `read` has just found, in place, and tell autograd."""
-        for kind in self._kinds:
-            if kind.route.is_versioned:
-                torch.autograd.graph.increment_version(list(map(_GRAD, kind.pick(holders))))
-        kernels.scale_spans_(spans.all, coef)
+        if kernels.scale_spans_(spans.all, coef):
+            for kind in self._kinds:
+                if kind.route.is_versioned:
+                    torch.autograd.graph.increment_version(list(map(_GRAD, kind.pick(holders))))
 
 
 def _kind(route: Route, holders: Sequence[Tensor], which: Mapping[int, Tensor]) -> _Kind:

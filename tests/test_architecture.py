@@ -33,6 +33,7 @@ ORDER = [
     "diagnosis",
     "readings",
     "partials",
+    "steady",
     "measurement",
     "policies",
     "clipper",

@@ -27,10 +27,12 @@ def measure(tensors: Sequence[Tensor], kernel: native.Kernel) -> tuple[list[Tens
     return [measure_spans(native.Spans.of(fitting), kernel)], rest
 
 
-def scale_spans_(spans: native.Spans, coef: float) -> None:
-    """Multiply what lies in spans, as `scale_` does; autograd is not told."""
-    if coef != 1:
-        native.scale_(spans, coef)
+def scale_spans_(spans: native.Spans, coef: Tensor) -> bool:
+    """Multiply what lies in spans, as `scale_` does; whether anything was changed. Autograd is not told."""
+    factor = float(coef.cpu().numpy())
+    if factor != 1:
+        native.scale_(spans, factor)
+    return factor != 1
 
 
 def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
