@@ -134,12 +134,28 @@ class GradClipper:
             DisagreementError: ranks measure different sets of parameters.
         """
         with torch.no_grad():
-            measured = self._measure(store=True)
-            decision = policies.constant(measured.total_norm, self._max_norm, self.config.clip.nonfinite)
+            decision, measured = self._decide()
             apply(decision, measured)
-        self._steps += 1
-        self.last = clip_result(measured.total_norm, decision)
+        assert self.last is not None
         return self.last
+
+    def decide(self) -> ClipResult:
+        """Do as `clip` does, but leave the gradients for the caller to multiply by the coefficient.
+
+        Collective, as `clip` is. Partial DTensor gradients are stored back reduced here too.
+
+        Raises:
+            DistnormError: as `clip`.
+        """
+        with torch.no_grad():
+            self._decide()
+        assert self.last is not None
+        return self.last
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The target's tensors, each once."""
+        return list(self._inventory.holders)
 
     def measure(self) -> ClipResult:
         """Measure this step's gradient and change nothing. Collective, as `clip` is.
@@ -167,6 +183,13 @@ class GradClipper:
         if version != 1 or not isinstance(steps, int) or steps < 0:
             raise DistnormError(f"expected a clipper's state of version 1, found {dict(state)!r}")
         self._steps = steps
+
+    def _decide(self) -> tuple[Decision, Measured]:
+        measured = self._measure(store=True)
+        decision = policies.constant(measured.total_norm, self._max_norm, self.config.clip.nonfinite)
+        self._steps += 1
+        self.last = clip_result(measured.total_norm, decision)
+        return decision, measured
 
     def _read_target(self) -> tuple[list[GradShard], list[str]]:
         self._inventory = Inventory(self._target)

@@ -91,6 +91,11 @@ class ClipConfig(Section):
         description="What happens where the norm is inf or NaN: raise an error; skip the optimizer's step; "
         "zero the gradients; propagate leaves the outcome to the arithmetic.",
     )
+    apply: Literal["auto", "scale", "optimizer"] = Field(
+        "auto",
+        description="Who multiplies by the coefficient under attach: scale is a pass over the gradients; "
+        "optimizer is the step of a fused torch optimizer itself; auto is optimizer where that can be.",
+    )
 
 
 class MonitorConfig(Section):

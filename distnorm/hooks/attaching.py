@@ -66,6 +66,9 @@ def attach(
     ``unscale_`` was called or not, and all ranks find an overflow together. ``clip.nonfinite: skip``
     skips the step: parameters and optimizer state stay bit for bit.
 
+    With fused optimizers of all that is clipped, ``clip.apply: auto`` lets their own step multiply by the
+    coefficient, and skip: gradients are as they were until that step, and no pass over them is left.
+
     A DeepSpeed engine clips by distnorm's norm inside its own step, once; its own clipping is retired,
     and ``engine.get_global_grad_norm()`` tells distnorm's number.
 
@@ -93,9 +96,16 @@ def attach(
         _refuse_beside_engine(optimizer, pp_mesh)
         hook = DeepSpeedHook(target, config, group=group, tied=tied)
         return Handle(hook.clipper, hook)
-    optimizers = _checked_together(optimizer, Ranks(group))
+    ranks = Ranks(group)
+    optimizers = _checked_together(optimizer, ranks)
     clipper = GradClipper(target, config, group=group, pp_mesh=pp_mesh, tied=tied)
-    return Handle(clipper, OptimizerHook(clipper, optimizers))
+    error: DistnormError | None = None
+    try:
+        optimizer_hook = OptimizerHook(clipper, optimizers)
+    except DistnormError as caught:
+        error = caught
+    ranks.raise_together(error)
+    return Handle(clipper, optimizer_hook)
 
 
 def _checked_together(given: Optimizer | Iterable[Optimizer] | None, ranks: Ranks) -> list[Optimizer]:

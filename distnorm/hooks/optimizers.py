@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from distnorm.clipper import GradClipper
-from distnorm.errors import DistnormError
-from distnorm.hooks import amp
+from distnorm.errors import ConfigError, DistnormError
+from distnorm.hooks import amp, fused
 from distnorm.hooks.second_clipper import refuse_second_clipper
 
 _attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -50,6 +51,15 @@ class OptimizerHook:
     def __init__(self, clipper: GradClipper, optimizers: Sequence[Optimizer]) -> None:
         self._clipper, self._optimizers = clipper, optimizers
         self._skips = clipper.config.clip.nonfinite == "skip"
+        # Zeroing gradients that are not finite is no division.
+        self._may_hand_over = clipper.config.clip.apply != "scale" and clipper.config.clip.nonfinite != "zero"
+        self._members: list[Tensor] = []
+        self._obstacle: str | None = None
+        self._in_step = False  # whether the optimizers multiply by this round's coefficient
+        self._handed: set[int] = set()
+        if clipper.config.clip.apply == "optimizer" and not self._can_hand_over():
+            found = self._obstacle or "nonfinite: zero, which no optimizer can do"
+            raise ConfigError(f"clip.apply: expected fused optimizers of all that is clipped, found {found}")
         self._round: set[int] = set()
         self._by_scaler: set[int] = set()
         self._hidden: list[tuple[Tensor, Tensor]] = []
@@ -61,7 +71,8 @@ class OptimizerHook:
 
     def remove(self) -> None:
         """Put everything back."""
-        self._show()
+        for optimizer in self._optimizers:
+            self._tidy(optimizer)
         while self._undo:
             self._undo.pop()()
         _attached.difference_update(self._optimizers)
@@ -70,51 +81,77 @@ class OptimizerHook:
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self._show()  # what a step that raised left hidden
+        self._tidy(optimizer)  # what a step that raised has left
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._clip_once_a_round(optimizer)
-            self._hide_if_skipped(optimizer)
+            self._finish(optimizer)
             return None
 
         def clipped_closure() -> Any:
             self._show()
             loss = closure()
-            self._clipper.clip()
-            self._hide_if_skipped(optimizer)
+            self._clip()
+            self._finish(optimizer)
             return loss
 
         return args[:1], {**kwargs, "closure": clipped_closure}
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._show()
+        self._tidy(optimizer)
+
+    def _clip(self, *, scaled: bool = False) -> None:
+        """Measure and decide; and multiply, unless the optimizers can do so in their own steps."""
+        self._in_step = not scaled and self._can_hand_over()
+        if self._in_step:
+            self._clipper.decide()
+        else:
+            self._clipper.clip()
+
+    def _can_hand_over(self) -> bool:
+        if not self._may_hand_over or any(map(fused.is_taken, self._optimizers)):
+            return False
+        members = [p for o in self._optimizers for group in o.param_groups for p in group["params"]]
+        if len(members) != len(self._members) or not all(map(is_, members, self._members)):
+            self._members = members
+            self._obstacle = next(fused.obstacles(self._optimizers, self._clipper.parameters), None)
+        return self._obstacle is None
+
+    def _finish(self, optimizer: Optimizer) -> None:
+        if self._in_step:
+            assert self._clipper.last is not None
+            fused.hand_over(optimizer, self._clipper.last, skips=self._skips)
+            self._handed.add(id(optimizer))
+        else:
+            self._hide_if_skipped(optimizer)
 
     def _before_scaled(self, optimizer: Optimizer, scaler: GradScaler) -> None:
         """The norm is of unscaled gradients; and all ranks skip the step, or none."""
         if not any(optimizer is ours for ours in self._optimizers):
             return
+        self._tidy(optimizer)
         if self._begins_round(optimizer):
             for ours in self._optimizers:
                 amp.unscale(scaler, ours)
         self._by_scaler.discard(id(optimizer))
-        self._clip_once_a_round(optimizer)
+        self._clip_once_a_round(optimizer, scaled=True)
         self._by_scaler.add(id(optimizer))
         amp.set_found_inf(scaler, optimizer, ~self._last_is_finite())
 
     def _begins_round(self, optimizer: Optimizer) -> bool:
         return not self._round or id(optimizer) in self._round
 
-    def _clip_once_a_round(self, optimizer: Optimizer) -> None:
+    def _clip_once_a_round(self, optimizer: Optimizer, *, scaled: bool = False) -> None:
         if id(optimizer) in self._by_scaler:
             self._by_scaler.remove(id(optimizer))
             return
         if self._begins_round(optimizer):
             self._round = set()
-            self._clipper.clip()
+            self._clip(scaled=scaled)
         self._round.add(id(optimizer))
 
     def _hide_if_skipped(self, optimizer: Optimizer) -> None:
-        """Read the result on the host: only a fused optimizer can take a step back on the device."""
+        """Read the result on the host: only a fused optimizer can skip a step on the device."""
         if not self._skips or self._last_is_finite():
             return
         for group in optimizer.param_groups:
@@ -126,6 +163,12 @@ class OptimizerHook:
     def _last_is_finite(self) -> Tensor:
         assert self._clipper.last is not None
         return self._clipper.last.is_finite
+
+    def _tidy(self, optimizer: Optimizer) -> None:
+        self._show()
+        if id(optimizer) in self._handed:
+            self._handed.remove(id(optimizer))
+            fused.take_back(optimizer)
 
     def _show(self) -> None:
         while self._hidden:
