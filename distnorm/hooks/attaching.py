@@ -99,13 +99,7 @@ def attach(
     ranks = Ranks(group)
     optimizers = _checked_together(optimizer, ranks)
     clipper = GradClipper(target, config, group=group, pp_mesh=pp_mesh, tied=tied)
-    error: DistnormError | None = None
-    try:
-        optimizer_hook = OptimizerHook(clipper, optimizers)
-    except DistnormError as caught:
-        error = caught
-    ranks.raise_together(error)
-    return Handle(clipper, optimizer_hook)
+    return Handle(clipper, _hooked_together(clipper, optimizers, ranks))
 
 
 def _checked_together(given: Optimizer | Iterable[Optimizer] | None, ranks: Ranks) -> list[Optimizer]:
@@ -119,6 +113,16 @@ def _checked_together(given: Optimizer | Iterable[Optimizer] | None, ranks: Rank
         error = caught
     ranks.raise_together(error)
     return optimizers
+
+
+def _hooked_together(clipper: GradClipper, optimizers: list[Optimizer], ranks: Ranks) -> OptimizerHook:
+    error: DistnormError | None = None
+    try:
+        hook = OptimizerHook(clipper, optimizers)
+    except DistnormError as caught:
+        error = caught
+    ranks.raise_together(error)
+    return hook
 
 
 def _refuse_beside_engine(optimizer: object, pp_mesh: object) -> None:
