@@ -96,10 +96,9 @@ def attach(
         _refuse_beside_engine(optimizer, pp_mesh)
         hook = DeepSpeedHook(target, config, group=group, tied=tied)
         return Handle(hook.clipper, hook)
-    ranks = Ranks(group)
-    optimizers = _checked_together(optimizer, ranks)
+    optimizers = _checked_together(optimizer, Ranks(group))
     clipper = GradClipper(target, config, group=group, pp_mesh=pp_mesh, tied=tied)
-    return Handle(clipper, _hooked_together(clipper, optimizers, ranks))
+    return Handle(clipper, _hooked_together(clipper, optimizers, Ranks(group)))
 
 
 def _checked_together(given: Optimizer | Iterable[Optimizer] | None, ranks: Ranks) -> list[Optimizer]:
