@@ -22,7 +22,7 @@ from distnorm.norms import norm
 from distnorm.policies import Decision
 from distnorm.readings import Measured
 from distnorm.shards import GradShard, of_grad
-from distnorm.sources import Inventory, Target, Tied, checked_tied, read_once, shards_of, stage_of
+from distnorm.sources import Inventory, Target, Tied, checked_tied, modules_of, read_once, shards_of, stage_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +116,7 @@ class GradClipper:
         }
         self._meter = Meter(ranks, order, terms, self._tied, raises=self.config.clip.nonfinite == "raise")
         self._shards = self._meter.prepare(self._read_target)
+        self._overlap_backward()
 
     def clip(self) -> ClipResult:
         """Measure this step's gradient and scale it, in place, so that its norm is the threshold at most.
@@ -197,9 +198,20 @@ class GradClipper:
         shards = shards_of(named, of_grad, target=self._target, stage=self._stage, tied=self._tied)
         return shards, [name for name, _ in named]
 
+    def _overlap_backward(self) -> None:
+        if not self.config.clip.overlap:
+            return
+        error: DistnormError | None = None
+        try:
+            self._meter.take_during_backward(self._shards, modules_of(self._target))
+        except DistnormError as caught:
+            error = caught
+        self._meter.ranks.raise_together(error)
+
     def _measure(self, *, store: bool) -> Measured:
         if not self._meter.has_plan or not self._inventory.is_current:
             self._shards = self._meter.prepare_anew(self._read_target)
+            self._overlap_backward()
         return self._meter.measure(self._inventory.holders, lambda: self._shards, store=store)
 
 

@@ -16,24 +16,17 @@ from types import MappingProxyType
 from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distnorm import diagnosis
 from distnorm.ballot import LANES, Ballot, Count, Stage, presence_weights
 from distnorm.collectives import Ranks
 from distnorm.diagnosis import SET
-from distnorm.errors import (
-    DisagreementError,
-    DistnormError,
-)
+from distnorm.errors import DisagreementError, DistnormError
 from distnorm.norms import Norm
+from distnorm.overlap import Overlap
 from distnorm.partials import Batch, agree_on_partials
-from distnorm.plan import (
-    Plan,
-    check_tied,
-    make_plan,
-    stable_hash,
-)
+from distnorm.plan import Plan, check_tied, make_plan, stable_hash
 from distnorm.readings import Measured, Reading, completed, read_gradients
 from distnorm.shards import GradShard
 from distnorm.sources import Tied
@@ -56,6 +49,7 @@ class Meter:
         terms: what all ranks must have alike, compared whenever a plan is made.
         tied: groups of names that are one parameter.
         raises: whether the result is read back, so that whatever is wrong is raised on every rank.
+        overlap: what has read some gradients during backward.
     """
 
     ranks: Ranks
@@ -63,11 +57,22 @@ class Meter:
     terms: Mapping[str, object]
     tied: Tied
     raises: bool
+    overlap: Overlap | None = None
     _plan: Plan | None = None
     _batches: tuple[Batch, ...] | None = None
     _weights: Mapping[int, int] = field(default_factory=dict)
     _steady: Steady | None = None  # of the shards that were measured last
     _presence: int = 0
+
+    def take_during_backward(self, shards: Sequence[GradShard], modules: Sequence[nn.Module]) -> None:
+        """Read gradients as soon as backward has finished them; only where compiled code can. Not collective.
+
+        Raises:
+            ConfigError: see `Overlap`.
+        """
+        assert self._plan is not None
+        if self.norm.kernel is not None:
+            self.overlap = Overlap(self.norm, shards, self._plan.shares, modules)
 
     @property
     def has_plan(self) -> bool:
@@ -80,7 +85,7 @@ class Meter:
         Raises:
             DistnormError: what `read` raised on any rank, or what `make_plan` found; on every rank.
         """
-        self._plan = self._steady = None
+        self._plan = self._steady = self.overlap = None
         shards: list[GradShard] = []
         names: list[str] = []
         error: DistnormError | None = None
@@ -155,7 +160,8 @@ class Meter:
         Raises:
             DistnormError: on the rank that has a gradient which can't be measured; on all with `raises`.
         """
-        again = self.measure_again(holders, describe, terms)
+        taken = self.overlap.take() if self.overlap is not None else None
+        again = self.measure_again(holders, describe, terms, taken)
         return again if again is not None else self._measure_with_care(describe(), store, terms)
 
     def measure_again(
@@ -163,15 +169,17 @@ class Meter:
         holders: Sequence[Tensor],
         describe: Callable[[], Sequence[GradShard]],
         terms: Mapping[str, object] = NO_TERMS,
+        taken: Tensor | None = None,
     ) -> Measured | None:
-        """Measure, as `measure` does, gradients that lie as they did before; else do nothing: `None`."""
+        """Measure, as `measure` does, gradients that lie as before; else do nothing: `None`."""
         steady = self._steady
         spans = steady.read(holders) if steady is not None else None
         if steady is None or spans is None:
             return None
+        statistic = taken if taken is not None else self.norm.statistic_of_spans(spans.counted)
         here = self._here(terms)
         ballot = self._ballot(self._presence, here)
-        vector = self._vote(self.norm.statistic_of_spans(spans.counted), ballot)
+        vector = self._vote(statistic, ballot)
         total_norm = self._finalise(vector, ballot)
 
         def gradients() -> list[Tensor | None]:

@@ -53,11 +53,14 @@ class Route:
         addresses: from holders and the layouts of their gradients, of which local tensors are contiguous
             in the CPU's memory, to the addresses of their first elements; or `LayoutChangedError`, or
             `AttributeError` or `TypeError` where there is no gradient at all.
+        mark_of: from a gradient to what another change of its local tensor's elements changes: how many such
+            changes in place there were, and its address.
         is_versioned: whether the gradient is the local tensor itself, so that autograd sees its version.
     """
 
     layout_of: Callable[[Tensor], object]
     addresses: Callable[[Sequence[Tensor], Sequence[Any]], Iterator[int]]
+    mark_of: Callable[[Tensor], tuple[int, ...]]
     is_versioned: bool
 
 

@@ -34,6 +34,7 @@ ORDER = [
     "readings",
     "partials",
     "steady",
+    "overlap",
     "measurement",
     "policies",
     "clipper",

@@ -96,6 +96,11 @@ class ClipConfig(Section):
         description="Who multiplies by the coefficient under attach: scale is a pass over the gradients; "
         "optimizer is the step of a fused torch optimizer itself; auto is optimizer where that can be.",
     )
+    overlap: bool = Field(
+        False,
+        description="Whether each gradient is read as soon as backward has finished it, so that little of "
+        "the norm's cost is left afterwards; on the CPU, under FSDP2, DDP, or neither.",
+    )
 
 
 class MonitorConfig(Section):

@@ -33,6 +33,7 @@ __all__ = [
     "Target",
     "Tied",
     "checked_tied",
+    "modules_of",
     "named_tensors",
     "read_once",
     "shards_of",

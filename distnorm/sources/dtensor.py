@@ -46,7 +46,13 @@ def _addresses(holders: Sequence[Tensor], specs: Sequence[object]) -> Iterator[i
         yield gradient._local_tensor.data_ptr()
 
 
-_ROUTE = Route(_layout_of, _addresses, is_versioned=False)
+def _mark_of(gradient: Tensor) -> tuple[int, ...]:
+    """Operators on a DTensor count on it, those on its local tensor there."""
+    local = _dtensor(gradient)._local_tensor
+    return gradient._version, local._version, local.data_ptr()
+
+
+_ROUTE = Route(_layout_of, _addresses, _mark_of, is_versioned=False)
 
 
 @dataclass(frozen=True, slots=True)

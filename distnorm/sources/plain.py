@@ -30,7 +30,11 @@ def _addresses(holders: Sequence[Tensor], layouts: Sequence[tuple[torch.dtype, i
         yield gradient.data_ptr()
 
 
-_ROUTE = Route(_layout_of, _addresses, is_versioned=True)
+def _mark_of(gradient: Tensor) -> tuple[int, ...]:
+    return gradient._version, gradient.data_ptr()
+
+
+_ROUTE = Route(_layout_of, _addresses, _mark_of, is_versioned=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,11 @@ def test_five_mistakes_are_five_problems_with_their_places(file: Path) -> None:
             "expected a string that is not empty, found 10; put it in quotes",
         ),
         ("train: {output_dir: ''}", (1, 21, "train.output_dir"), "expected a string that is not empty"),
-        ("clip: 1", (1, 7, "clip"), "expected a mapping with the keys max_norm, nonfinite, apply, found 1"),
+        (
+            "clip: 1",
+            (1, 7, "clip"),
+            "expected a mapping with the keys max_norm, nonfinite, apply, overlap, found 1",
+        ),
         ("monitor: []", (1, 10, "monitor"), "expected a mapping, {} while it has no keys, found a list"),
         # Nothing after the colon is not null: that would turn clipping off unnoticed.
         ("clip:\n  max_norm:\n", (2, 12, "clip.max_norm"), "or null, found no value; write null"),
