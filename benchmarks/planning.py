@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 PYTHONPATH=. python benchmarks/planning.py [--ranks 64 16384] [--json CASE RANKS]
 
 Every row is a process of its own, and is the rank on which most rows meet. See `simulated_rank.py` for what
-of the world is computed. Time is the median of several plans, on one core and by the wall's clock, without the
-simulation's own; memory is how far the resident set rises above what it was before the first plan.
+of the world is computed. Time is the median of several plans, on one core and by the wall's clock, without
+the simulation's own; memory is how far the resident set rises above what it was before the first plan.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def measured(case: str, size: int, shards: int = SHARDS) -> dict[str, float]:
             sent, received = group.sent, group.received
             if not repeat:
                 memory = resident("VmHWM") - before
-            began, spent = clocks(), group.seconds
+            spent, began = group.seconds.clone(), clocks()
             agree(group, planned)
             agreements.append(clocks() - began - (group.seconds - spent))
         both = resident("VmHWM") - before

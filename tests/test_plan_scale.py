@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from benchmarks import planning
 from benchmarks.simulated_rank import TERMS, Piece, most_loaded_rank, piece, plan, simulated
-from distnorm.collectives import Ranks
+from distnorm.collectives import Ranks, told
+from distnorm.errors import ConfigError
 from distnorm.hooks.deepspeed.cutting import cuts_inside
 from distnorm.plan import make_plan
 from distnorm.sources import deepspeed as source
@@ -195,3 +196,23 @@ def test_engines_pieces_are_cut_where_any_ranks_pieces_end(ranks, size: int, dat
                     inside = [start, *sorted(end for end in ends if start < end < stop), stop]
                     expected += [(name, a, b) for a, b in pairwise(inside)]
             assert shards == expected
+
+
+def test_what_16384_ranks_say_in_an_error_stays_short() -> None:
+    long = "x" * 100_000
+    with simulated(0, planning.Mesh(16384, shards=1)):
+        ranks = Ranks()
+        first, again, other = (ranks.shortened(text, 2) for text in (f"{long}a", f"{long}a", f"{long}b"))
+        with pytest.raises(ConfigError) as refused:
+            ranks.raise_together(ConfigError(long))
+    assert first == again != other
+    assert len(first) * 2 * 16384 < 16e6
+    assert len(str(refused.value)) < 1000
+
+
+def test_few_ranks_say_all_of_it_and_many_facts_are_counted() -> None:
+    with simulated(0, planning.Mesh(8, shards=1)), pytest.raises(ConfigError) as refused:
+        Ranks().raise_together(ConfigError("x" * 100_000))
+    assert str(refused.value) == "x" * 100_000
+    assert told(list("abcdefgh")) == list("abcdefgh")
+    assert told(list("abcdefghij")) == [*"abcdefgh", "and 2 more"]
