@@ -33,6 +33,9 @@ from benchmarks.simulated_rank import (
     plan,
     simulated,
 )
+from distnorm.collectives import Ranks
+from distnorm.errors import ReplicaError
+from distnorm.plan import raise_named
 
 SHARDS = 1000
 RANKS = (64, 256, 1024, 4096, 16384)
@@ -103,16 +106,21 @@ def resident(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
+def quiet() -> int:
+    """Let the high-water mark start anew, and say from where."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
 def measured(case: str, size: int, shards: int = SHARDS) -> dict[str, float]:
     """Time and memory of the most loaded rank."""
     topology = CASES[case](size)
     rank = most_loaded_rank(topology)
     with simulated(rank, topology) as group:
         assert len(group.mine) == shards
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-        before = resident("VmRSS")
+        before = quiet()
         plans, agreements = [], []
         for repeat in range(REPEATS):
             began = clocks()
@@ -140,6 +148,17 @@ def measured(case: str, size: int, shards: int = SHARDS) -> dict[str, float]:
     }
 
 
+def refused(size: int) -> dict[str, float]:
+    """Time and memory of one rank when all refuse three parameters."""
+    with simulated(0, Mesh(size, shards=1)):
+        before, began = quiet(), clocks()
+        try:
+            raise_named(Ranks(), [(f"{i}.{'name' * 75}", "x" * 300) for i in range(3)], ReplicaError, "", "")
+        except ReplicaError as error:
+            (wall, _), message = 1e3 * (clocks() - began), str(error)
+        return {"wall_ms": float(wall), "mb": (resident("VmHWM") - before) / 1e6, "characters": len(message)}
+
+
 def in_a_process(case: str, size: int) -> dict[str, float]:
     """`measured`, in a process that has done nothing else."""
     command = [sys.executable, __file__, "--json", case, str(size)]
@@ -154,7 +173,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.json:
         case, size = arguments.json
-        print(json.dumps(measured(case, int(size))))
+        print(json.dumps(refused(int(size)) if case == "refused" else measured(case, int(size))))
         return
     print(f"python {platform.python_version()}, torch {torch.__version__}, {SHARDS} shards a rank\n")
     print(
@@ -174,6 +193,10 @@ def main() -> None:
             cells += [f"{row[key]:.0f}" for key in ("plan_ms", "plan_wall_ms")] + [f"{row['plan_mb']:.1f}"]
             cells += [f"{row['agree_ms']:.0f}", f"{row['both_mb']:.1f}"]
             print("|", " | ".join(map(str, cells)), "|", flush=True)
+    for size in arguments.ranks:
+        row = in_a_process("refused", size)
+        print(f"all of {size} ranks refuse: {row['wall_ms']:.0f} ms wall, {row['mb']:.1f} MB, ", end="")
+        print(f"an error of {row['characters']} characters")
 
 
 if __name__ == "__main__":
