@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distnorm.errors import DistnormError
+
+_GATHERED = 8 << 20  # characters of text that an error gathers from all ranks together
+_TOLD = 8  # unlike facts that an error tells
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX} if dist.is_available() else {}
 
@@ -63,6 +67,18 @@ class Ranks:
         dist.all_gather_object(facts, fact, self.group)
         return facts
 
+    def shortened(self, text: str, parts: int = 1) -> str:
+        """A text that is one of `parts` that every rank gathers, short enough for the memory of one rank.
+
+        What is cut off is replaced by a hash of the whole, so that unlike texts stay unlike.
+        """
+        most = max(40, _GATHERED // (self.size * parts))
+        if len(text) <= most or self.size == 1:
+            return text
+        return (
+            f"{text[:most]}... ({len(text)} characters, {blake2b(text.encode(), digest_size=8).hexdigest()})"
+        )
+
     def raise_together(self, error: DistnormError | None) -> None:
         """Raise on every rank if any rank has an error; its kind is that of the lowest such rank.
 
@@ -76,13 +92,16 @@ class Ranks:
         if not self.all_reduce_(failed, "max").item():
             return
         by_message: dict[tuple[type[DistnormError], str], list[int]] = {}
-        for rank, fact in enumerate(self.gather(None if error is None else (type(error), str(error)))):
+        mine = None if error is None else (type(error), self.shortened(str(error)))
+        for rank, fact in enumerate(self.gather(mine)):
             if fact is not None:
                 by_message.setdefault(fact, []).append(rank)
         (kind, only), ranks = next(iter(by_message.items()))
         if len(by_message) == 1 and len(ranks) == self.size:
             raise kind(only)
-        raise kind("; ".join(f"on {_ranks(who)}: {message}" for (_, message), who in by_message.items()))
+        raise kind(
+            "; ".join(told([f"on {_ranks(who)}: {message}" for (_, message), who in by_message.items()]))
+        )
 
     def join(self, keys: Tensor, rows: Tensor, answer: Callable[[Tensor], Tensor]) -> Tensor:
         """Answer every row by a rank that sees all ranks' rows of the same key: a distributed hash join.
@@ -113,6 +132,12 @@ class Ranks:
         out = rows.new_empty(sum(receive), rows.shape[1])
         dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.group)
         return out
+
+
+def told(facts: Sequence[str]) -> list[str]:
+    """The first few of what ranks say, and how many more there are."""
+    more = len(facts) - _TOLD
+    return [*facts[:_TOLD], f"and {more} more"] if more > 0 else list(facts)
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -86,7 +86,8 @@ def raise_not_finite(
         for shard, gradient in zip(shards, gradients, strict=True)
         if gradient is not None and not gradient.isfinite().all()
     ]
-    everywhere = enumerate(ranks.gather(mine[:_MOST_NAMED]))
+    brief = [ranks.shortened(name, _MOST_NAMED) for name in mine[:_MOST_NAMED]]
+    everywhere = enumerate(ranks.gather(brief))
     found = [f"'{name}' on rank {rank}" for rank, names in everywhere for name in names]
     where = ", ".join(found[:_MOST_NAMED]) or "no single gradient; their norm leaves fp64's range"
     raise NonFiniteGradientError(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distnorm import kernels
-from distnorm.collectives import Ranks
+from distnorm.collectives import Ranks, told
 from distnorm.errors import ConfigError, CoverageError, DisagreementError, DistnormError, ReplicaError
 from distnorm.shards import GradShard
 
@@ -99,14 +99,15 @@ def agree_on_terms(ranks: Ranks, terms: Mapping[str, object] | None) -> None:
     hashed = None if mine is None else stable_hash(repr(sorted(mine.items())))
     if ranks.size == 1 or _same(ranks, hashed):
         return
-    everybody = [(rank, theirs) for rank, theirs in enumerate(ranks.gather(mine)) if theirs is not None]
+    brief = mine and {name: ranks.shortened(value, len(mine)) for name, value in mine.items()}
+    everybody = [(rank, theirs) for rank, theirs in enumerate(ranks.gather(brief)) if theirs is not None]
     differing = []
     for name in dict.fromkeys(name for _, theirs in everybody for name in theirs):
         values: dict[str, list[int]] = {}
         for rank, theirs in everybody:
             values.setdefault(theirs.get(name, "absent"), []).append(rank)
         if len(values) > 1:
-            found = ", ".join(f"{value} on {_on(who)}" for value, who in values.items())
+            found = ", ".join(told([f"{value} on {_on(who)}" for value, who in values.items()]))
             differing.append(f"{name}: expected the same on every rank, found {found}")
     raise DisagreementError("; ".join(differing))
 
@@ -229,12 +230,15 @@ def raise_named(
     if not ranks.all_reduce_(found, "max").item():
         return
     by_name: dict[str, dict[str, list[int]]] = {}
-    for rank, theirs in enumerate(ranks.gather(list(facts[:_NAMED_IN_ERRORS]))):
+    brief = [
+        [ranks.shortened(text, 2 * _NAMED_IN_ERRORS) for text in fact] for fact in facts[:_NAMED_IN_ERRORS]
+    ]
+    for rank, theirs in enumerate(ranks.gather(brief)):
         for name, fact in theirs:
             by_name.setdefault(name, {}).setdefault(fact, []).append(rank)
     lines = [
         f"parameter '{name}': expected {expected}, found "
-        + "; ".join(f"{fact} on {_on(who)}" for fact, who in by_name[name].items())
+        + "; ".join(told([f"{fact} on {_on(who)}" for fact, who in by_name[name].items()]))
         for name in sorted(by_name)[:_NAMED_IN_ERRORS]
     ]
     raise kind("\n".join([*lines, advice]))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -69,31 +68,13 @@ class Piece:
     values: Callable[[], Tensor]
 
     @property
-    def cuts(self) -> tuple[int, ...]:
-        """Where it ends, if it is not the whole parameter."""
-        return () if (self.start, self.stop) == (0, math.prod(self.shape)) else (self.start, self.stop)
-
-
-def cuts_of(pieces: Iterable[Piece]) -> dict[str, list[int]]:
-    """Where this rank's pieces end. For `shards`, those of all ranks are needed."""
-    cuts: dict[str, list[int]] = defaultdict(list)
-    for piece in pieces:
-        if piece.cuts:
-            cuts[piece.name].extend(piece.cuts)
-    return dict(cuts)
-
-
-def merged(everybody: Iterable[Cuts]) -> dict[str, list[int]]:
-    """The cuts of all ranks."""
-    union: dict[str, set[int]] = defaultdict(set)
-    for cuts in everybody:
-        for name, offsets in cuts.items():
-            union[name].update(offsets)
-    return {name: sorted(offsets) for name, offsets in union.items()}
+    def is_whole(self) -> bool:
+        """Whether it is the whole parameter."""
+        return (self.start, self.stop) == (0, math.prod(self.shape))
 
 
 def shards(pieces: Iterable[Piece], cuts: Cuts) -> list[GradShard]:
-    """Describe pieces as shards, cut at the cuts of all ranks."""
+    """Describe pieces as shards, cut where other ranks' pieces end."""
     return [shard for piece in pieces for shard in _shards(piece, cuts.get(piece.name, ()))]
 
 

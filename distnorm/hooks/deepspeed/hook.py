@@ -13,6 +13,7 @@ from distnorm.collectives import Ranks
 from distnorm.config import Config
 from distnorm.errors import DistnormError, NonFiniteGradientError
 from distnorm.hooks.deepspeed.adapters import Adapter
+from distnorm.hooks.deepspeed.cutting import cuts_inside
 from distnorm.hooks.deepspeed.patches import Patches
 from distnorm.hooks.deepspeed.refusals import adapter_class, retire_engines_clipping
 from distnorm.hooks.deepspeed.verdict import EngineClipper
@@ -61,8 +62,8 @@ class DeepSpeedHook:
         self._error: NonFiniteGradientError | None = None
         try:
             adapter, pieces = self._described(ranks, tied)
-            cuts = source.merged(ranks.gather(source.cuts_of(pieces)))
-            self.clipper = EngineClipper(source.shards(pieces, cuts), config, group)
+            shards = source.shards(pieces, cuts_inside(ranks, pieces))
+            self.clipper = EngineClipper(shards, config, group)
             self._install(ranks, adapter)
         except BaseException:
             self._patches.undo()
