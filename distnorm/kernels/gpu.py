@@ -51,7 +51,7 @@ def usable(device: torch.device) -> bool:
 
 
 def split(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Those that the kernels can read and scale, dense memory of a usable GPU and a real dtype; the others."""
+    """Those that the kernels can read and scale, dense memory of a usable GPU and a real dtype; the rest."""
     fitting: list[Tensor] = []
     rest: list[Tensor] = []
     for tensor in tensors:
@@ -143,7 +143,7 @@ class Table:
             stream = torch.cuda.current_stream(self.device)
             self._copied = stream.record_event()
             self._seen.add(stream.cuda_stream)
-        self.rows, self.each, self.all = flat.split([len(rows), len(runs), 1])
+        self.rows, self.each, self.all = torch.split(flat, [len(rows), len(runs), 1])
 
     def ready(self) -> None:
         """Let the current stream wait for the copy, once, and the memory for the stream."""

@@ -1,7 +1,7 @@
 """What runs on the GPU, in Triton's language. `distnorm.kernels.gpu` launches it; nobody else imports it.
 
 A program takes one row of a table, [rows, 2] int64: the address of a chunk of a tensor, and its number of
-elements. Offsets within a chunk fit in 32 bits; what lies beyond 2**31 elements of a tensor is in the address.
+elements. Offsets in a chunk fit in 32 bits; what lies beyond 2**31 elements of a tensor is in the address.
 Chunks at addresses that are no multiple of 16 are read by blocks of another size: loads that share a block's
 indices share their layout too, and would be slowed down to the least aligned of them.
 """
@@ -58,7 +58,7 @@ def scale(rows, first, coef, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
         row = first + tl.program_id(0)
         address = tl.load(rows + row * 2)
         count = tl.load(rows + row * 2 + 1).to(tl.int32)
-        factor = wide if DTYPE == tl.float64 else wide.to(tl.float32)
+        factor = wide.to(tl.float32 if DTYPE.primitive_bitwidth < 64 else tl.float64)
         if address % 16 == 0:
             _multiply(_aligned(address, DTYPE), count, factor, DTYPE, BLOCK)
         else:

@@ -79,9 +79,7 @@ def library() -> Library | None:
         *(size, size, ctypes.c_double, address),
     ]
     able = loaded.distnorm_dtypes()
-    return Library(
-        {dtype: code for dtype, code in CODES.items() if able >> code & 1}, loaded.distnorm_run
-    )
+    return Library({dtype: code for dtype, code in CODES.items() if able >> code & 1}, loaded.distnorm_run)
 
 
 def split(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,5 +1,5 @@
-"""Triton's kernels against dense fp64, and against torch bit for bit; `test_triton.py` runs these in a process
-of their own, in Triton's interpreter on the CPU's memory or on a GPU."""
+"""Triton's kernels against dense fp64, and against torch bit for bit; `test_triton.py` runs these in a
+process of their own, in Triton's interpreter on the CPU's memory or on a GPU."""
 
 from __future__ import annotations
 
@@ -74,15 +74,16 @@ def test_every_size_and_alignment(dtype, kernel):
     for i, size in enumerate(SIZES):
         for start in (0, 1 + i % 7):
             tensor = whole[start : start + size]
-            assert found([tensor], kernel) == pytest.approx(powers([tensor], kernel), rel=1e-14), (size, start)
+            assert found([tensor], kernel) == pytest.approx(powers([tensor], kernel), rel=1e-14), (
+                size,
+                start,
+            )
 
 
 @pytest.mark.parametrize("kernel", Kernel)
 def test_many_tensors_of_all_dtypes_at_odd_addresses(kernel):
-    tensors = [
-        random(60 + i, DTYPES[i % 4], seed=i)[1 + i % 5 : 1 + i % 5 + (i * 7) % 45] for i in range(200)
-    ]
-    tensors[77] = random(2 * CHUNK + 5, torch.bfloat16)
+    tensors = [random(60 + i, DTYPES[i % 4], seed=i)[1 + i % 5 : 1 + i % 5 + (i * 7) % 45] for i in range(48)]
+    tensors[17] = random(2 * CHUNK + 5, torch.bfloat16)
     assert any(tensor.numel() == 0 for tensor in tensors)
     places = table(tensors)
     assert len(places.kinds) == 4
@@ -103,7 +104,15 @@ def test_nothing(kernel):
 def test_values_at_the_ends_of_the_range(dtype, kernel):
     info = torch.finfo(dtype)
     largest = 1e100 if dtype is torch.float64 else info.max
-    for value in (0.0, -0.0, 1e20, 1e-25, -largest, info.smallest_normal * info.eps, -info.smallest_normal / 2):
+    for value in (
+        0.0,
+        -0.0,
+        1e20,
+        1e-25,
+        -largest,
+        info.smallest_normal * info.eps,
+        -info.smallest_normal / 2,
+    ):
         value = max(-largest, min(largest, value))
         tensor = torch.full((BLOCK + 45,), value, dtype=torch.float64).to(dtype).to(DEVICE)
         assert found([tensor], kernel) == pytest.approx(powers([tensor], kernel), rel=1e-14, abs=0), value
@@ -133,7 +142,7 @@ def test_every_finite_pattern_of_the_small_dtypes(dtype):
 
 @pytest.mark.parametrize("kernel", Kernel)
 def test_the_same_bits_twice(kernel):
-    tensors = [random(4000 + i, DTYPES[i % 4], seed=i) for i in range(20)]
+    tensors = [random(4000 + 70 * i, DTYPES[i % 4], seed=i) for i in range(8)]
     assert len({found(tensors, kernel) for _ in range(3)}) == 1
     assert found([tensor.clone() for tensor in tensors], kernel) == found(tensors, kernel)
 
@@ -231,7 +240,7 @@ def test_scaling_changes_nothing_beside_the_tensors(dtype):
 
 
 def test_scaling_many_tensors_of_all_dtypes():
-    tensors = [random(1 + (i * 7919) % 900, DTYPES[i % 4], seed=i) for i in range(100)]
+    tensors = [random(1 + (i * 7919) % 900, DTYPES[i % 4], seed=i) for i in range(40)]
     expected = [by_torch(tensor, 0.77) for tensor in tensors]
     for tensor, one in zip(scaled(tensors, 0.77), expected, strict=True):
         assert_same(tensor, one)
