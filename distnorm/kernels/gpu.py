@@ -35,7 +35,7 @@ _REMEMBERED = 16  # tables
 
 @cache
 def usable(device: torch.device) -> bool:
-    """Whether Triton is there and this is an NVIDIA GPU that has bf16."""
+    """Whether this is an NVIDIA GPU that has bf16, and Triton is there and works."""
     if device.type != "cuda" or torch.version.cuda is None or os.environ.get("DISTNORM_TRITON") == "0":
         return False
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -43,11 +43,21 @@ def usable(device: torch.device) -> bool:
     try:
         if find_spec("triton") is None:
             raise ImportError("there is no Triton")
-        import distnorm.kernels.gpu_code  # noqa: F401
+        _try_out(device)
     except Exception as error:  # whatever an unsuitable Triton raises must not cost a norm
         _LOG.info("gradients on %s are read by torch's operators, not by Triton's kernels: %s", device, error)
         return False
     return True
+
+
+def _try_out(device: torch.device) -> None:
+    """Launch a kernel on no element. Raises what stands in the way, such as that there is no C compiler."""
+    from distnorm.kernels import gpu_code
+
+    rows = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    out = torch.empty(1, dtype=torch.float64, device=device)
+    with _on(device):
+        gpu_code.partials[(1,)](rows, 0, out, gpu_code.DTYPES[0], int(Kernel.SQUARES), _BLOCK)
 
 
 def split(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -170,17 +180,17 @@ def table_of(tensors: Sequence[Tensor]) -> Table | None:
     places, device = Places.of(tensors), tensors[0].device
     key = (device, *(array.tobytes() for array in (places.addresses, places.numels, places.codes)))
     table = _tables.get(key)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        if table is not None:
-            _captured[id(table)] = table
-        return table
-    if table is None:
-        with _on(device):
+    with _on(device):
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if table is not None:
+                _captured[id(table)] = table
+            return table
+        if table is None:
             table = _tables[key] = Table(places, device)
-        if len(_tables) > _REMEMBERED:
-            _tables.popitem(last=False)
-    _tables.move_to_end(key)
-    table.ready()
+            if len(_tables) > _REMEMBERED:
+                _tables.popitem(last=False)
+        _tables.move_to_end(key)
+        table.ready()
     return table
 
 

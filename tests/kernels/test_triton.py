@@ -125,23 +125,32 @@ def cuda_device(monkeypatch):
     monkeypatch.delenv("DISTNORM_TRITON", raising=False)
     monkeypatch.setattr("torch.version.cuda", "13.0")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(gpu, "_try_out", lambda device: None)
     gpu.usable.cache_clear()
     yield CUDA
     gpu.usable.cache_clear()
 
 
-def test_which_devices_are_usable(monkeypatch, cuda_device):
+def no_compiler(device: torch.device) -> None:
+    raise RuntimeError("Failed to find C compiler.")
+
+
+def test_which_devices_are_usable(monkeypatch, cuda_device, caplog):
+    caplog.set_level("INFO", "distnorm")
     assert gpu.usable(cuda_device)
     assert not gpu.usable(torch.device("cpu")) and not gpu.usable(torch.device("meta"))
     for name, value in (
         ("torch.version.cuda", None),
         ("torch.cuda.get_device_capability", lambda device: (7, 5)),
         ("distnorm.kernels.gpu.find_spec", lambda name: None),
+        ("distnorm.kernels.gpu._try_out", no_compiler),
     ):
         with monkeypatch.context() as context:
             context.setattr(name, value)
             gpu.usable.cache_clear()
             assert not gpu.usable(cuda_device), name
+    told = [record.getMessage() for record in caplog.records]
+    assert ["there is no Triton" in told[0], "C compiler" in told[1], len(told)] == [True, True, 2]
     gpu.usable.cache_clear()
     monkeypatch.setenv("DISTNORM_TRITON", "0")
     assert not gpu.usable(cuda_device)

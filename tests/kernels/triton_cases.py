@@ -185,6 +185,11 @@ def test_a_table_is_made_anew_only_if_something_moved():
     assert len(gpu._tables) == gpu._REMEMBERED
 
 
+def test_a_kernel_is_launched_on_no_element():
+    gpu._try_out(DEVICE)
+    assert gpu.usable(DEVICE) == (DEVICE.type == "cuda")
+
+
 def test_tensors_that_overlap_are_told():
     flat = random(100, torch.float32)
     assert not table(list(flat.split([1, 0, 50, 49]))).overlap
