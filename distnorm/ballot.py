@@ -24,6 +24,15 @@ LANES = ("nan", "plan", "agree", "measure", "mute", "refused", "presence", "term
 """The first lanes of the vector, before the statistic; the very first counts statistics that are NaN."""
 
 
+def on_device(values: Sequence[float], device: torch.device) -> Tensor:
+    """The values, [n] fp64, without waiting for the device."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A copy in a graph reads the host's memory at every replay; a fill brings its value along.
+        return torch.stack([torch.full((), v, dtype=torch.float64, device=device) for v in values])
+    made = torch.tensor(values, dtype=torch.float64)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
+
+
 @dataclass(frozen=True, slots=True)
 class Ballot:
     """One rank's votes.
@@ -62,12 +71,12 @@ class Ballot:
         if self.stage == "follow":  # it knows no terms; that of others agree shows in their two functions
             first, again = lanes[-2:]
             alike = first == -again if op == "max" else first * first == lanes[3] * again
-            few = torch.tensor([0, 0, 0, mute, 0, 0], dtype=torch.float64, device=lanes.device)
+            few = on_device([0, 0, 0, mute, 0, 0], lanes.device)
             follows: Tensor = (lanes[[0, 1, 2, 4, 5, 6]] == few).all() & (alike | (lanes[3] == 0))
             return follows
-        fixed = torch.tensor([0, 0, 0, 0, mute, 0, 0, 0, 0], dtype=torch.float64, device=lanes.device)
+        fixed = on_device([0, 0, 0, 0, mute, 0, 0, 0, 0], lanes.device)
         each = [0, 0, 0, 1, 0, 0, 0, *self._terms_pair(op)]
-        by_measurer = torch.tensor(each, dtype=torch.float64, device=lanes.device)
+        by_measurer = on_device(each, lanes.device)
         well: Tensor = (lanes == fixed + by_measurer * lanes[3]).all()
         return well
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from distnorm import diagnosis
-from distnorm.ballot import LANES, Ballot, Count, Stage, presence_weights
+from distnorm.ballot import LANES, Ballot, Count, Stage, on_device, presence_weights
 from distnorm.collectives import Ranks
 from distnorm.diagnosis import SET
 from distnorm.errors import DisagreementError, DistnormError
@@ -258,7 +258,7 @@ class Meter:
         nan = statistic.isnan()
         padding = [0] * (_WIDTH - self.norm.width)
         votes = [*ballot.votes(self.norm.op), *padding]
-        vote = torch.tensor(votes, dtype=torch.float64, device=statistic.device)
+        vote = on_device(votes, statistic.device)
         vector = torch.cat([nan.any().double().view(1), vote, torch.where(nan, 0.0, statistic)])
         return self.ranks.all_reduce_(vector, self.norm.op)
 

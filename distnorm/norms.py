@@ -65,9 +65,11 @@ class Norm(ABC):
     def statistic(self, tensors: Sequence[Tensor], device: torch.device) -> Tensor:
         """The statistic, [width] fp64, of tensors of one device; zeros where there are none."""
         statistics: list[Tensor] = []
-        if self.kernel is not None and device.type == "cpu":
+        if self.kernel is not None:
             statistics, tensors = kernels.measure(tensors, self.kernel)
         statistics += [self.of_block(block) for block in kernels.blocks(tensors)]
+        if len(statistics) == 1:
+            return statistics[0]
         return self.reduce(torch.stack(statistics)) if statistics else self.zeros(device)
 
     def statistic_of_spans(self, spans: kernels.Spans) -> Tensor:

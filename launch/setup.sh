@@ -30,6 +30,11 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6):
 PY
 }
 
+# Whether the torch that is installed names the Triton that it needs, as those for CUDA do.
+needs_triton() {
+    "$1" -c 'import importlib.metadata as m; exit(not any(r.startswith("triton") for r in m.requires("torch") or []))'
+}
+
 is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
 
 find_python() {
@@ -80,7 +85,8 @@ install() {
     torch="$(usable_torch "$VENV_PYTHON")"
     if [[ -n "$torch" ]]; then
         say "torch $torch is there"
-        { grep -v '^torch==' "$ROOT/launch/constraints.txt"; echo "torch==$torch"; } >"$constraints"
+        { grep -Ev '^(torch|triton)==' "$ROOT/launch/constraints.txt"; echo "torch==$torch"; } >"$constraints"
+        if ! needs_triton "$VENV_PYTHON"; then grep '^triton==' "$ROOT/launch/constraints.txt" >>"$constraints"; fi
     else
         say "torch will be installed, which can take minutes"
         cp "$ROOT/launch/constraints.txt" "$constraints"

@@ -24,7 +24,8 @@ from distnorm.kernels import compiling
 
 _LOG = logging.getLogger("distnorm")
 _SOURCE = Path(__file__).with_name("native.c")
-_PLAIN = {Tensor, nn.Parameter}
+PLAIN = {Tensor, nn.Parameter}
+"""The classes whose memory is what they say."""
 _PER_THREAD = 1 << 19  # elements: below, starting a thread takes longer than it saves
 
 
@@ -40,9 +41,10 @@ class Kernel(IntEnum):
 
 
 _SCALE = 3  # in place of a Kernel
-# In the order of native.c's codes.
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_SIZES = np.array([dtype.itemsize for dtype in _DTYPES], dtype=np.int64)
+CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+"""Each dtype's code in native.c and gpu_code.py."""
+SIZES = np.array([dtype.itemsize for dtype in CODES], dtype=np.int64)
+"""Bytes of an element, by code."""
 
 Ints = npt.NDArray[np.int64]
 
@@ -77,9 +79,7 @@ def library() -> Library | None:
         *(size, size, ctypes.c_double, address),
     ]
     able = loaded.distnorm_dtypes()
-    return Library(
-        {dtype: code for code, dtype in enumerate(_DTYPES) if able >> code & 1}, loaded.distnorm_run
-    )
+    return Library({dtype: code for dtype, code in CODES.items() if able >> code & 1}, loaded.distnorm_run)
 
 
 def split(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -89,14 +89,16 @@ def split(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     fitting: list[Tensor] = []
     rest: list[Tensor] = []
     for tensor in tensors:
-        plain = tensor.dtype in code and tensor.is_cpu and type(tensor) in _PLAIN
-        fits = plain and (tensor.is_contiguous() or _is_dense(tensor))
+        plain = tensor.dtype in code and tensor.is_cpu and type(tensor) in PLAIN
+        fits = plain and is_dense(tensor)
         (fitting if fits else rest).append(tensor)
     return fitting, rest
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Whether it is contiguous but for the order of its dims."""
+    if tensor.is_contiguous():
+        return True
     strides = tensor.stride()
     return tensor.permute(sorted(range(tensor.dim()), key=lambda dim: -strides[dim])).is_contiguous()
 
@@ -125,7 +127,7 @@ class SpanTable:
 
     def part(self, starts: Ints, numels: Ints) -> SpanTable:
         """Of each tensor `numels` elements from `starts` on."""
-        return SpanTable(self.offsets + starts * _SIZES[self.codes], numels, self.codes)
+        return SpanTable(self.offsets + starts * SIZES[self.codes], numels, self.codes)
 
     def at(self, addresses: Ints) -> Spans:
         """The spans of tensors whose first elements are at these addresses."""
@@ -215,4 +217,4 @@ def addresses_of(tensors: Sequence[Tensor]) -> Ints:
 
 
 def _ends(starts: Ints, numels: Ints, codes: npt.NDArray[np.int32]) -> Ints:
-    return starts + numels * _SIZES[codes]
+    return starts + numels * SIZES[codes]

@@ -1,0 +1,145 @@
+"""What runs on the GPU, in Triton's language. `distnorm.kernels.gpu` launches it; nobody else imports it.
+
+A program takes one row of a table, [rows, 2] int64: the address of a chunk of a tensor, and its number of
+elements. Offsets in a chunk fit in 32 bits; what lies beyond 2**31 elements of a tensor is in the address.
+Chunks at addresses that are no multiple of 16 are read by blocks of another size: loads that share a block's
+indices share their layout too, and would be slowed down to the least aligned of them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from distnorm.kernels.native import Kernel
+
+# By the codes of `distnorm.kernels.native`. bf16 is converted by its bits: Triton's interpreter can't round.
+DTYPES = (tl.float32, tl.float64, tl.uint16, tl.float16)
+_BF16 = tl.constexpr(tl.uint16)
+_SQUARES = tl.constexpr(int(Kernel.SQUARES))
+_LARGEST = tl.constexpr(int(Kernel.LARGEST))
+_MAGNITUDE = tl.constexpr((1 << 63) - 1)  # all bits of an fp64 number but its sign
+
+
+@triton.jit(do_not_specialize=["first"])
+def partials(rows, first, out, DTYPE: tl.constexpr, KERNEL: tl.constexpr, BLOCK: tl.constexpr):
+    """The statistic of each chunk from row `first` on, of one dtype, into its place of [rows] fp64."""
+    row = first + tl.program_id(0)
+    address = tl.load(rows + row * 2)
+    count = tl.load(rows + row * 2 + 1).to(tl.int32)
+    if address % 16 == 0:
+        _measure(_aligned(address, DTYPE), count, out + row, KERNEL, BLOCK)
+    else:
+        _measure(address.to(tl.pointer_type(DTYPE)), count, out + row, KERNEL, BLOCK // 2)
+
+
+@triton.jit
+def totals(parts, runs, out, KERNEL: tl.constexpr, BLOCK: tl.constexpr):
+    """The statistic of each run of chunks, of those from runs[i, 0] to runs[i, 1], [runs] fp64."""
+    run = tl.program_id(0)
+    first = tl.load(runs + run * 2).to(tl.int32)
+    last = tl.load(runs + run * 2 + 1).to(tl.int32)
+    found = _nothing(KERNEL, BLOCK)
+    for at in range(first, last, BLOCK):
+        lanes = at + tl.arange(0, BLOCK)
+        values = tl.load(parts + lanes, mask=lanes < last, other=0.0)
+        if KERNEL == _LARGEST:
+            found = tl.maximum(found, values.to(tl.int64, bitcast=True))
+        else:
+            found += values
+    _store(out + run, found, KERNEL)
+
+
+@triton.jit(do_not_specialize=["first"])
+def scale(rows, first, coef, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """Multiply each chunk from row `first` on, of one dtype, by an fp64 coefficient, unless that is 1."""
+    wide = tl.load(coef)
+    if wide != 1.0:
+        row = first + tl.program_id(0)
+        address = tl.load(rows + row * 2)
+        count = tl.load(rows + row * 2 + 1).to(tl.int32)
+        factor = wide.to(tl.float32 if DTYPE.primitive_bitwidth < 64 else tl.float64)
+        if address % 16 == 0:
+            _multiply(_aligned(address, DTYPE), count, factor, DTYPE, BLOCK)
+        else:
+            _multiply(address.to(tl.pointer_type(DTYPE)), count, factor, DTYPE, BLOCK // 2)
+
+
+@triton.jit
+def _measure(start, count, out, KERNEL: tl.constexpr, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    found = _nothing(KERNEL, BLOCK)
+    whole = count // BLOCK * BLOCK
+    for at in range(0, whole, BLOCK):
+        found = _add(found, tl.load(start + at + lanes), KERNEL)
+    if whole < count:  # apart: a mask would let every load be of one element
+        found = _add(found, tl.load(start + whole + lanes, mask=whole + lanes < count, other=0), KERNEL)
+    _store(out, found, KERNEL)
+
+
+@triton.jit
+def _aligned(address, DTYPE: tl.constexpr):
+    """A pointer by which 16 bytes are loaded at once. `address` itself must not be marked: it is the same
+    value where it is no multiple of 16."""
+    return tl.multiple_of((address // 16 * 16).to(tl.pointer_type(DTYPE)), 16)
+
+
+@triton.jit
+def _nothing(KERNEL: tl.constexpr, BLOCK: tl.constexpr):
+    if KERNEL == _LARGEST:
+        return tl.zeros([BLOCK], tl.int64)
+    else:
+        return tl.zeros([BLOCK], tl.float64)
+
+
+@triton.jit
+def _add(found, values, KERNEL: tl.constexpr):
+    wide = _widened(values).to(tl.float64)
+    if KERNEL == _LARGEST:
+        # Without the sign, the bits of fp64 numbers are in the numbers' order, and NaN above inf.
+        return tl.maximum(found, wide.to(tl.int64, bitcast=True) & _MAGNITUDE)
+    elif KERNEL == _SQUARES:
+        return found + wide * wide
+    else:
+        return found + tl.abs(wide)
+
+
+@triton.jit
+def _widened(values):
+    if values.dtype == _BF16:
+        return (values.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif values.dtype == tl.float16:
+        return values.to(tl.float32)
+    else:
+        return values
+
+
+@triton.jit
+def _rounded(values, DTYPE: tl.constexpr):
+    if DTYPE == _BF16:
+        bits = values.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # of two equally near ones, the even one
+        return tl.where(values == values, nearest, 0x7FFF).to(_BF16)
+    else:
+        return values.to(DTYPE)
+
+
+@triton.jit
+def _store(out, found, KERNEL: tl.constexpr):
+    if KERNEL == _LARGEST:
+        tl.store(out, tl.max(found, axis=0).to(tl.float64, bitcast=True))
+    else:
+        tl.store(out, tl.sum(found, axis=0))
+
+
+@triton.jit
+def _multiply(start, count, factor, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    whole = count // BLOCK * BLOCK
+    for at in range(0, whole, BLOCK):
+        values = tl.load(start + at + lanes)
+        tl.store(start + at + lanes, _rounded(_widened(values) * factor, DTYPE))
+    if whole < count:
+        inside = whole + lanes < count
+        values = tl.load(start + whole + lanes, mask=inside, other=0)
+        tl.store(start + whole + lanes, _rounded(_widened(values) * factor, DTYPE), mask=inside)
