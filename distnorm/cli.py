@@ -65,24 +65,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("schema", _schema, "print the JSON Schema of a configuration")
     compare = add("compare", _compare, "find the first step at which the norms of two runs part")
 
-    bench = add("bench", _bench, "time gradient-norm functions side by side, and beside the machine's limit")
-    bench.add_argument(
-        "workloads",
-        metavar="WORKLOAD",
-        nargs="*",
-        type=_workload,
-        help=f"one of {', '.join(WORKLOADS)}; by default CONFIG's, or else all that fit the ranks",
+    _describe_bench(
+        add("bench", _bench, "time gradient-norm functions, and the machine's limit, side by side")
     )
-    bench.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        metavar="DEVICE",
-        help="auto, cpu or cuda",
-    )
-    bench.add_argument("--rounds", type=_rounds, default=ROUNDS, metavar="N", help="times of each contender")
-    bench.add_argument("--json", dest="json_file", metavar="FILE", help="where all samples are written")
-    bench.add_argument("--config", metavar="CONFIG", help="a YAML file whose topology is timed")
     for parser_of_one in (train, verify):
         parser_of_one.add_argument("config", metavar="CONFIG", help="a YAML file")
     validate.add_argument("configs", metavar="CONFIG", nargs="+", help="a YAML file")
@@ -101,6 +86,26 @@ def make_parser() -> argparse.ArgumentParser:
         "--rtol", type=_tolerance, metavar="R", help="largest relative difference; 1 is returned beyond it"
     )
     return parser
+
+
+def _describe_bench(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument(
+        "workloads",
+        metavar="WORKLOAD",
+        nargs="*",
+        type=_workload,
+        help=f"one of {', '.join(WORKLOADS)}; by default CONFIG's, or else all that fit the ranks",
+    )
+    bench.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        metavar="DEVICE",
+        help="auto, cpu or cuda",
+    )
+    bench.add_argument("--rounds", type=_rounds, default=ROUNDS, metavar="N", help="times of each contender")
+    bench.add_argument("--json", dest="json_file", metavar="FILE", help="where all samples are written")
+    bench.add_argument("--config", metavar="CONFIG", help="a YAML file whose topology is timed")
 
 
 class _Version(argparse.Action):

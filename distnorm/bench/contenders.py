@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import distnorm
-from distnorm.bench.peers import Peers, by_deepspeed, by_megatrons_rule, by_torch, local_gradients
+from distnorm.bench.peers import Peers, by_deepspeed, by_megatrons_rule, by_torch
 from distnorm.bench.problem import Problem
 
 EXACT, CLOSE = 1e-6, 1e-4
@@ -66,19 +66,21 @@ def _on_one_mesh(problem: Problem) -> bool:
 
 
 def _on_local_tensors(problem: Problem, max_norm: float, peers: Peers) -> Iterator[Contender]:
-    """Those that know no DTensors: they don't apply where a gradient is not reduced yet."""
+    """Those that know no DTensors: they don't apply where a gradient is not reduced yet.
+
+    They are given the local tensors ready-made, since their own engines hold plain ones.
+    """
     if problem.any_partial:
         return
     everywhere = problem.replications == {problem.world.size}
     reduces = problem.world.size > 1 and not everywhere
-    held = [each.parameter for each in problem.held]
-    owned = held if everywhere else [each.parameter for each in problem.held if each.owned]
+    gradients = problem.locals
+    owned = [g for g, each in zip(gradients, problem.held, strict=True) if everywhere or each.owned]
 
     def megatron() -> float:
-        return by_megatrons_rule(local_gradients(owned), local_gradients(held), reduces, max_norm)
+        return by_megatrons_rule(owned, gradients, reduces, max_norm)
 
     def deepspeed() -> Any:
-        gradients = local_gradients(held)
         return by_deepspeed(peers.deepspeed, gradients, max_norm, over_all_ranks=reduces)
 
     yield Contender("Megatron's rule", megatron)

@@ -42,7 +42,7 @@ def works(kind: str) -> list[tuple[float, float, float | None]]:
     if kind == "fsdp":
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     elif kind == "hsdp":
-        fully_shard(model, mesh=init_device_mesh("cpu", (2, 2)))
+        fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")))
     model(torch.ones(1, 4)).sum().backward()
     problem = describe(model, dict(model.named_parameters()), world())
     needed = (
