@@ -109,8 +109,8 @@ def caveats(facts: dict[str, Any]) -> str:
         "Times are of the slowest rank, medians over rounds; what else ran on this machine is in them.",
         "The limit is a plain sum and a copy of 256 MiB a rank. Gradients that fit a cache, which restoring "
         "them has just filled, can be faster: above 100 %.",
-        "Peers called as functions do less than their engines, and single calls tell little of overlap with "
-        "other work.",
+        "Peers are called as functions: Megatron's rule and DeepSpeed's on plain local tensors that cost "
+        "nothing to get, as in their engines. Overlap with other work is not seen.",
     ]
     if facts["ranks"] > 1:
         lines.append(
