@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import math
 import os
 import platform
 import sys
@@ -152,7 +153,12 @@ def _row(table: Table, row: Row) -> dict[str, Any]:
         "bytes_per_second": table.bytes / row.median if timed else None,
         "percent_of_limit": 100 * table.limit / row.median if timed else None,
         "ratio_to_reference": row.median / reference if timed and reference is not None else None,
-        "relative_error": row.error,
+        "relative_error": _plain(row.error),
         "problem": row.problem,
         "agrees": row.agrees,
     }
+
+
+def _plain(error: float | None) -> float | str | None:
+    """JSON has no inf and no NaN."""
+    return error if error is None or math.isfinite(error) else str(error)

@@ -69,7 +69,7 @@ def main(
             gc.collect()
         _say(world, "\n" + report.caveats(facts))
         if json_file is not None and world.rank == 0:
-            text = json.dumps(report.document(facts, limit, tables), indent=1)
+            text = json.dumps(report.document(facts, limit, tables), indent=1, allow_nan=False)
             Path(json_file).write_text(text + "\n", encoding="utf-8")
         return 0 if all(row.agrees for table in tables for row in table.rows) else 1
 

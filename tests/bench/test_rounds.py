@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from distnorm.bench.contenders import Contender
 from distnorm.bench.limit import Limit, work_of
 from distnorm.bench.problem import Problem, describe
-from distnorm.bench.report import text_of
+from distnorm.bench.report import document, text_of
 from distnorm.bench.rounds import Table, Variant, run_rounds
 from distnorm.trainer.world import World
 
@@ -95,6 +96,9 @@ def test_each_contender_is_judged(ranks: Any) -> None:
     assert rows["on one rank"].error == pytest.approx(1e-3)
     assert rows["raising"].problem == rows["one raises"].problem == "raises ValueError: no such norm"
     assert {len(row.seconds) for row in rows.values()} == {0, 3}
+    written = json.loads(json.dumps(document({}, LIMIT, tables[:1]), allow_nan=False))
+    errors = {row["name"]: row["relative_error"] for row in written["workloads"][0]["contenders"]}
+    assert (errors["nan"], errors["right"], errors["raising"]) == ("nan", 0.0, None)
     lines = {line.split("  ")[1]: line for line in text_of(tables[0]).splitlines()[3:]}
     assert list(lines) == list(rows)
     assert all(line.endswith(rows[name].problem or "-" * (name == "silent")) for name, line in lines.items())
