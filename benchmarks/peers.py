@@ -19,7 +19,6 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, f
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, parallel
 
 import distnorm
+from distnorm.bench.peers import DEEPSPEED, TITAN, by_deepspeed, local_gradients, start_deepspeed
 from distnorm.testing import RankPool, preload
 
 LIMIT = 0.05
@@ -201,27 +201,18 @@ CASES = [
 ]  # fmt: skip
 
 
-def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-
-
-def by_deepspeed(lib: Any, case: Case, problem: Problem, parameters: Any) -> Any:
-    """The pair of calls that DeepSpeed's BF16_Optimizer makes, the ranks being its model-parallel group."""
+def deepspeed(lib: Any, case: Case, problem: Problem, parameters: Any) -> Any:
     gradients = local_gradients(problem.parameters)
     given = (g for g in gradients) if case.generator else gradients
-    mpu = SimpleNamespace(get_model_parallel_group=lambda: dist.group.WORLD)
-    norm = lib.get_global_norm_of_tensors(given, case.order, mpu=mpu)
-    return lib.clip_tensors_by_global_norm(gradients, LIMIT, norm, mpu=mpu)
+    return by_deepspeed(lib, gradients, LIMIT, order=case.order, given=given)
 
 
-TITAN = "torchtitan.distributed.utils"
 # Column -> (module that has to be importable, how it is called)
 CONTENDERS: dict[str, tuple[str, Callable[[Any, Case, Problem, Any], Any]]] = {
     "torch": ("torch.nn.utils", lambda m, c, p, xs: m.clip_grad_norm_(xs, LIMIT, c.order)),
     "torchtitan": (TITAN, lambda m, c, p, xs: m.clip_grad_norm_(xs, LIMIT, c.order, pp_mesh=p.pp_mesh)),
     "FSDP1": ("torch", lambda m, c, p, xs: p.root.clip_grad_norm_(LIMIT, c.order)),
-    "DeepSpeed": ("deepspeed.runtime.utils", by_deepspeed),
+    "DeepSpeed": (DEEPSPEED, deepspeed),
     "distnorm": ("distnorm", lambda m, c, p, xs: m.clip_grad_norm_(p.named(xs), LIMIT, c.order, tied=p.tied)),
 }
 
@@ -231,9 +222,7 @@ def measure(index: int, column: str) -> str:
     case, (module, clip) = CASES[index], CONTENDERS[column]
     lib = importlib.import_module(module)
     if column == "DeepSpeed":
-        deepspeed = importlib.import_module("deepspeed")
-        deepspeed.ops.__compatible_ops__.clear()  # or it first compiles an op that isn't used here
-        deepspeed.init_distributed("gloo", verbose=False)
+        start_deepspeed(torch.device("cpu"))
     problem = (case.fsdp1 if column == "FSDP1" else case.build)()  # type: ignore[misc]
     complete = [p for p in problem.parameters if "Partial" not in str(getattr(p.grad, "placements", ""))]
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from distnorm.bench import ROUNDS, WORKLOADS
 from distnorm.errors import ConfigError, DistnormError
 
 _BAD_INPUT = 2
@@ -17,14 +18,14 @@ _INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Under torchrun every rank calls it; `train` and `verify` are collective, the others are not.
+    Under torchrun every rank calls it; `train`, `verify` and `bench` are collective, the others are not.
 
     Args:
         argv: the arguments after the program's name; the process's own by default.
 
     Returns:
-        The exit code: 0; 1 where `verify` or `compare` found a difference; 2 for bad input, explained on
-        stderr; 130 after Ctrl-C.
+        The exit code: 0; 1 where `verify`, `compare` or `bench` found a difference; 2 for bad input,
+        explained on stderr; 130 after Ctrl-C.
 
     Raises:
         SystemExit: with 0 after ``--help`` and ``--version``, with 2 for wrong arguments.
@@ -64,6 +65,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("schema", _schema, "print the JSON Schema of a configuration")
     compare = add("compare", _compare, "find the first step at which the norms of two runs part")
 
+    _describe_bench(
+        add("bench", _bench, "time gradient-norm functions, and the machine's limit, side by side")
+    )
     for parser_of_one in (train, verify):
         parser_of_one.add_argument("config", metavar="CONFIG", help="a YAML file")
     validate.add_argument("configs", metavar="CONFIG", nargs="+", help="a YAML file")
@@ -82,6 +86,26 @@ def make_parser() -> argparse.ArgumentParser:
         "--rtol", type=_tolerance, metavar="R", help="largest relative difference; 1 is returned beyond it"
     )
     return parser
+
+
+def _describe_bench(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument(
+        "workloads",
+        metavar="WORKLOAD",
+        nargs="*",
+        type=_workload,
+        help=f"one of {', '.join(WORKLOADS)}; by default CONFIG's, or else all that fit the ranks",
+    )
+    bench.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        metavar="DEVICE",
+        help="auto, cpu or cuda",
+    )
+    bench.add_argument("--rounds", type=_rounds, default=ROUNDS, metavar="N", help="times of each contender")
+    bench.add_argument("--json", dest="json_file", metavar="FILE", help="where all samples are written")
+    bench.add_argument("--config", metavar="CONFIG", help="a YAML file whose topology is timed")
 
 
 class _Version(argparse.Action):
@@ -110,6 +134,20 @@ def _tolerance(text: str) -> float:
     return value
 
 
+def _rounds(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, found {text}")
+    return value
+
+
+def _workload(text: str) -> str:
+    if text not in WORKLOADS:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(WORKLOADS)}, found {text}")
+    return text
+
+
+_rounds.__name__ = "number"
 _tolerance.__name__ = "number"  # argparse names the type by it: "invalid number value"
 
 
@@ -157,3 +195,9 @@ def _compare(run_a: str, run_b: str, rtol: float | None) -> int:
     from distnorm import compare
 
     return compare.main(run_a, run_b, rtol)
+
+
+def _bench(workloads: Sequence[str], **options: Any) -> int:
+    from distnorm.bench import run
+
+    return run.main(workloads, **options)

@@ -44,18 +44,19 @@ ORDER = [
     "hooks",
     "monitor",
     "trainer",
+    "bench",
     "cli",
     "__main__",
 ]
 # These import the catalogue, `from distnorm import Config`, like any user.
-USERS_OF_PUBLIC_NAMES = {"trainer", "cli", "__main__"}
+USERS_OF_PUBLIC_NAMES = {"trainer", "bench", "cli", "__main__"}
 APART = {"testing"}
 FRAMEWORKS = {"deepspeed", "megatron", "transformers", "accelerate", "lightning"}
 COLLECTIVES = re.compile(
     r"(all_reduce|all_gather|all_to_all|reduce_scatter|broadcast|gather|scatter|reduce|barrier|send|recv"
     r"|isend|irecv|batch_isend_irecv)(_\w+)?"
 )
-MAY_ISSUE_COLLECTIVES = {"collectives", "testing", "trainer", "verification"}
+MAY_ISSUE_COLLECTIVES = {"collectives", "testing", "trainer", "verification", "bench"}
 # The oracles share no code with the fast path, so each knows for itself what an infinite order means.
 MAY_ASK_WHETHER_P_IS_INFINITE = {"norms", "testing", "verification"}
 MAX_LINES, MAX_FUNCTION_LINES = 300, 50
@@ -227,11 +228,12 @@ def test_sources_never_import_each_other():
         assert not others & set(ours(imported(ast.walk(source.tree)))), source.module
 
 
-def test_the_trainer_imports_public_names_only():
+def test_the_trainer_and_the_bench_import_public_names_only():
     for source in library():
-        if source.entry == "trainer":
+        if source.entry in ("trainer", "bench"):
             targets = set(ours(imported(ast.walk(source.tree))))
-            assert {t for t in targets if t and t.split(".")[0] != "trainer"} == set(), source.module
+            allowed = {"trainer", source.entry}
+            assert {t for t in targets if t and t.split(".")[0] not in allowed} == set(), source.module
 
 
 def test_no_framework_is_imported_at_module_level():

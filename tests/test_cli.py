@@ -94,10 +94,20 @@ def test_the_surface_is_frozen() -> None:
         "validate": {"-h/--help": None, "configs": "CONFIG", "--set": "KEY=VALUE"},
         "schema": {"-h/--help": None},
         "compare": {"-h/--help": None, "run_a": "RUN", "run_b": "RUN", "--rtol": "R"},
+        "bench": {
+            "-h/--help": None,
+            "workloads": "WORKLOAD",
+            "--device": "DEVICE",
+            "--rounds": "N",
+            "--json": "FILE",
+            "--config": "CONFIG",
+        },
     }
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("verify",), ("validate",), ("schema",), ("compare",)])
+@pytest.mark.parametrize(
+    "command", [(), ("train",), ("verify",), ("validate",), ("schema",), ("compare",), ("bench",)]
+)
 def test_help_lists_every_option(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main([*command, "--help"])
@@ -123,7 +133,9 @@ def test_help_lists_every_option(command: tuple[str, ...], capsys: pytest.Captur
         ["compare", "a", "b", "--rtol", "x"],
         ["compare", "a", "b", "--rtol", "nan"],
         ["compare", "a", "b", "--rtol", "-1"],
-        ["bench"],
+        ["bench", "nothing"],
+        ["bench", "--rounds", "0"],
+        ["bench", "--device", "tpu"],
         ["report", "run"],
     ],
 )

@@ -1,0 +1,136 @@
+"""Who is timed, and how each is called on a problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import distnorm
+from distnorm.bench.peers import Peers, by_deepspeed, by_megatrons_rule, by_torch
+from distnorm.bench.problem import Problem
+
+EXACT, CLOSE = 1e-6, 1e-4
+"""Largest relative errors of distnorm, and of peers in fp32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One way to do what a variant asks for.
+
+    Args:
+        name: as it is shown.
+        call: what is timed; returns the norm, or `None` where none is taken. Collective.
+        tolerance: the largest relative error of the norm.
+        is_reference: whether the others' times are compared with this one's.
+        close: puts back what was changed to make it ready.
+    """
+
+    name: str
+    call: Callable[[], Any]
+    tolerance: float = CLOSE
+    is_reference: bool = False
+    close: Callable[[], None] = lambda: None
+
+
+def clippers(problem: Problem, max_norm: float, peers: Peers) -> list[Contender]:
+    """All that can clip this problem's gradients to `max_norm`. Collective."""
+    parameters = [each.parameter for each in problem.held]
+    if (root := problem.fsdp1) is not None:
+        found = [Contender("FSDP1", lambda: root.clip_grad_norm_(max_norm), is_reference=True)]
+    else:
+        found = [Contender("torch", lambda: by_torch(problem.parts, max_norm), is_reference=True)]
+        if peers.torchtitan is not None and _on_one_mesh(problem):
+            titan = peers.torchtitan.clip_grad_norm_
+            found.append(Contender("torchtitan", lambda: titan(parameters, max_norm)))
+    found += _on_local_tensors(problem, max_norm, peers)
+    clipper = distnorm.GradClipper(
+        problem.target, {"clip": {"max_norm": max_norm}}, tied=[tuple(names) for names in problem.tied]
+    )
+    function = distnorm.clip_grad_norm_
+    return [
+        *found,
+        Contender("distnorm.GradClipper", lambda: clipper.clip().total_norm, EXACT),
+        Contender(
+            "distnorm.clip_grad_norm_",
+            lambda: function(problem.target, max_norm, tied=[tuple(names) for names in problem.tied]),
+            EXACT,
+        ),
+    ]
+
+
+def _on_one_mesh(problem: Problem) -> bool:
+    return len(problem.parts) == 1 and problem.parts[0][1] is None and len(problem.parts[0][0]) == 1
+
+
+def _on_local_tensors(problem: Problem, max_norm: float, peers: Peers) -> Iterator[Contender]:
+    """Those that know no DTensors: they don't apply where a gradient is not reduced yet.
+
+    They are given the local tensors ready-made, since their own engines hold plain ones.
+    """
+    if problem.any_partial:
+        return
+    everywhere = problem.replications == {problem.world.size}
+    reduces = problem.world.size > 1 and not everywhere
+    gradients = problem.locals
+    owned = [g for g, each in zip(gradients, problem.held, strict=True) if everywhere or each.owned]
+
+    def megatron() -> float:
+        return by_megatrons_rule(owned, gradients, reduces, max_norm)
+
+    def deepspeed() -> Any:
+        return by_deepspeed(peers.deepspeed, gradients, max_norm, over_all_ranks=reduces)
+
+    yield Contender("Megatron's rule", megatron)
+    if peers.deepspeed is not None and problem.whole_ranks and (everywhere or problem.replications == {1}):
+        yield Contender("DeepSpeed", deepspeed)
+
+
+def measurers(problem: Problem, peers: Peers) -> list[Contender]:
+    """All that take the norm of one process's gradients. Peers' errors are shown, not judged."""
+    gradients = problem.locals
+    clipper = distnorm.GradClipper(problem.target)
+    found = [
+        Contender("torch", lambda: torch.nn.utils.get_total_norm(gradients), float("inf"), is_reference=True)
+    ]
+    if peers.deepspeed is not None:
+        norm_of = peers.deepspeed.get_global_norm_of_tensors
+        found.append(Contender("DeepSpeed", lambda: norm_of(gradients), float("inf")))
+    return [
+        *found,
+        Contender("distnorm.GradClipper", lambda: clipper.measure().total_norm, EXACT),
+        Contender("distnorm.get_total_norm", lambda: distnorm.get_total_norm(gradients), EXACT),
+    ]
+
+
+def steppers(problem: Problem, max_norm: float) -> list[Contender]:
+    """Fused AdamW's step, alone and after everyone's clipping. Collective."""
+    parameters = [each.parameter for each in problem.held]
+    config = {"clip": {"max_norm": max_norm}}
+    plain, attached = (torch.optim.AdamW(parameters, lr=1e-6, fused=True) for _ in range(2))
+    clipper = distnorm.GradClipper(problem.target, config)
+    handle = distnorm.attach(problem.target, attached, config)
+
+    def by_clipper() -> Any:
+        result = clipper.clip()
+        plain.step()
+        return result.total_norm
+
+    def by_torch_then_step() -> Any:
+        norm = by_torch(problem.parts, max_norm)
+        plain.step()
+        return norm
+
+    def by_attach() -> Any:
+        attached.step()
+        assert handle.last is not None
+        return handle.last.total_norm
+
+    return [
+        Contender("no clipping", plain.step),
+        Contender("torch, then step", by_torch_then_step, is_reference=True),
+        Contender("GradClipper.clip, then step", by_clipper, EXACT),
+        Contender("distnorm.attach", by_attach, EXACT, close=handle.remove),
+    ]
