@@ -5,10 +5,12 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import is_
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -20,12 +22,20 @@ from distnorm.measurement import Meter
 from distnorm.norms import norm
 from distnorm.readings import Measured
 from distnorm.shards import GradShard, PartialGrad, itself, of_grad
-from distnorm.sources import Target, Tied, checked_tied, named_tensors, read_once, shards_of, stage_of
+from distnorm.sources import (
+    Inventory,
+    Target,
+    Tied,
+    checked_tied,
+    named_tensors,
+    read_once,
+    shards_of,
+    stage_of,
+)
 
 _MOST_METERS = 32
-Known = tuple[Meter, list[weakref.ref[Tensor]]]
-_meters: OrderedDict[tuple[Any, ...], Known] = OrderedDict()
-_same: OrderedDict[tuple[Any, ...], Known] = OrderedDict()
+_meters: OrderedDict[tuple[Any, ...], tuple[Meter, list[weakref.ref[Tensor]]]] = OrderedDict()
+_same: OrderedDict[tuple[Any, ...], _Same] = OrderedDict()
 
 
 @torch.no_grad()
@@ -156,8 +166,9 @@ def _measure(
         stage, tied = stage_of(pp_mesh), checked_tied(tied)
         terms = {"norm_type": order.order, "error_if_nonfinite": raises, "tied": tied}
         fixed = (id(ranks.group), *terms.values(), stage, take)
-        same = _meter_of_same(fixed, target)
-        named = named_tensors(target) if same is None else []
+        same = _same.get((*fixed, *_key(target)))
+        holders = same.holders(target) if same is not None else None
+        named = named_tensors(target) if holders is None else []
     except DistnormError as error:
         Meter(ranks, norm(2), {}, (), raises).withdraw(error)
 
@@ -167,8 +178,8 @@ def _measure(
         return shards, [name for name, _ in pairs]
 
     now = {"max_norm": threshold}
-    if same is not None:
-        again = same.measure_again(cast(Sequence[Tensor], target), lambda: read()[0], now)
+    if same is not None and holders is not None:
+        again = same.meter.measure_again(holders, lambda: read()[0], now)
         if again is not None:
             return again
         named = named_tensors(target)
@@ -179,48 +190,51 @@ def _measure(
         if not named:
             return meter.follow()
         shards = meter.prepare_anew(read)
-        _remember(_meters, key, meter, named if take is of_grad else [])
-    if take is of_grad and same is None and _is_list_of(target, named):
-        _remember(_same, (*fixed, _ids(target)), meter, named)
+        _meters[key] = meter, [weakref.ref(tensor) for _, tensor in named] if take is of_grad else []
+        if len(_meters) > _MOST_METERS:
+            _meters.popitem(last=False)
+    if take is of_grad and holders is None:
+        _remember_same((*fixed, *_key(target)), target, meter, named)
     try:
         shards = shards or read()[0]
     except DistnormError as error:
         Meter(ranks, order, terms, tied, raises).withdraw(error)
-    holders = [tensor for _, tensor in named]
-    return meter.measure(holders, lambda: shards, store=take is of_grad, terms=now)
+    return meter.measure([tensor for _, tensor in named], lambda: shards, store=take is of_grad, terms=now)
 
 
-def _meter_of_same(fixed: tuple[Any, ...], target: Target) -> Meter | None:
-    """The meter of a list of parameters that was measured before, found without a look at any of them."""
-    if not isinstance(target, list | tuple):
-        return None
-    meter, alive = _same.get((*fixed, _ids(target)), (None, []))
-    return meter if all(ref() is item for ref, item in zip(alive, target, strict=False)) else None
+@dataclass(frozen=True, slots=True)
+class _Same:
+    """A target that was measured before. It keeps no module alive, nor parameters given in a list."""
+
+    meter: Meter
+    alive: list[weakref.ref[Any]]
+    inventory: Inventory | None
+
+    def holders(self, target: Any) -> Sequence[Tensor] | None:
+        """The parameters, if they are the same ones still; found without a look at any of them."""
+        given = [target] if self.inventory is not None else target
+        if not all(map(is_, (ref() for ref in self.alive), given)):
+            return None
+        if self.inventory is None:
+            return cast(Sequence[Tensor], target)
+        return self.inventory.holders if self.inventory.is_current else None
 
 
-def _ids(target: Any) -> tuple[int, ...]:
-    return tuple(map(id, target))
+def _key(target: Any) -> tuple[int, ...]:
+    return tuple(map(id, target)) if isinstance(target, list | tuple) else (id(target),)
 
 
-def _is_list_of(target: Target, named: Sequence[tuple[str, Tensor]]) -> bool:
-    """Whether a target lists just these tensors, each once and without a name."""
-    return (
-        isinstance(target, list | tuple)
-        and len(target) == len(named)
-        and all(item is tensor for item, (_, tensor) in zip(target, named, strict=True))
-    )
-
-
-def _remember(
-    meters: OrderedDict[tuple[Any, ...], Known],
-    key: tuple[Any, ...],
-    meter: Meter,
-    named: Sequence[tuple[str, Tensor]],
+def _remember_same(
+    key: tuple[Any, ...], target: Any, meter: Meter, named: Sequence[tuple[str, Tensor]]
 ) -> None:
-    meters[key] = meter, [weakref.ref(tensor) for _, tensor in named]
-    meters.move_to_end(key)
-    if len(meters) > _MOST_METERS:
-        meters.popitem(last=False)
+    """Remember a module, or a list of just these tensors, each once and without a name."""
+    if isinstance(target, nn.Module):
+        alive = [weakref.ref(target, lambda _: _same.pop(key, None))]
+        _same[key] = _Same(meter, alive, Inventory(target))
+    elif isinstance(target, list | tuple) and _key(target) == tuple(id(tensor) for _, tensor in named):
+        _same[key] = _Same(meter, [weakref.ref(tensor) for tensor in target], None)
+    if len(_same) > _MOST_METERS:
+        _same.popitem(last=False)
 
 
 def _signature(

@@ -185,6 +185,23 @@ def test_the_function_reads_the_same_list_again_and_keeps_no_model_alive(count_c
     assert [ref() for ref in alive] == [None, None]
 
 
+def test_the_function_knows_a_module_again_and_keeps_it_not_alive(count_careful):
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    for step in range(4):
+        if step == 2:
+            model.append(nn.Linear(2, 1))
+        found = list(model.parameters())
+        fill(found, step)
+        expected = dense(found)
+        assert float(distnorm.clip_grad_norm_(model, 0.5)) == pytest.approx(expected, rel=1e-6)
+        assert dense(found) == pytest.approx(0.5, rel=1e-5)
+    assert len(count_careful) == 2, "of the model as it was, and as it is"
+    alive = [weakref.ref(model), weakref.ref(found[0])]
+    del model, found
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]
+
+
 def fsdp2_steps(world: int) -> list[tuple[float, float, int]]:
     """Norm by distnorm, by all gathered gradients in fp64, and careful readings so far, of each step."""
     torch.manual_seed(0)

@@ -53,7 +53,8 @@ class Inventory:
     def __init__(self, target: Tensor | nn.Module | Collection[Any]) -> None:
         self.named = named_tensors(target)
         self.holders = [tensor for _, tensor in self.named]
-        self._target = target
+        # A single tensor or module stays the same one, and is not kept alive.
+        self._items = () if isinstance(target, Tensor | nn.Module) else target
         self._owners = [
             owned
             for module in modules_of(target)
@@ -69,10 +70,7 @@ class Inventory:
         return all(starmap(is_, zip_longest(self._list(), self._contents, fillvalue=missing)))
 
     def _list(self) -> Iterator[object]:
-        target = self._target
-        items: Iterable[object] = target.values() if isinstance(target, Mapping) else target  # type: ignore
-        if isinstance(target, Tensor | nn.Module):
-            items = (target,)
+        items = self._items.values() if isinstance(self._items, Mapping) else self._items
         return chain(items, *(owned.values() for owned in self._owners))
 
 
