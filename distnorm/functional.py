@@ -190,9 +190,7 @@ def _measure(
         if not named:
             return meter.follow()
         shards = meter.prepare_anew(read)
-        _meters[key] = meter, [weakref.ref(tensor) for _, tensor in named] if take is of_grad else []
-        if len(_meters) > _MOST_METERS:
-            _meters.popitem(last=False)
+        _remember(key, meter, named if take is of_grad else [])
     if take is of_grad and holders is None:
         _remember_same((*fixed, *_key(target)), target, meter, named)
     try:
@@ -200,6 +198,12 @@ def _measure(
     except DistnormError as error:
         Meter(ranks, order, terms, tied, raises).withdraw(error)
     return meter.measure([tensor for _, tensor in named], lambda: shards, store=take is of_grad, terms=now)
+
+
+def _remember(key: tuple[Any, ...], meter: Meter, named: Sequence[tuple[str, Tensor]]) -> None:
+    _meters[key] = meter, [weakref.ref(tensor) for _, tensor in named]
+    if len(_meters) > _MOST_METERS:
+        _meters.popitem(last=False)
 
 
 @dataclass(frozen=True, slots=True)
