@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/overlap.py
 
-One process group, two copies of a model, in turns: a backward, a barrier, and then `GradClipper.measure()`, timed
+Two copies of a model, in turns: a backward, a barrier, and then `GradClipper.measure()`, timed
 on the slowest rank. Gradients are the same for both; their norms have to agree.
 """
 
