@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from distnorm import kernels
-from distnorm.errors import ConfigError
+from distnorm.errors import ConfigError, DistnormError
 from distnorm.norms import Norm
 from distnorm.plan import Share
 from distnorm.shards import GradShard, of_grad
@@ -99,7 +100,9 @@ class Overlap:
     def read(self, i: int) -> None:
         """Take the statistic of a gradient that is final."""
         self._slots.pop(i, None)
-        reading = self._shards[i].read()
+        reading: object = None
+        with suppress(DistnormError):  # whoever measures is refused
+            reading = self._shards[i].read()
         if isinstance(reading, Tensor) and reading.is_contiguous():
             self.read_local(i, reading.reshape(-1))
             self.mark([i])

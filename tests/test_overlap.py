@@ -165,6 +165,14 @@ def test_nonfinite_during_backward_is_raised_with_its_parameter():
         clipper.clip()
 
 
+def test_a_sparse_gradient_is_refused_when_it_is_measured_not_in_backward():
+    net = nn.Embedding(5, 2, sparse=True)
+    clipper = distnorm.GradClipper(net, OVERLAP)
+    net(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(distnorm.UnsupportedGradientError, match="expected a dense gradient"):
+        clipper.clip()
+
+
 def test_hooks_go_with_the_clipper():
     net = Net()
     clipper = distnorm.GradClipper(net, OVERLAP)
