@@ -204,7 +204,7 @@ class Meter:
             self._poll("agree", {})
             self._agree(shards, readings, problems)
         steady = None
-        if not self._batches and not problems and self.norm.kernel is not None:
+        if self._batches == () and not problems and self.norm.kernel is not None:
             steady = Steady.of(shards, self._plan.shares, readings)
         for batch in self._batches or ():
             batch.reduce(shards, readings, store=store)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -67,6 +67,22 @@ def train(
         optimizer.step()
         norms.append(float(handle.last.clipped_norm))
     return values(net), norms
+
+
+@pytest.fixture(autouse=True)
+def removed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever a test attaches is removed at its end."""
+    handles: list[distnorm.Handle] = []
+    attach = distnorm.attach
+
+    def attach_for_a_while(*args: Any, **kwargs: Any) -> distnorm.Handle:
+        handles.append(attach(*args, **kwargs))
+        return handles[-1]
+
+    monkeypatch.setattr(distnorm, "attach", attach_for_a_while)
+    yield
+    for handle in handles:
+        handle.remove()
 
 
 @pytest.fixture
