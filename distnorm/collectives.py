@@ -152,3 +152,10 @@ def reduce_partial_(buffer: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
     for group in groups:
         dist.all_reduce(buffer, dist.ReduceOp.SUM, group)
     return buffer
+
+
+def average_bucket(group: ProcessGroup, bucket: Any) -> Any:
+    """What DDP does with a bucket of gradients that has no communication hook: a future of their average."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    return allreduce_hook(group, bucket)

@@ -177,6 +177,7 @@ class Meter:
         if steady is None or spans is None:
             return None
         statistic = taken if taken is not None else self.norm.statistic_of_spans(spans.counted)
+        statistic = statistic.to(self.ranks.device(statistic.device))  # nccl alone reduces no CPU tensor
         here = self._here(terms)
         ballot = self._ballot(self._presence, here)
         vector = self._vote(statistic, ballot)

@@ -22,6 +22,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from distnorm import kernels
+from distnorm.collectives import average_bucket
 from distnorm.errors import ConfigError, DistnormError
 from distnorm.norms import Norm
 from distnorm.plan import Share
@@ -156,12 +157,10 @@ class _Relay:
         self._state, self._inner = state, hook
 
     def _hook(self, bucket: Bucket) -> Future[Any]:
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-
         if self._inner is not None:
             reduced = self._inner(self._state, bucket)
         else:
-            reduced = allreduce_hook(self._group, bucket)
+            reduced = average_bucket(self._group, bucket)
         listener = self._listener() if self._listener is not None else None
         if listener is None:
             return reduced

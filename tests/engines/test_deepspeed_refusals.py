@@ -106,6 +106,27 @@ def test_what_cant_be_hooked_is_refused_by_name(engine_ranks):
             assert found[name][0] == kind.__name__ and words in found[name][1], (name, found[name])
 
 
+def refuse_what_engines_leave_no_room_for() -> list[str]:
+    engine, found = make_engine(2), []
+    for clip in ({"apply": "optimizer"}, {"overlap": True}):
+        try:
+            DeepSpeedHook(engine, {"clip": clip})
+        except ConfigError as error:
+            found.append(str(error))
+    hook = DeepSpeedHook(engine, {"clip": {"max_norm": 1.0}})
+    for call in (hook.clipper.clip, hook.clipper.decide, hook.clipper.measure):
+        with pytest.raises(DistnormError, match=r"expected the engine's own step\(\)"):
+            call()
+    return found
+
+
+def test_settings_and_calls_that_are_the_engines_own_are_refused(engine_ranks):
+    for found in engine_ranks(2, refuse_what_engines_leave_no_room_for, timeout=120):
+        assert ["found apply optimizer and overlap false" in found[0], "overlap true" in found[1]] == [
+            True
+        ] * 2
+
+
 def test_without_deepspeed_nothing_is_an_engine(monkeypatch):
     monkeypatch.delitem(__import__("sys").modules, "deepspeed", raising=False)
     assert not is_engine(object())

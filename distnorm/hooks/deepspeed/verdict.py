@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from distnorm import kernels, policies
 from distnorm.clipper import ClipResult, GradClipper, clip_result
 from distnorm.config import Config
-from distnorm.errors import DistnormError, NonFiniteGradientError
+from distnorm.errors import ConfigError, DistnormError, NonFiniteGradientError
 from distnorm.policies import Decision
 from distnorm.shards import GradShard
 
@@ -62,6 +62,12 @@ class EngineClipper(GradClipper):
     ) -> None:
         self._given = shards
         super().__init__([], config, group=group)
+        if self.config.clip.apply == "optimizer" or self.config.clip.overlap:
+            raise ConfigError(
+                "clip: expected apply auto or scale, and overlap false, with a DeepSpeed engine, whose step "
+                f"holds and scales the gradients; found apply {self.config.clip.apply} and overlap "
+                f"{str(self.config.clip.overlap).lower()}"
+            )
 
     def judge(self, loss_scale: float, *, is_scaled: bool) -> Verdict:
         """Measure this step's gradients and decide. Collective: every rank must call it.
@@ -91,6 +97,14 @@ class EngineClipper(GradClipper):
     def clip(self) -> NoReturn:
         """Refused: the engine clips in its own step."""
         raise DistnormError("expected the engine's own step() to clip, found a call of clip()")
+
+    def decide(self) -> NoReturn:
+        """Refused, as `clip`."""
+        raise DistnormError("expected the engine's own step() to clip, found a call of decide()")
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [shard.holder for shard in self._given]
 
     def measure(self) -> NoReturn:
         """Refused: the gradients are there only as the engine's step begins."""
