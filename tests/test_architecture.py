@@ -30,6 +30,7 @@ ORDER = [
     "plan",
     "norms",
     "ballot",
+    "exchange",
     "diagnosis",
     "readings",
     "partials",
