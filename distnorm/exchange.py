@@ -75,7 +75,7 @@ class Exchange:
             statistic = torch.full((1,), math.nan, dtype=torch.float64, device=device)
         mark = on_device([self._brief.mark(ballot)], statistic.device)
         vector = self._ranks.all_reduce_(torch.cat([mark, statistic]), "sum")
-        marks, statistic = vector.split(1)
+        marks, statistic = vector[:1], vector[1:]
         well = self._brief.well(marks[0])
         finalised = self._norm.finalise(statistic) if self.fits else statistic[0]
         return Reply(torch.where(well, finalised, math.nan), lambda: self._second_count(marks, ballot), True)

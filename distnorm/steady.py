@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import repeat
 from operator import attrgetter, is_, itemgetter
 
 import numpy as np
@@ -40,11 +40,23 @@ class Spans:
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """Gradients of one class of shards, and their layouts."""
+    """Gradients of one class of shards, their layouts, and where in the list of all they are."""
 
     route: Route
     pick: Pick
     layouts: list[object]
+    place: slice
+    walker: kernels.Walker | None
+
+    def find(self, holders: Sequence[Tensor], addresses: Ints) -> None:
+        """Fill in the addresses of its gradients.
+
+        Raises:
+            LayoutChangedError, AttributeError, TypeError, RuntimeError: some must be looked at with care.
+        """
+        mine, out = self.pick(holders), addresses[self.place]
+        if self.walker is None or not self.walker(mine, out):
+            out[:] = np.fromiter(self.route.addresses(mine, self.layouts), np.int64, len(out))
 
 
 class Steady:
@@ -87,7 +99,9 @@ class Steady:
         if kernels.split(list(tensors.values()))[1]:
             return None
         holders = [shard.holder for shard in shards]
-        kinds = [_kind(route, holders, of) for route, of in found.items()]
+        kinds: list[_Kind] = []
+        for route, of in found.items():
+            kinds.append(_kind(route, holders, of, kinds[-1].place.stop if kinds else 0))
         return cls(kinds, _picker(absent, len(shards)), list(tensors.values()), [shares[i] for i in tensors])
 
     def read(self, holders: Sequence[Tensor]) -> Spans | None:
@@ -99,11 +113,10 @@ class Steady:
         if not all(map(is_, map(_GRAD, self._absent(holders)), repeat(None))):
             return None
         whole, counted = self._tables
-        found = chain.from_iterable(
-            kind.route.addresses(kind.pick(holders), kind.layouts) for kind in self._kinds
-        )
+        addresses = np.empty(len(whole.numels), dtype=np.int64)
         try:
-            addresses = np.fromiter(found, np.int64, len(whole.numels))
+            for kind in self._kinds:
+                kind.find(holders, addresses)
         except (LayoutChangedError, AttributeError, TypeError, RuntimeError):
             return None
         if self._spans is None or not np.array_equal(addresses, self._addresses):
@@ -118,9 +131,12 @@ class Steady:
                     torch.autograd.graph.increment_version(list(map(_GRAD, kind.pick(holders))))
 
 
-def _kind(route: Route, holders: Sequence[Tensor], which: Mapping[int, Tensor]) -> _Kind:
+def _kind(route: Route, holders: Sequence[Tensor], which: Mapping[int, Tensor], start: int) -> _Kind:
     layouts = [route.layout_of(_GRAD(holders[i])) for i in which]
-    return _Kind(route, _picker(list(which), len(holders)), layouts)
+    table = kernels.SpanTable.of(list(which.values()))
+    walker = kernels.walker(table, None if route.is_versioned else layouts)
+    place = slice(start, start + len(which))
+    return _Kind(route, _picker(list(which), len(holders)), layouts, place, walker)
 
 
 def _picker(which: Sequence[int], count: int) -> Pick:

@@ -1,4 +1,4 @@
-"""Compiling a C file of the package with the system's compiler, and loading it.
+"""Compiling a C or C++ file of the package with the system's compiler, and loading it.
 
 The library is kept for the next process, under a name that tells the source, the compiler and the CPU, so
 that a home which machines of several kinds share is safe. Ranks that start together may all compile it:
@@ -17,38 +17,66 @@ import stat
 import subprocess
 import tempfile
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-# No -ffast-math: NaN and inf must come through.
-_FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
-_TIMEOUT = 60.0  # seconds
+_TIMEOUT = 180.0  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a file is compiled.
+
+    Args:
+        source: the file.
+        variable: of the environment, which names the compiler.
+        compiler: where it doesn't.
+        flags: before the source.
+        libraries: after it.
+        facts: what else the library depends on, such as the version of headers.
+    """
+
+    source: Path
+    variable: str
+    compiler: str
+    flags: tuple[str, ...]
+    libraries: tuple[str, ...] = ()
+    facts: tuple[str, ...] = ()
 
 
 class CompileError(Exception):
     """The library can't be had here; the message says why."""
 
 
-def load(source: Path) -> ctypes.CDLL:
-    """Load the compiled form of a C file, compiling it first if no process did before.
+def load(recipe: Recipe, kind: type[ctypes.CDLL] = ctypes.CDLL, *, compiles: bool = True) -> ctypes.CDLL:
+    """Load the compiled form of a file, compiling it first if no process did before.
+
+    Args:
+        recipe: which file, and how.
+        kind: `ctypes.PyDLL` for what needs the GIL.
+        compiles: whether to compile it, which can take seconds.
 
     Raises:
         CompileError: there is no compiler, it failed, or nothing may be written or loaded here.
     """
     if os.name != "posix":
         raise CompileError(f"{os.name} is not POSIX")
-    compiler = shlex.split(os.environ.get("CC") or "cc")
+    compiler = shlex.split(os.environ.get(recipe.variable) or recipe.compiler)
     found = shutil.which(compiler[0]) if compiler else None
     if found is None:
-        raise CompileError(f"there is no C compiler {compiler[0] if compiler else ''!r}")
+        raise CompileError(f"there is no compiler {compiler[0] if compiler else ''!r}")
     features = _cpu_features()
-    path = _cache() / f"{source.stem}-{_ident(source, compiler, found, features)}.so"
+    path = _cache() / f"{recipe.source.stem}-{_ident(recipe, compiler, found, features)}.so"
     with suppress(OSError):
         if _only_ours(path.parent) and _only_ours(path):
-            return ctypes.CDLL(str(path))
+            return kind(str(path))
+    if not compiles:
+        raise CompileError(f"{recipe.source.name} has not been compiled yet")
+    build = _Build(recipe, compiler, kind, features)
     try:
-        return _compile_into(path, source, compiler, features)
+        return build.into(path)
     except OSError:  # a directory that is read-only, full, not ours, or mounted noexec
-        return _compile_for_this_process(path.name, source, compiler, features)
+        return build.for_this_process(path.name)
 
 
 def _cache() -> Path:
@@ -67,11 +95,12 @@ def _cpu_features() -> str:
     return ""
 
 
-def _ident(source: Path, compiler: list[str], found: str, features: str) -> str:
+def _ident(recipe: Recipe, compiler: list[str], found: str, features: str) -> str:
     """A file's size and time stand for the compiler's version: asking it takes longer than loading."""
     file = os.stat(found)
     version = (os.path.realpath(found), file.st_size, file.st_mtime_ns)
-    told = repr((source.read_bytes(), compiler, _FLAGS, version, platform.machine(), features))
+    how = (recipe.flags, recipe.libraries, recipe.facts)
+    told = repr((recipe.source.read_bytes(), compiler, how, version, platform.machine(), features))
     return hashlib.sha256(told.encode()).hexdigest()[:24]
 
 
@@ -81,42 +110,48 @@ def _only_ours(path: Path) -> bool:
     return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
-def _compile_into(path: Path, source: Path, compiler: list[str], features: str) -> ctypes.CDLL:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not _only_ours(path.parent):
-        raise PermissionError(f"others may write to {path.parent}")
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        built = Path(scratch, path.name)
-        _compile(built, source, compiler, features)
-        with built.open("rb") as file:  # a file cut short by a crash would be loaded, and end the process
-            os.fsync(file.fileno())
-        loaded = ctypes.CDLL(str(built))
-        os.replace(built, path)
-    return loaded
+@dataclass(frozen=True, slots=True)
+class _Build:
+    recipe: Recipe
+    compiler: list[str]
+    kind: type[ctypes.CDLL]
+    features: str
 
+    def into(self, path: Path) -> ctypes.CDLL:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _only_ours(path.parent):
+            raise PermissionError(f"others may write to {path.parent}")
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            built = Path(scratch, path.name)
+            self._compile(built)
+            with built.open("rb") as file:  # a file cut short by a crash would be loaded, and end the process
+                os.fsync(file.fileno())
+            loaded = self.kind(str(built))
+            os.replace(built, path)
+        return loaded
 
-def _compile_for_this_process(name: str, source: Path, compiler: list[str], features: str) -> ctypes.CDLL:
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            built = Path(scratch, name)
-            _compile(built, source, compiler, features)
-            return ctypes.CDLL(str(built))
-    except OSError as error:
-        raise CompileError(str(error)) from error
-
-
-def _compile(built: Path, source: Path, compiler: list[str], features: str) -> None:
-    said = ""
-    for machine in (["-march=native"], []) if features else ([],):
-        command = [*compiler, *_FLAGS, *machine, "-o", str(built), str(source)]
+    def for_this_process(self, name: str) -> ctypes.CDLL:
         try:
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            raise CompileError(f"{shlex.join(command)} took more than {_TIMEOUT:g} s") from error
-        if done.returncode == 0 and built.exists():
-            built.chmod(0o700)
-            return
-        said = done.stderr.decode(errors="replace").strip()
-    raise CompileError(f"{shlex.join(command)} failed: {said[-500:]}")
+            with tempfile.TemporaryDirectory() as scratch:
+                built = Path(scratch, name)
+                self._compile(built)
+                return self.kind(str(built))
+        except OSError as error:
+            raise CompileError(str(error)) from error
+
+    def _compile(self, built: Path) -> None:
+        recipe, said = self.recipe, ""
+        for machine in (["-march=native"], []) if self.features else ([],):
+            inputs = [str(recipe.source), *recipe.libraries]
+            command = [*self.compiler, *recipe.flags, *machine, "-o", str(built), *inputs]
+            try:
+                done = subprocess.run(
+                    command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT, check=False
+                )
+            except subprocess.TimeoutExpired as error:
+                raise CompileError(f"{shlex.join(command)} took more than {_TIMEOUT:g} s") from error
+            if done.returncode == 0 and built.exists():
+                built.chmod(0o700)
+                return
+            said = done.stderr.decode(errors="replace").strip()
+        raise CompileError(f"{shlex.join(command)} failed: {said[-500:]}")

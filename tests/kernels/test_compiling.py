@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,23 +84,23 @@ def test_where_it_is_kept(monkeypatch, tmp_path, environment, folder):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, str(tmp_path / value))
-    compiling.load(native._SOURCE)
+    compiling.load(native._RECIPE)
     assert [path.suffix for path in (tmp_path / folder).iterdir()] == [".so"]
 
 
 def test_its_name_tells_source_compiler_and_cpu(monkeypatch, tmp_path):
     monkeypatch.setenv("DISTNORM_CACHE", str(tmp_path / "cache"))
-    compiling.load(native._SOURCE)
-    other = tmp_path / native._SOURCE.name
-    other.write_bytes(native._SOURCE.read_bytes() + b"\n")
-    compiling.load(other)
+    compiling.load(native._RECIPE)
+    other = tmp_path / native._RECIPE.source.name
+    other.write_bytes(native._RECIPE.source.read_bytes() + b"\n")
+    compiling.load(replace(native._RECIPE, source=other))
     with monkeypatch.context() as context:
         context.setenv("CC", counting_compiler(tmp_path)[0])
-        compiling.load(native._SOURCE)
+        compiling.load(native._RECIPE)
     with monkeypatch.context() as context:
         context.setattr(compiling, "_cpu_features", lambda: "flags: fewer")
-        compiling.load(native._SOURCE)
-    compiling.load(native._SOURCE)
+        compiling.load(native._RECIPE)
+    compiling.load(native._RECIPE)
     assert len(list((tmp_path / "cache").iterdir())) == 4
 
 
@@ -157,7 +158,7 @@ def test_a_broken_compiler_leaves_torch_s_operators_and_says_so_once(
 def test_no_compiler(monkeypatch, tmp_path, answer):
     monkeypatch.setenv("CC", str(tmp_path / "none"))
     by, (log,) = answer()
-    assert by == "eager" and f"no C compiler '{tmp_path}/none'" in log
+    assert by == "eager" and f"no compiler '{tmp_path}/none'" in log
 
 
 def test_a_compiler_that_never_ends(monkeypatch, tmp_path):
@@ -166,7 +167,7 @@ def test_a_compiler_that_never_ends(monkeypatch, tmp_path):
     monkeypatch.setattr(compiling, "_TIMEOUT", 0.2)
     began = time.monotonic()
     with pytest.raises(compiling.CompileError, match=r"took more than 0\.2 s"):
-        compiling.load(native._SOURCE)
+        compiling.load(native._RECIPE)
     assert time.monotonic() - began < 10
 
 
@@ -205,25 +206,25 @@ def put(path: Path, content: bytes, mode: int = 0o700) -> int:
 def test_what_others_may_write_to_is_neither_loaded_nor_written(monkeypatch, tmp_path):
     cache = tmp_path / "cache"
     monkeypatch.setenv("DISTNORM_CACHE", str(cache))
-    compiling.load(native._SOURCE)
+    compiling.load(native._RECIPE)
     (kept,) = cache.iterdir()
     before = put(kept, kept.read_bytes(), 0o777)
-    compiling.load(native._SOURCE)
+    compiling.load(native._RECIPE)
     assert kept.stat().st_ino != before  # the directory is ours: compiled anew, and put in its place
     before = put(kept, b"another's")
     cache.chmod(0o777)
-    assert compiling.load(native._SOURCE).distnorm_dtypes()
+    assert compiling.load(native._RECIPE).distnorm_dtypes()
     assert kept.stat().st_ino == before
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
 def test_a_file_of_another_user_is_not_loaded(monkeypatch, tmp_path):
     monkeypatch.setenv("DISTNORM_CACHE", str(tmp_path))
-    compiling.load(native._SOURCE)
+    compiling.load(native._RECIPE)
     (kept,) = tmp_path.glob("*.so")
     os.chown(kept, 12345, -1)
     before = kept.stat().st_ino
-    compiling.load(native._SOURCE)
+    compiling.load(native._RECIPE)
     assert kept.stat().st_ino != before
 
 
