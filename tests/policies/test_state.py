@@ -183,17 +183,28 @@ def test_no_decision_waits_for_the_host(name: str) -> None:
             bool(steps[0].total_norm > 0)
 
 
+class NothingOnTheHost(TorchDispatchMode):
+    """Refuses whatever makes a tensor elsewhere, which would have to be copied over."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = result if isinstance(result, tuple) else (result,)
+        assert {tensor.device.type for tensor in made} == {"meta"}, func
+        return result
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_state_is_where_the_gradients_are(name: str) -> None:
     """The meta device has no values: whatever reads one raises."""
     policy, step = made(name), seen(0, 1.0)
-    moved = Seen(
-        *(getattr(step, f) and getattr(step, f).to("meta") for f in ("total_norm", "history_norm", "loss")),
-        *(getattr(step, f).to("meta") for f in Seen.__slots__[3:]),
-    )
-    for _ in range(3):
+    there = {field: getattr(step, field) for field in Seen.__slots__}
+    moved = Seen(**{field: None if value is None else value.to("meta") for field, value in there.items()})
+    policy.decide(moved)
+    with NothingOnTheHost():
         decision = policy.decide(moved)
-        assert {t.device.type for t in (decision.coef, decision.threshold)} == {"meta"}
+        with pytest.raises(AssertionError):
+            torch.ones(())
+    assert {t.device.type for t in (decision.coef, decision.threshold)} == {"meta"}
     assert {tensor.device.type for tensor in policy._state.values()} <= {"meta"}
 
 
