@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distnorm.errors import DistnormError
-from distnorm.policies.decision import EPS, Decision, of_each, settle
+from distnorm.policies.decision import EPS, Decision, is_finite, of_each, settle
 from distnorm.policies.policy import Policy, Seen, count, number, scalar
 
 
@@ -61,16 +61,16 @@ class AdaGc(Policy):
         norms = seen.parameter_norms
         assert norms is not None
         state = self._state_at(seen.total_norm)
-        gamma, is_warmup, counts = state["gamma"], state["steps"] < self._warmup, seen.history_norm.isfinite()
+        gamma, is_warmup, counts = state["gamma"], state["steps"] < self._warmup, is_finite(seen.history_norm)
         assert gamma.shape == norms.shape, "bind() comes before decide()"
         together = (self._c / (seen.history_norm + EPS)).clamp(max=1.0)
         each = torch.where(is_warmup, together, (gamma * self._lambda / norms).clamp(max=1.0))
         clipped = norms * each
-        later = torch.where(gamma.isinf(), clipped, torch.lerp(gamma, clipped, 1 - self._beta))
+        later = torch.where(gamma == math.inf, clipped, torch.lerp(gamma, clipped, 1 - self._beta))
         new = torch.where(is_warmup, torch.minimum(gamma, clipped), later)
         state["gamma"] = torch.where((clipped > 0) & counts, new, gamma)
         state["steps"] = state["steps"] + counts
-        threshold = torch.where(is_warmup, torch.full_like(seen.total_norm, self._c), math.inf)
+        threshold = torch.full_like(seen.total_norm, math.inf).masked_fill(is_warmup, self._c)
         return settle(of_each(each, threshold), seen.total_norm, self._nonfinite)
 
     def bind(self, names: Sequence[str]) -> None:

@@ -59,7 +59,7 @@ def coefficient(total_norm: Tensor, threshold: Tensor, nonfinite: str) -> Tensor
     """``min(1, threshold / (total_norm + 1e-6))``, and 1 where the threshold is inf; 0-d fp64."""
     coef = (threshold / (total_norm + EPS)).clamp(max=1.0)
     # inf / inf would make NaN of every gradient; under the other modes `settle` replaces it.
-    return torch.where(threshold.isinf(), 1.0, coef) if nonfinite == "propagate" else coef
+    return coef.masked_fill(threshold == math.inf, 1.0) if nonfinite == "propagate" else coef
 
 
 def settle(decision: Decision, total_norm: Tensor, nonfinite: str) -> Decision:
@@ -74,9 +74,14 @@ def settle(decision: Decision, total_norm: Tensor, nonfinite: str) -> Decision:
     if nonfinite == "propagate":
         return decision
     zero = nonfinite == "zero"
-    is_finite, instead = total_norm.isfinite(), 0.0 if zero else 1.0
-    each = None if decision.each is None else torch.where(is_finite, decision.each, instead)
-    return replace(decision, coef=torch.where(is_finite, decision.coef, instead), each=each, zero=zero)
+    is_bad, instead = is_finite(total_norm).logical_not(), 0.0 if zero else 1.0
+    each = None if decision.each is None else decision.each.masked_fill(is_bad, instead)
+    return replace(decision, coef=decision.coef.masked_fill(is_bad, instead), each=each, zero=zero)
+
+
+def is_finite(norm: Tensor) -> Tensor:
+    """Whether a norm, which is never negative, is finite: one operation, where `isfinite` is four."""
+    return norm < math.inf
 
 
 def of_each(each: Tensor, threshold: Tensor) -> Decision:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from distnorm.policies.decision import Decision, coefficient, settle
+from distnorm.policies.decision import Decision, coefficient, is_finite, settle
 from distnorm.policies.policy import Policy, Seen
 from distnorm.policies.window import held, push, window
 
@@ -45,7 +45,7 @@ class Percentile(Policy):
 
     def decide(self, seen: Seen) -> Decision:
         state = self._state_at(seen.total_norm)
-        push(state, seen.history_norm, seen.history_norm.isfinite())
+        push(state, seen.history_norm, is_finite(seen.history_norm))
         ordered, last = state["values"].sort().values, (state["count"] - 1).clamp(min=0)
         at = last * self._quantile
         low = at.floor()

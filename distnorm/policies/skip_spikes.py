@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distnorm.errors import DistnormError
-from distnorm.policies.decision import Decision
+from distnorm.policies.decision import Decision, is_finite
 from distnorm.policies.fixed import constant
 from distnorm.policies.policy import Policy, Seen, rounded
 from distnorm.policies.window import held, push, window
@@ -61,10 +61,10 @@ class SkipSpikes(Policy):
 
     def decide(self, seen: Seen) -> Decision:
         state = self._state_at(seen.total_norm)
-        value, is_norm_finite = self._value(seen), seen.total_norm.isfinite()
-        limit, is_finite = self._limit(), value.isfinite()
-        skip = ((value > limit) | ~is_finite) & is_norm_finite
-        push(state, value, is_finite & is_norm_finite)
+        value, limit, is_norm_finite = self._value(seen), self._limit(), is_finite(seen.total_norm)
+        is_value_finite = is_finite(value.abs())
+        skip = ((value > limit) | ~is_value_finite) & is_norm_finite
+        push(state, value, is_value_finite & is_norm_finite)
         decision = constant(seen.total_norm, self._max_norm, self._nonfinite)
         threshold = torch.minimum(decision.threshold, limit) if self._on == "norm" else decision.threshold
         return replace(decision, threshold=threshold, skip=skip)
@@ -81,11 +81,11 @@ class SkipSpikes(Policy):
     def _limit(self) -> Tensor:
         """The value above which this step is a spike; 0-d fp64."""
         values, count = self._state["values"], self._state["count"]
-        is_held = values.isfinite()
-        mean = torch.where(is_held, values, 0.0).sum() / count
-        rest = torch.where(is_held, values - mean, 0.0)
+        is_empty = values == math.inf
+        mean = values.masked_fill(is_empty, 0.0).sum() / count
+        rest = (values - mean).masked_fill(is_empty, 0.0)
         sigma = (rest.dot(rest) / (count - 1)).sqrt()
-        limit = torch.where(count >= self._after, mean + self._k * sigma, math.inf)
+        limit = torch.add(mean, sigma, alpha=self._k).masked_fill(count < self._after, math.inf)
         return limit.clamp(max=self._above)
 
     def _saved(self) -> dict[str, Any]:

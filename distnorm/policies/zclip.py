@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distnorm.policies.decision import Decision, coefficient, settle
+from distnorm.policies.decision import Decision, coefficient, is_finite, settle
 from distnorm.policies.policy import Policy, Seen, count, number, scalar
 
 
@@ -61,11 +61,11 @@ class ZClip(Policy):
         spread = sigma + self._eps
         z = (norm - mean) / spread
         stands_out = (z > self._z_t) & is_ready
-        lower = mean + self._z_t**2 * sigma / z
-        edge = torch.where(is_ready, mean + self._z_t * spread, math.inf)
+        lower = torch.addcdiv(mean, sigma, z, value=self._z_t**2)
+        edge = torch.add(mean, spread, alpha=self._z_t).masked_fill(is_ready.logical_not(), math.inf)
         threshold = torch.where(stands_out, lower, edge).clamp(max=self._max_norm)
-        applied = torch.where(stands_out, lower, math.inf).clamp(max=self._max_norm)
-        self._take(torch.where(stands_out, lower, norm), norm.isfinite(), is_ready)
+        applied = threshold.masked_fill(stands_out.logical_not(), self._max_norm)
+        self._take(torch.where(stands_out, lower, norm), is_finite(norm), is_ready)
         coef = coefficient(seen.total_norm, applied, self._nonfinite)
         return settle(Decision(coef, threshold), seen.total_norm, self._nonfinite)
 
@@ -74,7 +74,7 @@ class ZClip(Policy):
         and, by Welford's product of differences to the old and the new mean, the plain variance."""
         state = self._state
         steps = state["steps"] + enters
-        weight = torch.where(is_ready, 1 - self._alpha, 1 / steps)
+        weight = steps.reciprocal().masked_fill(is_ready, 1 - self._alpha)
         mean = torch.lerp(state["mean"], value, weight)
         rest = value - mean
         square = rest * torch.where(is_ready, rest, value - state["mean"])
