@@ -1,9 +1,9 @@
 """YAML to a validated configuration, with the place of every mistake."""
 
+from distnorm.config.clip_models import ClipConfig, GroupConfig
 from distnorm.config.loading import load_config
 from distnorm.config.models import (
     CheckpointConfig,
-    ClipConfig,
     Config,
     DataConfig,
     ModelConfig,
@@ -20,6 +20,7 @@ __all__ = [
     "ClipConfig",
     "Config",
     "DataConfig",
+    "GroupConfig",
     "ModelConfig",
     "MonitorConfig",
     "NormConfig",

@@ -87,13 +87,19 @@ def _put(document: Document, known: Vocabulary, override: _Override) -> None:
     document.findings += value.findings
     document.doubtful |= value.doubtful
     if not value.findings and isinstance(document.data, dict):
-        _assign(document, document.data, override, value)
+        _assign(document, document.data, known, override, value)
 
 
-def _assign(document: Document, data: dict[str, object], override: _Override, value: Document) -> None:
+def _assign(
+    document: Document, data: dict[str, object], known: Vocabulary, override: _Override, value: Document
+) -> None:
     *sections, last = override.path
-    for name in sections:
-        inner = data.setdefault(name, {})
+    for depth, name in enumerate(sections, start=1):
+        inner, above = data.setdefault(name, {}), override.path[:depth]
+        if isinstance(inner, str) and known.kinds(above):
+            # A policy's name alone stands for the mapping with this name.
+            inner = data[name] = {"name": inner}
+            document.values[above + ("name",)] = document.mark(above)  # noqa: RUF005  a star needs 3.11
         if not isinstance(inner, dict):
             return  # the section itself is wrong, which validation will say
         data = inner

@@ -135,8 +135,7 @@ class _Walk:
         if isinstance(node, yaml.MappingNode) and node.tag == scalars.MAP:
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode) and node.tag == scalars.SEQ:
-            items = [self.value(item, (*path, f"[{i}]")) for i, item in enumerate(node.value)]
-            return [item for item in items if item is not _DROPPED]
+            return self._sequence(node, path)
         if not isinstance(node, yaml.ScalarNode) or node.tag not in _DATA_TAGS:
             return self._drop(
                 mark, path, f"the tag {_short(node.tag)} is not allowed; only plain data is read"
@@ -148,6 +147,15 @@ class _Walk:
         except ValueError:
             found = node.value if len(node.value) <= 60 else f"{node.value[:57]}..."
             return self._drop(mark, path, f"expected a value of type {_short(node.tag)}, found {found!r}")
+
+    def _sequence(self, node: yaml.SequenceNode, path: Path) -> object:
+        items = []
+        for i, item in enumerate(node.value):
+            below = (*path, f"[{i}]")
+            self._document.values[below] = self._mark(item)
+            items.append(self.value(item, below))
+        # Without one of its items the others would have wrong places.
+        return _DROPPED if any(item is _DROPPED for item in items) else items
 
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, object]:
         data: dict[str, object] = {}

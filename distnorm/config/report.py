@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cache
 from typing import Any, TypeVar
 
@@ -92,7 +93,8 @@ def check(model: type[Model], document: Document) -> Model:
     Raises:
         ConfigError: with every problem that the document has.
     """
-    while True:
+    known, result = vocabulary(model), None
+    while result is None:
         try:
             result = model.model_validate(document.data)
             break
@@ -100,15 +102,18 @@ def check(model: type[Model], document: Document) -> Model:
             errors = error.errors(include_url=False)
         wrong = [entry for entry in errors if entry["type"] != "conflict"]
         if not wrong:
-            _note_conflicts(document, errors)
+            _note_conflicts(document, known, errors)
             break
         # Conflicts between values are looked for only where each value is right by itself: the wrong ones are
         # noted and taken out, and what is left is validated again.
-        for entry in wrong:
-            path = tuple(str(part) for part in entry["loc"])
-            _note_wrong(document, vocabulary(model), path, entry)
-            document.data = _without(document.data, path)
+        before = document.data
+        for entry in sorted(wrong, key=_depends):
+            out = _note_wrong(document, known, _path(entry["loc"]), entry)
+            document.data = _without(document.data, out)
+        if document.data == before:
+            break
     raise_all(document.findings)
+    assert result is not None
     return result
 
 
@@ -133,19 +138,59 @@ def vocabulary(model: type[BaseModel]) -> Vocabulary:
     return Vocabulary(model.model_json_schema())
 
 
-def _note_wrong(document: Document, known: Vocabulary, path: Path, entry: Mapping[str, Any]) -> None:
-    if entry["type"] != "extra_forbidden":
-        document.refuse(document.mark(path), path, known.wrong_value(path, entry["input"]))
+def _depends(entry: Mapping[str, Any]) -> bool:
+    """Whether the mistake may follow from another: a key is missing that was misspelt, or a list is empty
+    whose items are wrong."""
+    return entry["type"] in ("missing", "too_short")
+
+
+def _path(loc: Iterable[str | int]) -> Path:
+    return tuple(f"[{part}]" if isinstance(part, int) else part for part in loc)
+
+
+def _note_wrong(document: Document, known: Vocabulary, path: Path, entry: Mapping[str, Any]) -> Path:
+    """Note one of pydantic's errors; the path of what has to be taken out."""
+    written, found = known.plain(path), entry["input"]
+    if entry["type"] == "extra_forbidden":
+        message, meant = known.unknown_key(path[:-1], path[-1])
+        document.refuse(document.keys.get(written, document.mark(written)), written, message)
+        if meant is not None:
+            document.doubtful.add(known.plain(meant))
+        return written
+    if entry["type"] == "missing":
+        if not document.is_doubtful(written):
+            document.refuse(document.mark(written[:-1]), written, known.missing(path))
+        return written[:-1]
+    if entry["type"] in ("union_tag_invalid", "union_tag_not_found") and isinstance(found, Mapping):
+        _note_wrong_kind(document, known, written, entry)
+        return written
+    if entry["type"] != "too_short" or not document.is_doubtful(written):
+        document.refuse(document.mark(written), written, known.wrong_value(path, found))
+    return written
+
+
+def _note_wrong_kind(document: Document, known: Vocabulary, path: Path, entry: Mapping[str, Any]) -> None:
+    key = entry["ctx"]["discriminator"].strip("'")
+    found = entry["input"]
+    if key in found:
+        # The kind alone may stand for the mapping.
+        at = (*path, key) if (*path, key) in document.values else path
+        document.refuse(document.mark(at), at, known.wrong_kind(path, found[key]))
         return
-    message, meant = known.unknown_key(path[:-1], path[-1])
-    document.refuse(document.keys.get(path, document.mark(path)), path, message)
-    if meant is not None:
-        document.doubtful.add(meant)
+    # Its own key is known; every other may be of any kind.
+    near = [name for name in found if name not in known.keys(path) and get_close_matches(name, [key], 1, 0.6)]
+    if near:
+        at = (*path, near[0])
+        document.refuse(document.keys.get(at, document.mark(at)), at, f"unknown key; did you mean {key!r}?")
+    else:
+        # Where only overrides have made the mapping, it has no place, but they have.
+        at = path if path in document.values else (*path, *list(found)[:1])
+        document.refuse(document.mark(at), (*path, key), known.missing((*path, key)))
 
 
-def _note_conflicts(document: Document, errors: Sequence[Mapping[str, Any]]) -> None:
+def _note_conflicts(document: Document, known: Vocabulary, errors: Sequence[Mapping[str, Any]]) -> None:
     for entry in errors:
-        section = tuple(str(part) for part in entry["loc"])
+        section = known.plain(_path(entry["loc"]))
         for conflict in entry["ctx"]["conflicts"]:
             paths = [section + tuple(key.split(".")) for key in conflict.keys]
             if any(document.is_doubtful(path) for path in paths):
@@ -158,12 +203,13 @@ def _note_conflicts(document: Document, errors: Sequence[Mapping[str, Any]]) -> 
 
 
 def _without(data: object, path: Path) -> object:
-    """A copy that lacks one key; what the caller gave stays as it is."""
+    """A copy that lacks one key, or the list that the path goes into; what the caller gave stays as it is."""
     if not path:
         return {}
-    assert isinstance(data, dict)
     name, *rest = path
-    if rest:
+    if not isinstance(data, Mapping) or name not in data:
+        return data  # it has been taken out with what was around it
+    if rest and not rest[0].startswith("["):
         return {**data, name: _without(data[name], tuple(rest))}
     return {key: value for key, value in data.items() if key != name}
 
@@ -171,6 +217,8 @@ def _without(data: object, path: Path) -> object:
 def _plain(value: object, document: Document, path: Path) -> object:
     if isinstance(value, BaseModel):
         value = value.model_dump(exclude_unset=True)
+    if isinstance(value, (list, tuple)) and len(path) < _MAX_DEPTH:
+        return [_plain(item, document, (*path, f"[{i}]")) for i, item in enumerate(value)]
     if not isinstance(value, Mapping):
         return value
     copy: dict[str, object] = {}

@@ -34,19 +34,39 @@ class Vocabulary:
         self._schema = schema
 
     def at(self, path: Path) -> JsonSchema | None:
-        """The schema of one key; None where there is no such key."""
-        node: JsonSchema | None = self._schema
+        """The schema of one key; None where there is no such key.
+
+        Args:
+            path: keys, and ``[0]`` for an item of a list. Where there are several kinds of mapping, told
+                apart by a key of theirs, a kind may stand before one of its keys: then only the keys of that
+                kind are known, and else the keys of all.
+        """
+        node: JsonSchema | None = self._follow(self._schema)
         for name in path:
-            node = self._follow(node).get("properties", {}).get(name) if node is not None else None
-        return None if node is None else self._follow(node)
+            node = None if node is None else self._below(node, name)
+        return node
+
+    def plain(self, path: Path) -> Path:
+        """The path as it is written, without kinds in it."""
+        node: JsonSchema | None = self._follow(self._schema)
+        written: list[str] = []
+        for name in path:
+            if node is None or name not in self._kinds(node):
+                written.append(name)
+            node = None if node is None else self._below(node, name)
+        return tuple(written)
+
+    def kinds(self, path: Path) -> list[str]:
+        """The kinds of mapping that may be here, where there are several."""
+        return list(self._kinds(self.at(path) or {}))
 
     def keys(self, path: Path) -> list[str]:
         """The keys of one section; empty where the path names none."""
-        return list((self.at(path) or {}).get("properties", ()))
+        return list(self._properties(self.at(path) or {}))
 
     def is_section(self, path: Path) -> bool:
         """Whether the path names a mapping with keys of its own."""
-        return (self.at(path) or {}).get("type") == "object"
+        return (self.at(path) or {}).get("type") == "object" or bool(self.kinds(path))
 
     def paths(self, below: Path = ()) -> Iterator[Path]:
         """Every key, sections before what they hold."""
@@ -58,7 +78,9 @@ class Vocabulary:
         """The key that a misspelt or misplaced one was meant for, where one is near enough."""
         name = name.strip().lower().replace("-", "_")
         siblings = self.keys(section)
-        elsewhere = {path[-1]: path for path in reversed(list(self.paths()))}
+        # The key of another kind of mapping is no help.
+        others = reversed(list(self.paths())) if self.plain(section) == section else ()
+        elsewhere = {path[-1]: path for path in others}
         if name in siblings:
             return (*section, name)
         if name in elsewhere:
@@ -86,8 +108,41 @@ class Vocabulary:
 
     def wrong_value(self, path: Path, found: object) -> str:
         """The message about a value that its key can't hold."""
-        schema = self.at(path) or {}
-        return f"expected {_expected(schema, found)}, found {_shown(found)}{_hint(schema, found)}"
+        return _message(self.at(path) or {}, found)
+
+    def wrong_kind(self, path: Path, found: object) -> str:
+        """The message about a name that is none of the kinds of mapping here."""
+        return _message({"enum": self.kinds(path)}, found)
+
+    def missing(self, path: Path) -> str:
+        """The message about a key that is not there and has to be."""
+        kinds = self.kinds(path[:-1])
+        schema = {"enum": kinds} if kinds else self.at(path) or {}
+        return f"expected {_expected(schema, None)}, found no such key"
+
+    def _below(self, node: JsonSchema, name: str) -> JsonSchema | None:
+        if name.startswith("["):
+            items = (part["items"] for part in _alternatives(node) if "items" in part)
+            below = next(items, None)
+        else:
+            below = self._properties(node).get(name) or self._kinds(node).get(name)
+        return None if below is None else self._follow(below)
+
+    def _properties(self, node: JsonSchema) -> JsonSchema:
+        if "properties" in node:
+            properties: JsonSchema = node["properties"]
+            return properties
+        kinds = [self._follow(kind)["properties"] for kind in self._kinds(node).values()]
+        return {name: schema for properties in reversed(kinds) for name, schema in properties.items()}
+
+    def _kinds(self, node: JsonSchema) -> JsonSchema:
+        for part in _alternatives(node):
+            if "discriminator" in part:
+                mapping = part["discriminator"]["mapping"]
+                # pydantic sorts the mapping; the order of the kinds is that of the list.
+                references = {reference: kind for kind, reference in mapping.items()}
+                return {references[one["$ref"]]: one for one in part["oneOf"]}
+        return {}
 
     def _follow(self, node: JsonSchema) -> JsonSchema:
         reference = node.get("$ref")
@@ -95,6 +150,11 @@ class Vocabulary:
             return node
         target: JsonSchema = self._schema["$defs"][reference.rpartition("/")[2]]
         return target
+
+
+def _message(schema: JsonSchema, found: object) -> str:
+    shown = "an empty list" if found in ([], ()) and schema.get("minItems") else _shown(found)
+    return f"expected {_expected(schema, found)}, found {shown}{_hint(schema, found)}"
 
 
 def _alternatives(schema: JsonSchema) -> list[JsonSchema]:
@@ -114,6 +174,10 @@ def _expected_one(schema: JsonSchema, found: object) -> str:
     kind = schema.get("type")
     if kind == "null":
         return "null"
+    if "discriminator" in schema:
+        return f"a mapping with the key {schema['discriminator']['propertyName']}"
+    if kind == "array":
+        return "a list that is not empty" if schema.get("minItems") else "a list"
     if kind == "object":
         keys = list(schema.get("properties", ()))
         return f"a mapping with the keys {', '.join(keys)}" if keys else "a mapping, {} while it has no keys"

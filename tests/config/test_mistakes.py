@@ -91,7 +91,7 @@ def test_five_mistakes_are_five_problems_with_their_places(file: Path) -> None:
         (
             "clip: 1",
             (1, 7, "clip"),
-            "expected a mapping with the keys max_norm, nonfinite, apply, overlap, found 1",
+            "expected a mapping with the keys max_norm, nonfinite, apply, overlap, policy, groups, found 1",
         ),
         ("monitor: []", (1, 10, "monitor"), "expected a mapping, {} while it has no keys, found a list"),
         # Nothing after the colon is not null: that would turn clipping off unnoticed.

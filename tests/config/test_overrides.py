@@ -52,7 +52,11 @@ def test_an_override_may_mend_the_file(file: Path) -> None:
         ("clip.max_norm=!!python/name:os.system", "clip.max_norm", "the tag !!python/name:os.system is not"),
         ("clip={max_nrom: 1}", "clip.max_nrom", "unknown key; did you mean 'max_norm'?"),
         ("clip={max_norm: 1, max_norm: 2}", "clip.max_norm", "duplicate key"),
-        ("clip=1", "clip", "expected a mapping with the keys max_norm, nonfinite, apply, overlap, found 1"),
+        (
+            "clip=1",
+            "clip",
+            "expected a mapping with the keys max_norm, nonfinite, apply, overlap, policy, groups, found 1",
+        ),
         ("clip.max_norm", "", "expected a key's path and a value, such as clip.max_norm=0.5"),
         ("=1", "", "expected a key's path and a value"),
         ("", "", "expected a key's path and a value"),

@@ -1,0 +1,35 @@
+"""From a step's norms to a threshold and coefficients; everything stays on the device."""
+
+from distnorm.policies.adagc import AdaGc
+from distnorm.policies.agc import Agc
+from distnorm.policies.decision import EPS, Decision, check_max_norm, settle
+from distnorm.policies.factory import policy_of
+from distnorm.policies.fixed import Constant, constant
+from distnorm.policies.per_tensor import PerTensor
+from distnorm.policies.percentile import Percentile
+from distnorm.policies.policy import Policy, Reads, Seen
+from distnorm.policies.schedule import Schedule
+from distnorm.policies.skip_spikes import SkipSpikes
+from distnorm.policies.value import Value
+from distnorm.policies.zclip import ZClip
+
+__all__ = [
+    "EPS",
+    "AdaGc",
+    "Agc",
+    "Constant",
+    "Decision",
+    "PerTensor",
+    "Percentile",
+    "Policy",
+    "Reads",
+    "Schedule",
+    "Seen",
+    "SkipSpikes",
+    "Value",
+    "ZClip",
+    "check_max_norm",
+    "constant",
+    "policy_of",
+    "settle",
+]

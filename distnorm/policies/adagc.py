@@ -1,0 +1,128 @@
+"""Every parameter by what its own norm has been."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from distnorm.errors import DistnormError
+from distnorm.policies.decision import EPS, Decision, is_finite, of_each, settle
+from distnorm.policies.policy import Policy, Seen, count, number, scalar
+
+
+class AdaGc(Policy):
+    """Scale every parameter's gradient by ``h = min(1, lambda * gamma / norm(g))``, gamma being its history:
+
+    ``gamma <- beta gamma + (1 - beta) h norm(g)``, of norms after clipping
+
+    In the first `warmup` finite steps all are scaled by one ``h = min(1, c / (N + 1e-6))`` of the total norm,
+    and gamma is the smallest clipped norm of these.
+
+    A norm of 0 is that of a parameter without a gradient, such as an expert without tokens, and leaves gamma
+    alone: a gamma of 0 would keep the gradient at 0 for ever. A parameter whose first gradient comes after
+    warm-up isn't clipped then, and its norm starts gamma. All comes from norms rounded to fp32, so that
+    the coefficients are the same bits on every topology. The threshold told is c in warm-up, then inf.
+
+    Args:
+        nonfinite: see `settle`. A total norm that is not finite changes no gamma and is no warm-up step.
+        lambda_: how far above its history a norm may be.
+        beta: the decay of gamma.
+        warmup: how many steps are clipped by the total norm first.
+        warmup_max_norm: c.
+
+    Reference: Wang et al., "AdaGC: improving training stability for large language model pretraining",
+        arXiv 2502.11034.
+    """
+
+    name = "adagc"
+    reads = "parameters"
+
+    def __init__(
+        self,
+        max_norm: float = math.inf,
+        nonfinite: str = "propagate",
+        *,
+        lambda_: float = 1.05,
+        beta: float = 0.98,
+        warmup: int = 100,
+        warmup_max_norm: float = 1.0,
+    ) -> None:
+        super().__init__(max_norm, nonfinite)
+        self._lambda, self._beta = lambda_, beta
+        self._warmup, self._c = warmup, warmup_max_norm
+        self._names: tuple[str, ...] | None = None
+        self._loaded: dict[str, float] | None = None
+        self._state = {"steps": scalar(0), "gamma": torch.empty(0, dtype=torch.float64)}
+
+    def decide(self, seen: Seen) -> Decision:
+        norms = seen.parameter_norms
+        assert norms is not None
+        state = self._state_at(seen.total_norm)
+        gamma, is_warmup, counts = state["gamma"], state["steps"] < self._warmup, is_finite(seen.history_norm)
+        assert gamma.shape == norms.shape, "bind() comes before decide()"
+        together = (self._c / (seen.history_norm + EPS)).clamp(max=1.0)
+        each = torch.where(is_warmup, together, (gamma * self._lambda / norms).clamp(max=1.0))
+        clipped = norms * each
+        later = torch.where(gamma == math.inf, clipped, torch.lerp(gamma, clipped, 1 - self._beta))
+        new = torch.where(is_warmup, torch.minimum(gamma, clipped), later)
+        state["gamma"] = torch.where((clipped > 0) & counts, new, gamma)
+        state["steps"] = state["steps"] + counts
+        threshold = torch.full_like(seen.total_norm, math.inf).masked_fill(is_warmup, self._c)
+        return settle(of_each(each, threshold), seen.total_norm, self._nonfinite)
+
+    def bind(self, names: Sequence[str]) -> None:
+        """Say which parameters there are. What is known of those that have been bound before stays."""
+        gamma = self._loaded
+        if gamma is None:
+            gamma = self._by_name() if self._names is not None else {}
+        else:
+            _check_names(gamma, names)
+        values = [gamma.get(name, math.inf) for name in names]
+        device = self._state["steps"].device
+        self._state["gamma"] = torch.tensor(values, dtype=torch.float64, device=device)
+        self._names, self._loaded = tuple(names), None
+
+    def _by_name(self) -> dict[str, float]:
+        assert self._names is not None
+        return dict(zip(self._names, self._state["gamma"].tolist(), strict=True))
+
+    def _saved(self) -> dict[str, Any]:
+        gamma = self._loaded
+        if gamma is None:
+            gamma = self._by_name() if self._names is not None else {}
+        plain = {name: None if math.isinf(value) else value for name, value in gamma.items()}
+        return {"steps": int(self._state["steps"].item()), "gamma": plain}
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        steps = count(state["steps"])
+        gamma = {
+            str(name): math.inf if value is None else number(value) for name, value in state["gamma"].items()
+        }
+        if any(value <= 0 for value in gamma.values()):
+            raise ValueError(gamma)
+        if self._names is not None:
+            _check_names(gamma, self._names)
+        device = self._state["steps"].device
+        self._loaded, self._state["steps"] = gamma, scalar(steps).to(device)
+        if self._names is not None:
+            self.bind(self._names)
+
+
+def _check_names(found: Mapping[str, float], names: Sequence[str]) -> None:
+    """Refuse a state of other parameters."""
+    missing = [name for name in names if name not in found]
+    unknown = sorted(set(found) - set(names))
+    if missing or unknown:
+        what = [f"none for {_few(missing)}"] if missing else []
+        what += [f"one for {_few(unknown)}, which this model lacks"] if unknown else []
+        raise DistnormError(
+            f"expected in the state of policy adagc a gamma for each parameter, found {' and '.join(what)}"
+        )
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:3]))
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

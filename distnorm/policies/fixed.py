@@ -1,0 +1,37 @@
+"""A threshold that stays."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from distnorm.policies.decision import EPS, Decision, settle
+from distnorm.policies.policy import Policy, Seen
+
+
+def constant(total_norm: Tensor, max_norm: float, nonfinite: str = "propagate") -> Decision:
+    """Clip to a fixed threshold: ``coef = min(1, max_norm / (total_norm + 1e-6))``.
+
+    Args:
+        total_norm: 0-d fp64.
+        max_norm: the threshold; inf never clips.
+        nonfinite: what a total norm that is not finite does; see `settle`.
+
+    Reference: Pascanu et al., "On the difficulty of training recurrent neural networks",
+        arXiv 1211.5063; `torch.nn.utils.clip_grad_norm_` for the 1e-6.
+    """
+    threshold = torch.full_like(total_norm, max_norm)
+    may_clip = not math.isinf(max_norm)
+    coef = (max_norm / (total_norm + EPS)).clamp(max=1.0) if may_clip else torch.ones_like(total_norm)
+    return settle(Decision(coef, threshold, may_clip), total_norm, nonfinite)
+
+
+class Constant(Policy):
+    """Clip to ``clip.max_norm``; see `constant`."""
+
+    name = "constant"
+
+    def decide(self, seen: Seen) -> Decision:
+        return constant(seen.total_norm, self._max_norm, self._nonfinite)

@@ -1,0 +1,95 @@
+"""A threshold for norms that stand out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distnorm.policies.decision import Decision, coefficient, is_finite, settle
+from distnorm.policies.policy import Policy, Seen, count, number, scalar
+
+
+class ZClip(Policy):
+    """Clip a norm N that is more than z_t standard deviations above the mean of those before it:
+
+    ``z = (N - mu) / (sigma + eps)``; where z > z_t, the threshold is ``mu + z_t * sigma * z_t / z``
+
+    The first `warmup` finite norms are only collected; their mean and (population) variance start
+
+    ``mu <- alpha mu + (1 - alpha) x``, ``sigma^2 <- alpha sigma^2 + (1 - alpha) (x - mu)^2`` with the new mu,
+
+    where x is the norm after this clipping: the threshold where z > z_t, else N. What ``max_norm`` does
+    besides doesn't enter: it bounds the threshold, also during warm-up.
+
+    The threshold told is the one that the norm was clipped to, or else ``mu + z_t (sigma + eps)``, above
+    which it would have been; inf during warm-up without a ``max_norm``.
+
+    Args:
+        max_norm: a bound of the threshold.
+        nonfinite: see `settle`. A norm that is not finite changes nothing, and is no step of warm-up.
+        alpha: the decay of mean and variance.
+        z_t: the z-score above which a norm is clipped.
+        warmup: how many norms are collected first.
+        eps: keeps z finite where all norms were the same.
+
+    Reference: Kumar et al., "ZClip: adaptive spike mitigation for LLM pre-training", arXiv 2504.02507.
+    """
+
+    name = "zclip"
+
+    def __init__(
+        self,
+        max_norm: float = math.inf,
+        nonfinite: str = "propagate",
+        *,
+        alpha: float = 0.97,
+        z_t: float = 2.5,
+        warmup: int = 25,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__(max_norm, nonfinite)
+        self._alpha, self._z_t, self._warmup, self._eps = alpha, z_t, warmup, eps
+        self._load({"steps": 0, "mean": 0.0, "variance": 0.0})
+
+    def decide(self, seen: Seen) -> Decision:
+        state, norm = self._state_at(seen.total_norm), seen.history_norm
+        mean, sigma, is_ready = state["mean"], state["variance"].sqrt(), state["steps"] >= self._warmup
+        spread = sigma + self._eps
+        z = (norm - mean) / spread
+        stands_out = (z > self._z_t) & is_ready
+        lower = torch.addcdiv(mean, sigma, z, value=self._z_t**2)
+        edge = torch.add(mean, spread, alpha=self._z_t).masked_fill(is_ready.logical_not(), math.inf)
+        threshold = torch.where(stands_out, lower, edge).clamp(max=self._max_norm)
+        applied = threshold.masked_fill(stands_out.logical_not(), self._max_norm)
+        self._take(torch.where(stands_out, lower, norm), is_finite(norm), is_ready)
+        coef = coefficient(seen.total_norm, applied, self._nonfinite)
+        return settle(Decision(coef, threshold), seen.total_norm, self._nonfinite)
+
+    def _take(self, value: Tensor, enters: Tensor, is_ready: Tensor) -> None:
+        """Both statistics go on in one form: during warm-up with the weight 1 / n, which gives the plain mean
+        and, by Welford's product of differences to the old and the new mean, the plain variance."""
+        state = self._state
+        steps = state["steps"] + enters
+        weight = steps.reciprocal().masked_fill(is_ready, 1 - self._alpha)
+        mean = torch.lerp(state["mean"], value, weight)
+        rest = value - mean
+        square = rest * torch.where(is_ready, rest, value - state["mean"])
+        variance = torch.lerp(state["variance"], square, weight)
+        state["steps"] = steps
+        state["mean"] = torch.where(enters, mean, state["mean"])
+        state["variance"] = torch.where(enters, variance, state["variance"])
+
+    def _saved(self) -> dict[str, Any]:
+        state = self._state
+        mean, variance = state["mean"].item(), state["variance"].item()
+        return {"steps": int(state["steps"].item()), "mean": mean, "variance": variance}
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        steps, mean, variance = count(state["steps"]), number(state["mean"]), number(state["variance"])
+        if variance < 0:
+            raise ValueError(variance)
+        self._state = {"steps": scalar(steps), "mean": scalar(mean), "variance": scalar(variance)}
