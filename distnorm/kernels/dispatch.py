@@ -37,8 +37,9 @@ def summaries(tensors: Sequence[Tensor], kernel: native.Kernel) -> Tensor:
     """Summarise each of the tensors of one device, which is not waited for.
 
     Returns:
-        [tensors, 4] fp64 on that device: the statistic, the largest magnitude (NaN if one is NaN), the number
-        of zeros, and of elements that are not finite. An empty tensor has zeros. Complex ones have magnitudes.
+        [tensors, 4] fp64 on that device: the statistic, the largest magnitude (NaN if one is NaN), the
+        number of zeros, and of elements that are not finite. An empty tensor has zeros. Complex ones have
+        magnitudes.
     """
     if not tensors:
         return torch.zeros(0, 4, dtype=torch.float64)

@@ -96,7 +96,7 @@ def row_squares(tensor: Tensor) -> Tensor:
     most = max(1, _BLOCK.get(flat.device.type, _BLOCK_ELSEWHERE) // max(flat.shape[1], 1))
     if not flat.numel():
         return torch.zeros(len(flat), dtype=torch.float64, device=flat.device)
-    return torch.cat([_widened(rows).double().square_().sum(dim=1) for rows in flat.split(most)])
+    return torch.cat([_widened(rows).double().square_().sum(dim=1) for rows in torch.split(flat, most)])
 
 
 def checksum(tensor: Tensor) -> Tensor:
