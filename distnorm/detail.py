@@ -72,12 +72,19 @@ class Detail:
 
     def _numbers(self) -> dict[str, Ints]:
         members = np.array(self._layers.members, dtype=np.int64).reshape(-1, 2)
+        members = members[members[:, 1].argsort(kind="stable")]
         numbers: dict[str, object] = {
             **{"slots": self.table.slots, "numels": self.table.numels},
-            **{"members": members[:, 0], "layers": members[:, 1]},
+            **{
+                "members": members[:, 0],
+                "sizes": np.bincount(members[:, 1], minlength=len(self._layers.names)),
+            },
         }
         if (rows := self.table.rows) is not None:
-            numbers |= {"mine": rows.mine, "row slots": rows.slots, "firsts": rows.firsts}
+            numbers |= {
+                **{"mine": rows.mine, "firsts": rows.firsts, "by slot": rows.slots.argsort(kind="stable")},
+                "holders": _counts(rows.slots, len(self.table.names)),
+            }
         return {name: np.array(values, dtype=np.int64) for name, values in numbers.items()}
 
     def _laid_out(self, watch: bool, weights: bool) -> dict[str, slice]:
@@ -174,10 +181,13 @@ class Detail:
     # ---- what the ranks found together
 
     def read(self, reduced: Tensor) -> LayerStats:
-        """What was found of the layers, on the device of the reduced lanes, [length] fp64."""
+        """What was found of the layers, on the device of the reduced lanes, [length] fp64; with `watch` only.
+
+        It reads the same from a copy in the host's memory.
+        """
         elements = self._of_layers(self._numels(reduced.device)).clamp_(min=1)
         squares = self._of_layers(self._sums(reduced, "squares"))
-        largest = self._of_layers(self._largest(reduced), "amax") if "largest" in self._lanes else None
+        largest = self._of_layers(self._largest(reduced), "max") if "largest" in self._lanes else None
         statistic = self._of_layers(self._sums(reduced, self._statistic)) if self._added else largest
         assert statistic is not None
         ratio = None
@@ -206,7 +216,7 @@ class Detail:
         """The first parameter with an element that is not finite, and the lowest rank that counted one.
 
         Args:
-            reduced: [length], in the host's memory.
+            reduced: [length], in the host's memory, of lanes with `watch`.
 
         Returns:
             `None` if all are finite; the rank is `None` where the table has no rows.
@@ -236,25 +246,24 @@ class Detail:
         return self._with_nan(sums, reduced) if lane == "squares" else sums
 
     def _largest(self, reduced: Tensor) -> Tensor:
-        largest = self._of_parameters("largest", reduced[self._lanes["largest"]], "amax")
+        largest = self._of_parameters("largest", reduced[self._lanes["largest"]], "max")
         return largest if self._added else self._with_nan(largest, reduced)
 
     def _with_nan(self, values: Tensor, reduced: Tensor) -> Tensor:
         bad = reduced[self._lanes["bad"]]
-        has_nan = self._of_parameters("bad", bad - bad.floor(), "amax") > 0
+        has_nan = self._of_parameters("bad", bad - bad.floor(), "max") > 0
         return torch.where(has_nan, torch.nan, values)
 
     def _of_parameters(self, lane: str, values: Tensor, how: str) -> Tensor:
         if not self._is_by_row(lane):
             return values
         assert self.table.rows is not None
-        slots = self._index("row slots", values.device)
-        return grouped(values, slots, len(self.table.names), how)
+        by_slot = values[self._index("by slot", values.device)]
+        return grouped(by_slot, self._index("holders", values.device), how)
 
     def _of_layers(self, values: Tensor, how: str = "sum") -> Tensor:
-        parameters = self._index("members", values.device)
-        layers = self._index("layers", values.device)
-        return grouped(values[parameters], layers, len(self._layers.names), how)
+        members = values[self._index("members", values.device)]
+        return grouped(members, self._index("sizes", values.device), how)
 
     def _numels(self, device: torch.device) -> Tensor:
         return self._index("numels", device).double()
@@ -263,6 +272,10 @@ class Detail:
         if (name, device) not in self._indices:
             self._indices[name, device] = torch.from_numpy(self._arrays[name]).to(device)
         return self._indices[name, device]
+
+
+def _counts(groups: Ints, count: int) -> Ints:
+    return np.bincount(groups, minlength=count)
 
 
 def _squares(tensors: Sequence[Tensor]) -> Tensor:

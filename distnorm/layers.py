@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor
 
 from distnorm.errors import ConfigError
@@ -104,6 +105,10 @@ def _depth(name: str) -> str:
 _LAYER_OF: dict[str, Callable[[str], str]] = {"parameter": str, "module": _module, "depth": _depth}
 
 
-def grouped(values: Tensor, groups: Tensor, count: int, how: str) -> Tensor:
-    """[count] sums, or largest values, of each group; 0 for a group of nothing. A NaN stays one."""
-    return values.new_zeros(count).scatter_reduce_(0, groups, values, how)
+def grouped(values: Tensor, sizes: Tensor, how: str) -> Tensor:
+    """[groups] the ``sum`` or ``max`` of each run of so many values; 0 of none, and NaN where one is NaN.
+
+    Unlike a scatter it adds in a fixed order, so that all GPUs find the same bits.
+    """
+    found: Tensor = torch.segment_reduce(values, how, lengths=sizes, initial=0, unsafe=True)
+    return found

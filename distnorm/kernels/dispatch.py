@@ -57,11 +57,16 @@ def summaries(tensors: Sequence[Tensor], kernel: native.Kernel) -> Tensor:
     return rows
 
 
-def row_squares(tensor: Tensor) -> Tensor:
-    """The sum of squares of magnitudes of each index along dim 0: [rows] fp64 on the tensor's device."""
-    if tensor.numel() and tensor.is_contiguous() and not native.split([tensor])[1]:
-        return native.row_squares(tensor)
-    return eager.row_squares(tensor)
+def row_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """The sums of squares of magnitudes of each index along dim 0 of tensors of one device.
+
+    Returns:
+        [rows of all tensors] fp64 on that device, tensor by tensor.
+    """
+    if tensors and not native.split(tensors)[1] and all(map(Tensor.is_contiguous, tensors)):
+        return native.row_squares(tensors)
+    none = torch.zeros(0, dtype=torch.float64, device=tensors[0].device if tensors else None)
+    return torch.cat([none, *map(eager.row_squares, tensors)])
 
 
 def checksum(tensor: Tensor) -> Tensor:

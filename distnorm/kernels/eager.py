@@ -92,11 +92,11 @@ def summary(tensor: Tensor, kernel: Kernel) -> Tensor:
 
 def row_squares(tensor: Tensor) -> Tensor:
     """The sum of squares of magnitudes of each index along dim 0, [rows] fp64."""
+    if not tensor.numel():
+        return torch.zeros(len(tensor), dtype=torch.float64, device=tensor.device)
     flat = tensor.detach().reshape(len(tensor), -1)
-    most = max(1, _BLOCK.get(flat.device.type, _BLOCK_ELSEWHERE) // max(flat.shape[1], 1))
-    if not flat.numel():
-        return torch.zeros(len(flat), dtype=torch.float64, device=flat.device)
-    return torch.cat([_widened(rows).double().square_().sum(dim=1) for rows in torch.split(flat, most)])
+    most = max(1, _BLOCK.get(flat.device.type, _BLOCK_ELSEWHERE) // flat.shape[1])
+    return torch.cat([_widened(rows).double().square().sum(dim=1) for rows in torch.split(flat, most)])
 
 
 def checksum(tensor: Tensor) -> Tensor:

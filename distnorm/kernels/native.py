@@ -212,15 +212,17 @@ def summaries(tensors: Sequence[Tensor], kernel: Kernel) -> Tensor:
     return _summaries(addresses_of(tensors), table.numels, table.codes, kernel)
 
 
-def row_squares(tensor: Tensor) -> Tensor:
-    """The sum of squares of each index along dim 0 of a contiguous tensor, [rows] fp64."""
-    compiled = library()
-    assert compiled is not None
-    rows = len(tensor)
-    numel = tensor.numel() // max(rows, 1)
-    starts = tensor.data_ptr() + np.arange(rows, dtype=np.int64) * (numel * tensor.element_size())
-    codes = np.full(rows, compiled.code[tensor.dtype], dtype=np.int32)
-    return _summaries(starts, np.full(rows, numel, dtype=np.int64), codes, Kernel.SQUARES)[:, 0]
+def row_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Of contiguous tensors that `split` found fitting: see `distnorm.kernels.row_squares`."""
+    table = SpanTable.of(tensors)
+    rows = np.array([len(tensor) for tensor in tensors], dtype=np.int64)
+    numels = table.numels // np.maximum(rows, 1)
+    starts, numels, sizes, codes = (
+        np.repeat(column, rows)
+        for column in (addresses_of(tensors), numels, numels * SIZES[table.codes], table.codes)
+    )
+    within = np.arange(len(starts)) - np.repeat(np.cumsum(rows) - rows, rows)
+    return _summaries(starts + within * sizes, numels, codes, Kernel.SQUARES)[:, 0]
 
 
 def _summaries(starts: Ints, numels: Ints, codes: npt.NDArray[np.int32], kernel: Kernel) -> Tensor:
