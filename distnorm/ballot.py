@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -42,7 +42,7 @@ class Ballot:
         raises: whether it reads the result, and so takes part in finding out what is wrong.
         refused: whether it found a gradient that can't be measured.
         presence: sum of `presence_weights` over the replicas that have a gradient.
-        terms: 16-bit hash of the plan and of what else must be alike in this call.
+        terms: hash of the plan and of what else must be alike in this call, at least 0.
     """
 
     stage: Stage
@@ -50,6 +50,11 @@ class Ballot:
     refused: bool = False
     presence: int = 0
     terms: int = 0
+
+    @property
+    def stands(self) -> bool:
+        """Whether it comes with a statistic that may count."""
+        return self.stage == "measure" and not self.refused
 
     def votes(self, op: str) -> list[float]:
         """The lanes after the first, for an all-reduce by `op`."""
@@ -63,7 +68,8 @@ class Ballot:
     def _terms_pair(self, op: str) -> tuple[float, float]:
         # Two functions of the terms whose reductions fit a rank's own terms only if all ranks' are equal
         # (for sums, by the Cauchy-Schwarz inequality).
-        return (self.terms, -self.terms) if op == "max" else (self.terms, self.terms**2)
+        terms = self.terms & 0xFFFF
+        return (terms, -terms) if op == "max" else (terms, terms**2)
 
     def well(self, op: str, size: int, lanes: Tensor) -> Tensor:
         """Whether the lanes, reduced over `size` ranks, say that all ranks measured the same: 0-d bool."""
@@ -82,6 +88,48 @@ class Ballot:
 
 
 @dataclass(frozen=True, slots=True)
+class Brief:
+    """A ballot in one number, of which the sum over all ranks is exact in fp64.
+
+    The lower part adds up to zero modulo a power of two if all ranks that measure have the same terms, and
+    each shard's replicas a gradient all or none; it misses a difference as seldom as the power is large. The
+    upper part counts the ranks that measure and read nothing.
+
+    Args:
+        rank, size: this rank, and how many there are.
+    """
+
+    rank: int
+    size: int
+    _weight: int = field(init=False)
+    _modulus: int = field(init=False)
+    _unit: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        bits = self.size.bit_length()
+        # Over all ranks the weights add up to zero; over few enough others, to nothing like a multiple of it.
+        weight = 2 * self.rank + 1 if self.rank else 1 - self.size**2
+        object.__setattr__(self, "_weight", weight)
+        object.__setattr__(self, "_modulus", 1 << min(32, 53 - 2 * bits))
+        object.__setattr__(self, "_unit", self._modulus << bits)
+
+    def mark(self, ballot: Ballot) -> int:
+        """The number."""
+        if ballot.stage != "measure":
+            return 0
+        zero_sum = (ballot.presence + self._weight * ballot.terms) % self._modulus
+        return zero_sum + (0 if ballot.raises else self._unit)
+
+    def well(self, marks: Tensor) -> Tensor:
+        """Whether marks, added up, say that all ranks measured the same: 0-d bool."""
+        return marks.remainder(self._modulus) == 0
+
+    def deaf(self, marks: float) -> int:
+        """How many ranks measure and read nothing, by marks added up."""
+        return int(marks) // self._unit
+
+
+@dataclass(frozen=True, slots=True)
 class Count:
     """The reduced lanes, read on the host."""
 
@@ -91,6 +139,11 @@ class Count:
     def of(cls, lanes: Sequence[float]) -> Count:
         """Name the lanes."""
         return cls(dict(zip(LANES, lanes, strict=True)))
+
+    @classmethod
+    def of_deaf(cls, deaf: int, mine: Ballot) -> Count:
+        """What is known where some ranks measure and read nothing: that, and this rank's own."""
+        return cls({**dict.fromkeys(LANES, 0), mine.stage: 1, "measure": deaf, "mute": deaf})
 
     @property
     def stages(self) -> set[str]:
@@ -117,6 +170,6 @@ def presence_weights(shares: Sequence[Share]) -> Mapping[int, int]:
     weights = {}
     for i, share in enumerate(shares):
         if share.replicas > 1:
-            unit = (share.key & 0xFFFFF) + 1
+            unit = (share.key & 0xFFFFF) | 1  # odd, so that it is no multiple of a power of two
             weights[i] = unit * (share.replicas - 1 if share.index == 0 else -1)
     return weights

@@ -41,6 +41,20 @@ def raise_disagreement(
         )
 
 
+def raise_left_out(ranks: Ranks, count: Count) -> None:
+    """Raise if some ranks were given nothing, where they had been given something before.
+
+    Raises:
+        DisagreementError: on every rank.
+    """
+    measure = int(count.lanes["measure"])
+    if measure < ranks.size:
+        raise DisagreementError(
+            f"{SET}: expected the same on every rank as in the calls before, found nothing at all on "
+            f"{ranks.size - measure} of {ranks.size} ranks"
+        )
+
+
 def raise_one_sided(
     ranks: Ranks,
     shards: Sequence[GradShard],

@@ -186,7 +186,7 @@ def _measure(
     key = (*fixed, _signature(named, take))
     meter, shards = _cached(key, named), None
     if meter is None:
-        meter = Meter(ranks, order, terms, tied, raises)
+        meter = Meter(ranks, order, terms, tied, raises, may_follow=take is itself)
         if not named:
             return meter.follow()
         shards = meter.prepare_anew(read)

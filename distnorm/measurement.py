@@ -1,6 +1,6 @@
 """One measurement: shards and their plan in, the total norm out, by one all-reduce.
 
-Beside its statistic every rank puts a ballot into the vector (see `distnorm.ballot`). Where the ranks
+Beside its statistic every rank puts a ballot into the vector (see `distnorm.exchange`). Where the ranks
 did not measure the same thing, the total norm is NaN on every rank, never a wrong number; a caller that
 reads the result anyway (`raises`) gets a typed error that says who did what.
 """
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from distnorm import diagnosis
-from distnorm.ballot import LANES, Ballot, Count, Stage, on_device, presence_weights
+from distnorm.ballot import Ballot, Count, Stage, presence_weights
 from distnorm.collectives import Ranks
 from distnorm.diagnosis import SET
 from distnorm.errors import DisagreementError, DistnormError
+from distnorm.exchange import Exchange, Reply
 from distnorm.norms import Norm
 from distnorm.overlap import Overlap
 from distnorm.partials import Batch, agree_on_partials
@@ -35,7 +36,6 @@ from distnorm.steady import Steady
 Reader = Callable[[], tuple[list[GradShard], list[str]]]
 """Gives this rank's shards and the names that its tensors were given under."""
 
-_WIDTH = 8  # fp64 values of a statistic, for orders up to 27 and inf
 NO_TERMS: Mapping[str, object] = MappingProxyType({})
 
 
@@ -50,6 +50,7 @@ class Meter:
         tied: groups of names that are one parameter.
         raises: whether the result is read back, so that whatever is wrong is raised on every rank.
         overlap: what has read some gradients during backward.
+        may_follow: whether a rank may be given nothing in one call, and something in another.
     """
 
     ranks: Ranks
@@ -58,11 +59,16 @@ class Meter:
     tied: Tied
     raises: bool
     overlap: Overlap | None = None
+    may_follow: bool = False
+    _exchange: Exchange = field(init=False)
     _plan: Plan | None = None
     _batches: tuple[Batch, ...] | None = None
     _weights: Mapping[int, int] = field(default_factory=dict)
     _steady: Steady | None = None  # of the shards that were measured last
     _presence: int = 0
+
+    def __post_init__(self) -> None:
+        self._exchange = Exchange(self.ranks, self.norm)
 
     def take_during_backward(self, shards: Sequence[GradShard], modules: Sequence[nn.Module]) -> None:
         """Read gradients as soon as backward has finished them; only where compiled code can. Not collective.
@@ -96,6 +102,8 @@ class Meter:
         self.ranks.raise_together(error)
         plan = make_plan(self.ranks, shards, self.terms, replicas_share=self.norm.replicas_share)
         check_tied(self.ranks, names, self.tied)
+        if self.may_follow or not self._exchange.fits:
+            self._exchange.use_full_form()
         self._plan, self._batches = plan, None
         self._weights = presence_weights(plan.shares) if self.norm.replicas_share else {}
         return shards
@@ -109,7 +117,8 @@ class Meter:
         Raises:
             DisagreementError: the set changed on this rank and not on every other.
         """
-        self._poll("plan", {SET: "changed"})
+        count = self._poll("plan", {SET: "changed"})
+        self.may_follow |= self._exchange.fits and count.lanes["plan"] < self.ranks.size
         return self.prepare(read)
 
     def withdraw(self, error: DistnormError) -> NoReturn:
@@ -128,18 +137,19 @@ class Meter:
         It can't know whether the others plan, so it does what they do. Reads their votes on the host.
         """
         while True:
-            ballot = Ballot("follow", self.raises)
-            vector = self._vote(self.norm.zeros(self.ranks.device()), ballot)
-            count = Count.of(vector[: len(LANES)].tolist())
+            reply = self._exchange(None, Ballot("follow", self.raises))
+            count = reply.count()
             if count.stages == {"plan"}:
+                self.may_follow = True
                 self.prepare(lambda: ([], []))
             elif count.stages == {"agree"}:
                 self._agree([], [], [])
+            elif not count.stages:  # nobody has anything
+                return Measured.of(self.norm.finalise(self.norm.zeros(self.ranks.device())), [])
             else:
                 break
-        total_norm = self._finalise(vector, ballot)
-        self._raise_if_wrong(total_norm, vector, None, [], [], [])
-        return Measured.of(total_norm, [])
+        self._raise_if_wrong(reply, count, None, [], [], [])
+        return Measured.of(reply.total_norm, [])
 
     def measure(
         self,
@@ -179,18 +189,16 @@ class Meter:
         statistic = taken if taken is not None else self.norm.statistic_of_spans(spans.counted)
         statistic = statistic.to(self.ranks.device(statistic.device))  # nccl alone reduces no CPU tensor
         here = self._here(terms)
-        ballot = self._ballot(self._presence, here)
-        vector = self._vote(statistic, ballot)
-        total_norm = self._finalise(vector, ballot)
+        reply = self._exchange(statistic, self._ballot(self._presence, here))
 
         def gradients() -> list[Tensor | None]:
             shards = describe()
             return completed(shards, read_gradients(shards)[0], store=False)[0]
 
-        if self.raises and not math.isfinite(total_norm):
-            self._raise_if_wrong(total_norm, vector, here, describe(), gradients(), [])
+        if self.raises and not math.isfinite(reply.total_norm):
+            self._raise_if_wrong(reply, reply.count(), here, describe(), gradients(), [])
         return Measured(
-            total_norm,
+            reply.total_norm,
             lambda: [gradient for gradient in gradients() if gradient is not None],
             lambda coef: steady.scale_(spans, coef, holders),
         )
@@ -214,17 +222,19 @@ class Meter:
         presence = sum(weight for i, weight in self._weights.items() if gradients[i] is not None)
         self._steady, self._presence = steady, presence
         ballot = self._ballot(presence, here, refused=bool(problems))
-        vector = self._vote(self._statistic(gradients), ballot)
-        total_norm = self._finalise(vector, ballot)
-        self._raise_if_wrong(total_norm, vector, here, shards, gradients, problems)
-        return Measured.of(total_norm, gradients)
+        reply = self._exchange(self._statistic(gradients), ballot)
+        if self.raises and not math.isfinite(reply.total_norm):
+            self._raise_if_wrong(reply, reply.count(), here, shards, gradients, problems)
+        if problems:
+            raise problems[0]
+        return Measured.of(reply.total_norm, gradients)
 
     def _here(self, terms: Mapping[str, object]) -> Mapping[str, object]:
         assert self._plan is not None
         return {**terms, "plan": self._plan.ident, "raises": self.raises}
 
     def _ballot(self, presence: int, here: Mapping[str, object], *, refused: bool = False) -> Ballot:
-        terms = stable_hash(repr(here)) & 0xFFFF
+        terms = stable_hash(repr(here))
         return Ballot("measure", self.raises, refused=refused, presence=presence, terms=terms)
 
     def _agree(
@@ -250,45 +260,28 @@ class Meter:
         statistics = [self.norm.statistic(by_device[d], d).to(device, non_blocking=True) for d in devices]
         return self.norm.reduce(torch.stack(statistics))
 
-    def _vote(self, statistic: Tensor, ballot: Ballot) -> Tensor:
-        """All-reduce the ballot and the statistic: ``[nan, votes ..., padding ..., statistic ...]``.
-
-        A NaN travels in a lane, since a maximum may lose it. The padding gives vectors of unlike norms one
-        length, so that ranks which differ in the norm meet, and see it.
-        """
-        nan = statistic.isnan()
-        padding = [0] * (_WIDTH - self.norm.width)
-        votes = [*ballot.votes(self.norm.op), *padding]
-        vote = on_device(votes, statistic.device)
-        vector = torch.cat([nan.any().double().view(1), vote, torch.where(nan, 0.0, statistic)])
-        return self.ranks.all_reduce_(vector, self.norm.op)
-
-    def _finalise(self, vector: Tensor, ballot: Ballot) -> Tensor:
-        lanes, statistic = vector[: len(LANES)], vector[-self.norm.width :]
-        well = ballot.well(self.norm.op, self.ranks.size, lanes)
-        return torch.where(well, self.norm.finalise(statistic), math.nan)
-
-    def _poll(self, stage: Stage, here: Mapping[str, object]) -> None:
+    def _poll(self, stage: Stage, here: Mapping[str, object]) -> Count:
         """Vote without a statistic, and raise if any rank is in another stage."""
-        vector = self._vote(self.norm.zeros(self.ranks.device()), Ballot(stage, self.raises))
-        diagnosis.raise_disagreement(self.ranks, Count.of(vector[: len(LANES)].tolist()), here)
+        count = self._exchange(None, Ballot(stage, self.raises)).count()
+        diagnosis.raise_disagreement(self.ranks, count, here)
+        return count
 
     def _raise_if_wrong(
         self,
-        total_norm: Tensor,
-        vector: Tensor,
+        reply: Reply,
+        count: Count,
         here: Mapping[str, object] | None,
         shards: Sequence[GradShard],
         gradients: Sequence[Tensor | None],
         problems: Sequence[DistnormError],
     ) -> None:
         """Raise what all ranks find together if all of them listen, else what this rank found alone."""
-        if self.raises and not math.isfinite(total_norm):
-            count = Count.of(vector[: len(LANES)].tolist())
-            diagnosis.raise_disagreement(self.ranks, count, here, terms_too=True)
-            self.ranks.raise_together(problems[0] if problems else None)
-            if count.one_sided:
-                diagnosis.raise_one_sided(self.ranks, shards, gradients, list(self._weights))
-            diagnosis.raise_not_finite(self.ranks, self.norm.order, float(total_norm), shards, gradients)
-        if problems:
-            raise problems[0]
+        if not self.raises or math.isfinite(reply.total_norm):
+            return
+        diagnosis.raise_disagreement(self.ranks, count, here, terms_too=True)
+        self.ranks.raise_together(problems[0] if problems else None)
+        if count.one_sided:
+            diagnosis.raise_one_sided(self.ranks, shards, gradients, list(self._weights))
+        if reply.is_brief:
+            diagnosis.raise_left_out(self.ranks, count)
+        diagnosis.raise_not_finite(self.ranks, self.norm.order, float(reply.total_norm), shards, gradients)

@@ -35,6 +35,7 @@ ORDER = [
     "units",
     "replicas",
     "ballot",
+    "exchange",
     "diagnosis",
     "readings",
     "partials",

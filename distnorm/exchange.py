@@ -1,0 +1,105 @@
+"""The one all-reduce of a measurement: every rank's statistic, and its ballot beside it.
+
+It has two forms. In the full one each lane of a ballot is an element, and a statistic may be wide. In the
+brief one the ballot is a single number, which tells no more than whether all ranks measured the same; where
+they did not, those that read the result exchange their ballots in full, once more. Two elements arrive many
+times sooner than seventeen through gloo, which cuts a vector into messages of one element each.
+
+All ranks that meet must use one form. So it belongs to the group: brief, until a plan is made on it that
+needs the full one, which all ranks make together.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from distnorm.ballot import LANES, Ballot, Brief, Count, on_device
+from distnorm.collectives import Ranks
+from distnorm.norms import Norm
+
+_WIDTH = 8  # fp64 values of a statistic in the full form, for orders up to 27 and inf
+_in_full: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What all ranks said together.
+
+    Args:
+        total_norm: 0-d fp64; NaN where the ranks did not measure the same.
+        count: the votes, read on the host. In the brief form every rank must call it that reads a total norm
+            which is not finite, and every rank that measures nothing.
+        is_brief: in which form it came.
+    """
+
+    total_norm: Tensor
+    count: Callable[[], Count]
+    is_brief: bool
+
+
+class Exchange:
+    """Gives every rank the total norm of all ranks' statistics. A call is collective.
+
+    Args:
+        ranks: who takes part.
+        norm: which norm.
+    """
+
+    def __init__(self, ranks: Ranks, norm: Norm) -> None:
+        self._ranks, self._norm = ranks, norm
+        self._brief = Brief(ranks.rank, ranks.size)
+
+    @property
+    def fits(self) -> bool:
+        """Whether this norm can be told in the brief form."""
+        return self._norm.op == "sum" and self._norm.width == 1
+
+    def use_full_form(self) -> None:
+        """From now on, on this group. Every rank must call it at the same point."""
+        if self._ranks.group is not None:
+            _in_full.add(self._ranks.group)
+
+    def __call__(self, statistic: Tensor | None, ballot: Ballot) -> Reply:
+        """Tell this rank's statistic, [width] fp64, or none, and its ballot."""
+        if self._ranks.group in _in_full or not (self.fits or statistic is None):
+            return self._in_full(statistic, ballot)
+        if statistic is None or not ballot.stands:
+            device = self._ranks.device() if statistic is None else statistic.device
+            statistic = torch.full((1,), math.nan, dtype=torch.float64, device=device)
+        mark = on_device([self._brief.mark(ballot)], statistic.device)
+        vector = self._ranks.all_reduce_(torch.cat([mark, statistic]), "sum")
+        marks, statistic = vector.split(1)
+        well = self._brief.well(marks[0])
+        finalised = self._norm.finalise(statistic) if self.fits else statistic[0]
+        return Reply(torch.where(well, finalised, math.nan), lambda: self._second_count(marks, ballot), True)
+
+    def _second_count(self, marks: Tensor, ballot: Ballot) -> Count:
+        deaf = self._brief.deaf(marks.item())
+        if deaf:  # they go on, and hear of no second exchange
+            return Count.of_deaf(deaf, ballot)
+        return self._in_full(None, ballot).count()
+
+    def _in_full(self, statistic: Tensor | None, ballot: Ballot) -> Reply:
+        """All-reduce ``[nan, votes ..., padding ..., statistic ...]``.
+
+        A NaN travels in a lane, since a maximum may lose it. The padding gives vectors of unlike norms one
+        length, so that ranks which differ in the norm meet, and see it.
+        """
+        norm = self._norm
+        if statistic is None:
+            statistic = norm.zeros(self._ranks.device())
+        nan = statistic.isnan()
+        votes = on_device([*ballot.votes(norm.op), *[0] * (_WIDTH - norm.width)], statistic.device)
+        vector = torch.cat([nan.any().double().view(1), votes, torch.where(nan, 0.0, statistic)])
+        vector = self._ranks.all_reduce_(vector, norm.op)
+        lanes, statistic = vector[: len(LANES)], vector[-norm.width :]
+        well = ballot.well(norm.op, self._ranks.size, lanes)
+        total_norm = torch.where(well, norm.finalise(statistic), math.nan)
+        return Reply(total_norm, lambda: Count.of(lanes.tolist()), False)
