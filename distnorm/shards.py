@@ -105,6 +105,18 @@ class GradShard(ABC):
         return self.take is itself
 
     @property
+    def is_flat(self) -> bool:
+        """Whether this is a run of the parameter as it lies in memory, and no block of its dims."""
+        dims = len(self.global_shape)
+        return dims > 1 and len(self.piece) != dims and self.numel < self.global_numel
+
+    def indices(self, dim: int) -> Tensor:
+        """The indices that the piece holds along one dim of the global shape, [n] int64."""
+        extent = self.piece[dim]
+        assert isinstance(extent, tuple), "a source that gives digests tells what they stand for"
+        return torch.arange(*extent)
+
+    @property
     def replicated_axes(self) -> tuple[int, ...]:
         """Mesh axes over which this piece is copied, and over which a gradient may arrive partial."""
         return ()

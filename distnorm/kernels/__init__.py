@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from distnorm.kernels.dispatch import measure, measure_spans, scale_, scale_spans_
-from distnorm.kernels.eager import blocks, checksum, zero_unless_
+from distnorm.kernels.dispatch import (
+    checksum,
+    measure,
+    measure_spans,
+    row_squares,
+    scale_,
+    scale_spans_,
+    summaries,
+)
+from distnorm.kernels.eager import blocks, zero_unless_
 from distnorm.kernels.native import Kernel, Spans, SpanTable, addresses_of, split
 from distnorm.kernels.walking import Walker, walker
 
@@ -17,9 +25,11 @@ __all__ = [
     "checksum",
     "measure",
     "measure_spans",
+    "row_squares",
     "scale_",
     "scale_spans_",
     "split",
+    "summaries",
     "walker",
     "zero_unless_",
 ]

@@ -33,6 +33,50 @@ def measure(tensors: Sequence[Tensor], kernel: native.Kernel) -> tuple[list[Tens
     return [measure_spans(native.Spans.of(fitting), kernel)], rest
 
 
+def summaries(tensors: Sequence[Tensor], kernel: native.Kernel) -> Tensor:
+    """Summarise each of the tensors of one device, which is not waited for.
+
+    Returns:
+        [tensors, 4] fp64 on that device: the statistic, the largest magnitude (NaN if one is NaN), the
+        number of zeros, and of elements that are not finite. An empty tensor has zeros. Complex ones have
+        magnitudes.
+    """
+    if not tensors:
+        return torch.zeros(0, 4, dtype=torch.float64)
+    rows = torch.zeros(len(tensors), 4, dtype=torch.float64, device=tensors[0].device)
+    fitting = [i for i, tensor in enumerate(tensors) if not native.split([tensor])[1]]
+    if fitting:
+        compiled = native.summaries([tensors[i] for i in fitting], kernel)
+        if len(fitting) == len(tensors):
+            return compiled
+        rows[fitting] = compiled
+    taken = set(fitting)
+    for i, tensor in enumerate(tensors):
+        if i not in taken and tensor.numel():
+            rows[i] = eager.summary(tensor, kernel)
+    return rows
+
+
+def row_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """The sums of squares of magnitudes of each index along dim 0 of tensors of one device.
+
+    Returns:
+        [rows of all tensors] fp64 on that device, tensor by tensor.
+    """
+    if tensors and not native.split(tensors)[1] and all(map(Tensor.is_contiguous, tensors)):
+        return native.row_squares(tensors)
+    none = torch.zeros(0, dtype=torch.float64, device=tensors[0].device if tensors else None)
+    return torch.cat([none, *map(eager.row_squares, tensors)])
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """Sum a tensor's bits, weighted by position: see `distnorm.kernels.eager.checksum`."""
+    plain = tensor.detach()
+    if plain.numel() and plain.is_contiguous() and not native.split([plain])[1]:
+        return torch.tensor(native.checksum(plain), dtype=torch.int64)
+    return eager.checksum(tensor)
+
+
 def scale_spans_(spans: native.Spans, coef: Tensor) -> bool:
     """Multiply what lies in spans, as `scale_` does; whether anything was changed. Autograd is not told."""
     factor = float(coef.cpu().numpy())

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from distnorm.kernels.native import Kernel
+
 # fp64 elements in a block. CPU: 2 MiB, which the caches still hold when it is read again, and large enough
 # that converting it outweighs the two operator calls. Elsewhere a launch costs more than a cache miss.
 _BLOCK = {"cpu": 1 << 18}
@@ -66,6 +68,35 @@ def _widened(part: Tensor) -> Tensor:
         return part.to(torch.complex128).abs()
     # On CPU fp16 goes to fp64 an element at a time, but to fp32 by vector instructions; both are exact.
     return part.float() if part.dtype is torch.float16 else part
+
+
+def summary(tensor: Tensor, kernel: Kernel) -> Tensor:
+    """One row, [4] fp64, of `distnorm.kernels.summaries`, of a tensor that is not empty."""
+    parts = []
+    for block in blocks([tensor]):
+        zeros, bad = (block == 0).sum(), block.isfinite().logical_not_().sum()
+        squares = torch.dot(block, block)
+        largest = block.abs_().amax()
+        by_kernel = {Kernel.SQUARES: squares, Kernel.LARGEST: largest}
+        statistic = by_kernel[kernel] if kernel in by_kernel else block.sum()
+        parts.append(torch.stack([statistic, largest, zeros.double(), bad.double()]))
+    if len(parts) == 1:
+        return parts[0]
+    stacked = torch.stack(parts)
+    row = stacked.sum(dim=0)
+    row[1] = stacked[:, 1].amax()
+    if kernel is Kernel.LARGEST:
+        row[0] = row[1]
+    return row
+
+
+def row_squares(tensor: Tensor) -> Tensor:
+    """The sum of squares of magnitudes of each index along dim 0, [rows] fp64."""
+    if not tensor.numel():
+        return torch.zeros(len(tensor), dtype=torch.float64, device=tensor.device)
+    flat = tensor.detach().reshape(len(tensor), -1)
+    most = max(1, _BLOCK.get(flat.device.type, _BLOCK_ELSEWHERE) // flat.shape[1])
+    return torch.cat([_widened(rows).double().square().sum(dim=1) for rows in torch.split(flat, most)])
 
 
 def checksum(tensor: Tensor) -> Tensor:

@@ -227,7 +227,7 @@ static void *work(void *job) {
 
 // Threads live for one call: nothing is left that a fork could break. Where one can't start, the others do
 // its work.
-static void run_job(struct job *job, int64_t threads) {
+static void run_job(struct job *job, int64_t threads, void *(*work)(void *)) {
     pthread_t others[MOST_THREADS];
     if (threads > MOST_THREADS) threads = MOST_THREADS;
     int started = 0;
@@ -251,7 +251,7 @@ int32_t distnorm_run(int32_t op, int64_t spans, char *const *pointers, const int
                      const int32_t *dtypes, int64_t total, int64_t threads, double coef, double *result) {
     struct job job = {op, pointers, numels, dtypes, spans, total, (total + UNIT - 1) / UNIT, coef, NULL, 0};
     if (op != SCALE && !(job.results = malloc((job.units + 1) * sizeof(double)))) return 1;
-    run_job(&job, threads);
+    run_job(&job, threads, work);
     if (op != SCALE) {
         f64 lanes[VECTORS] = {0};
         run(op == LARGEST ? LARGEST : MAGNITUDES, F64, (char *)job.results, job.units, 0, lanes, 0);
@@ -259,4 +259,128 @@ int32_t distnorm_run(int32_t op, int64_t spans, char *const *pointers, const int
         free(job.results);
     }
     return 0;
+}
+
+// ---- summaries: several statistics of each span by itself, in one pass. A unit is no longer than a span here.
+
+enum { SUMS, MOST, ZEROS, BAD, FIELDS, FOLDED = 2 };
+
+static const int64_t INFINITE = 0x7ff0000000000000; // the bits of inf; those of NaN are above
+
+struct summary {
+    f64 sums[FOLDED], most[FOLDED];
+    i64 zeros[FOLDED], bad[FOLDED];
+};
+
+INLINE void summarise_steps(enum op op, enum dtype dtype, const char *p, int64_t steps, struct summary *to) {
+    struct summary s = *to;
+    for (; steps > 0; steps--, p += LANES * SIZE[dtype]) {
+        f64 x[VECTORS];
+        load(dtype, p, x);
+        EACH(k, VECTORS) {
+            i64 bits = (i64)x[k] & INT64_MAX;
+            s.sums[k % FOLDED] = accumulated(op, s.sums[k % FOLDED], x[k]);
+            s.most[k % FOLDED] = accumulated(LARGEST, s.most[k % FOLDED], x[k]);
+            s.zeros[k % FOLDED] -= bits == 0; // true is -1
+            s.bad[k % FOLDED] -= bits >= INFINITE;
+        }
+    }
+    *to = s;
+}
+
+INLINE void summarise_unit(enum op op, enum dtype dtype, const char *p, int64_t count, double *fields,
+                           int64_t stride) {
+    struct summary s = {};
+    int64_t steps = count / LANES, tail = count % LANES, size = SIZE[dtype];
+    summarise_steps(op, dtype, p, steps, &s);
+    if (tail) {
+        char step[LANES * sizeof(double)] = {0};
+        memcpy(step, p + steps * LANES * size, tail * size);
+        summarise_steps(op, dtype, step, 1, &s);
+    }
+    f64 sums[VECTORS] = {}, most[VECTORS] = {};
+    int64_t zeros = tail ? tail - LANES : 0, bad = 0; // what fills a step up is no element
+    EACH(k, FOLDED) {
+        sums[k] = s.sums[k];
+        most[k] = s.most[k];
+        for (int i = 0; i < WIDTH; i++) {
+            zeros += s.zeros[k][i];
+            bad += s.bad[k][i];
+        }
+    }
+    fields[SUMS * stride] = folded(op, sums);
+    fields[MOST * stride] = folded(LARGEST, most);
+    fields[ZEROS * stride] = zeros;
+    fields[BAD * stride] = bad;
+}
+
+INLINE int64_t units_of(const struct job *job, int64_t span) { return (job->numels[span] + UNIT - 1) / UNIT; }
+
+INLINE void summarise_on(enum op op, struct job *job) {
+    int64_t span = 0, first = 0, unit;
+    while ((unit = atomic_fetch_add(&job->next, 1)) < job->units) {
+        while (first + units_of(job, span) <= unit) first += units_of(job, span++);
+        int64_t at = (unit - first) * UNIT, left = job->numels[span] - at, count = left < UNIT ? left : UNIT;
+        enum dtype dtype = (enum dtype)job->dtypes[span];
+        const char *p = job->pointers[span] + at * SIZE[dtype];
+        switch (dtype) {
+            case F32: summarise_unit(op, F32, p, count, job->results + unit, job->units); break;
+            case F64: summarise_unit(op, F64, p, count, job->results + unit, job->units); break;
+            case BF16: summarise_unit(op, BF16, p, count, job->results + unit, job->units); break;
+            case F16: summarise_unit(op, F16, p, count, job->results + unit, job->units); break;
+        }
+    }
+}
+
+static void *summarise(void *job) {
+    switch (((struct job *)job)->op) {
+        case MAGNITUDES: summarise_on(MAGNITUDES, job); break;
+        case LARGEST: summarise_on(LARGEST, job); break;
+        default: summarise_on(SQUARES, job); break;
+    }
+    return NULL;
+}
+
+// Of each span, into a row of FIELDS: the statistic, the largest magnitude, the number of zeros, and of
+// elements that are inf or NaN. Spans may be empty. Returns 0, or 1 if there is no memory.
+int32_t distnorm_summaries(int32_t op, int64_t spans, char *const *pointers, const int64_t *numels,
+                           const int32_t *dtypes, int64_t threads, double *rows) {
+    struct job job = {op, pointers, numels, dtypes, spans, 0, 0, 0, NULL, 0};
+    for (int64_t span = 0; span < spans; span++) job.units += units_of(&job, span);
+    if (!(job.results = malloc((FIELDS * job.units + 1) * sizeof(double)))) return 1;
+    run_job(&job, threads, summarise);
+    int64_t first = 0;
+    for (int64_t span = 0; span < spans; first += units_of(&job, span++))
+        for (int64_t field = 0; field < FIELDS; field++) {
+            const double *of_units = job.results + field * job.units + first;
+            int64_t units = units_of(&job, span);
+            f64 lanes[VECTORS] = {};
+            enum op how = field == MOST || (field == SUMS && op == LARGEST) ? LARGEST : MAGNITUDES;
+            if (units > 1) run(how, F64, (char *)of_units, units, 0, lanes, 0);
+            rows[span * FIELDS + field] = units > 1 ? folded(how, lanes) : units ? *of_units : 0;
+        }
+    free(job.results);
+    return 0;
+}
+
+// ---- the checksum of eager.py, of elements of 2, 4 or 8 bytes
+
+enum { CHECKED = 1 << 18 }; // elements of a block, as in eager.py on the CPU
+
+#define WEIGHTED(type) \
+    for (int64_t i = 0; i < count; i++) sum += (uint64_t)(int64_t)((const type *)p)[i] * (uint64_t)(2 * i + 1)
+
+static uint64_t weighted(const char *p, int64_t size, int64_t count) {
+    uint64_t sum = 0;
+    if (size == 2) WEIGHTED(int16_t);
+    else if (size == 4) WEIGHTED(int32_t);
+    else WEIGHTED(int64_t);
+    return sum;
+}
+
+int64_t distnorm_checksum(const char *p, int64_t size, int64_t count) {
+    uint64_t total = 0;
+    for (; count > 0; p += CHECKED * size, count -= CHECKED)
+        total = total * 0x5DEECE66D + weighted(p, size, count < CHECKED ? count : CHECKED);
+    return (int64_t)total;
 }

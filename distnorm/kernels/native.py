@@ -63,10 +63,14 @@ class Library:
         code: of each dtype that they can do here.
         run: takes the kernel; the number of spans and the addresses of three arrays, as `Spans` has them;
             the number of elements, of threads, the coefficient, and where the result goes.
+        summaries: takes the kernel, the spans as `run` does, the number of threads, and where the rows go.
+        checksum: takes an address, the bytes of an element and the number of elements.
     """
 
     code: dict[torch.dtype, int]
     run: ctypes._NamedFuncPointer
+    summaries: ctypes._NamedFuncPointer
+    checksum: ctypes._NamedFuncPointer
 
 
 @cache
@@ -84,8 +88,15 @@ def library() -> Library | None:
         *(ctypes.c_int32, size, address, address, address),
         *(size, size, ctypes.c_double, address),
     ]
+    loaded.distnorm_summaries.argtypes = [
+        *(ctypes.c_int32, size, address, address, address),
+        *(size, address),
+    ]
+    loaded.distnorm_checksum.argtypes = [address, size, size]
+    loaded.distnorm_checksum.restype = size
     able = loaded.distnorm_dtypes()
-    return Library({dtype: code for dtype, code in CODES.items() if able >> code & 1}, loaded.distnorm_run)
+    code = {dtype: code for dtype, code in CODES.items() if able >> code & 1}
+    return Library(code, loaded.distnorm_run, loaded.distnorm_summaries, loaded.distnorm_checksum)
 
 
 def split(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -199,6 +210,44 @@ def scale_(spans: Spans, coef: float) -> None:
     """
     threads = _threads(spans.total)
     _run(_SCALE, spans, 1 if threads > 1 and spans.overlap else threads, coef, None)
+
+
+def summaries(tensors: Sequence[Tensor], kernel: Kernel) -> Tensor:
+    """Of each tensor that `split` found fitting: see `distnorm.kernels.summaries`."""
+    table = SpanTable.of(tensors)
+    return _summaries(addresses_of(tensors), table.numels, table.codes, kernel)
+
+
+def row_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Of contiguous tensors that `split` found fitting: see `distnorm.kernels.row_squares`."""
+    table = SpanTable.of(tensors)
+    rows = np.array([len(tensor) for tensor in tensors], dtype=np.int64)
+    numels = table.numels // np.maximum(rows, 1)
+    starts, numels, sizes, codes = (
+        np.repeat(column, rows)
+        for column in (addresses_of(tensors), numels, numels * SIZES[table.codes], table.codes)
+    )
+    within = np.arange(len(starts)) - np.repeat(np.cumsum(rows) - rows, rows)
+    return _summaries(starts + within * sizes, numels, codes, Kernel.SQUARES)[:, 0]
+
+
+def _summaries(starts: Ints, numels: Ints, codes: npt.NDArray[np.int32], kernel: Kernel) -> Tensor:
+    compiled = library()
+    assert compiled is not None
+    if not starts[numels > 0].all():
+        raise ValueError("expected tensors with memory, found one whose storage was freed")
+    rows = torch.zeros(len(starts), 4, dtype=torch.float64)
+    arrays = [array.ctypes.data for array in (starts, numels, codes)]
+    if compiled.summaries(kernel, len(starts), *arrays, _threads(int(numels.sum())), rows.data_ptr()):
+        raise MemoryError
+    return rows
+
+
+def checksum(tensor: Tensor) -> int:
+    """That of `distnorm.kernels.eager`, of a contiguous tensor that `split` found fitting."""
+    compiled = library()
+    assert compiled is not None
+    return int(compiled.checksum(tensor.data_ptr(), tensor.element_size(), tensor.numel()))
 
 
 def _run(code: int, spans: Spans, threads: int, coef: float, result: int | None) -> None:

@@ -72,6 +72,11 @@ class DTensorShard(GradShard):
     def replicated_axes(self) -> tuple[int, ...]:
         return tuple(axis for axis in self.mesh_axes if _cuts(self.placements[axis]) is None)
 
+    def indices(self, dim: int) -> Tensor:
+        mesh = _dtensor(self.holder).device_mesh
+        coordinate = tuple(mesh.get_coordinate() or ())
+        return _held(dim, self.global_shape, tuple(mesh.shape), coordinate, self.placements)
+
     def wide_shape(self, wide: tuple[int, ...]) -> tuple[int, ...]:
         return self._uncut(wide)[1] if wide else self.shape
 
@@ -185,22 +190,42 @@ def _cut(
     coordinate: tuple[int, ...],
     placements: tuple[Any, ...],
 ) -> tuple[tuple[Extent, ...], tuple[int, ...]]:
-    """Which indices of each dim the placements leave to one coordinate of the mesh, and their number.
+    """Which indices of each dim the placements leave to one coordinate of the mesh, and their number."""
+    extents: list[Extent] = []
+    local: list[int] = []
+    for dim, size in enumerate(shape):
+        if _axes(dim, shape, placements):
+            held = _held(dim, shape, mesh_shape, coordinate, placements)
+            extents.append(_extent(held))
+            local.append(len(held))
+        else:
+            extents.append((0, size))
+            local.append(size)
+    return tuple(extents), tuple(local)
+
+
+def _axes(dim: int, shape: tuple[int, ...], placements: tuple[Any, ...]) -> list[int]:
+    """The mesh axes that cut a dim."""
+    return [axis for axis, p in enumerate(placements) if _cuts(p) and p.dim % len(shape) == dim]
+
+
+def _held(
+    dim: int,
+    shape: tuple[int, ...],
+    mesh_shape: tuple[int, ...],
+    coordinate: tuple[int, ...],
+    placements: tuple[Any, ...],
+) -> Tensor:
+    """The indices of one dim that the placements leave to one coordinate of the mesh.
 
     Every cut is made on the indices themselves, so that strided, uneven and empty pieces need no rule of
     their own.
     """
-    extents: list[Extent] = []
-    local: list[int] = []
-    for dim, size in enumerate(shape):
-        axes = [axis for axis, p in enumerate(placements) if _cuts(p) and p.dim % len(shape) == dim]
-        held = torch.arange(size if axes else 0)
-        for axis, parts in _in_order(axes, mesh_shape, placements):
-            runs = torch.chunk(held, parts) if parts > 1 else (held,)
-            held = torch.cat([_chunk(run, mesh_shape[axis], coordinate[axis]) for run in runs])
-        extents.append(_extent(held) if axes else (0, size))
-        local.append(len(held) if axes else size)
-    return tuple(extents), tuple(local)
+    held = torch.arange(shape[dim])
+    for axis, parts in _in_order(_axes(dim, shape, placements), mesh_shape, placements):
+        runs = torch.chunk(held, parts) if parts > 1 else (held,)
+        held = torch.cat([_chunk(run, mesh_shape[axis], coordinate[axis]) for run in runs])
+    return held
 
 
 def _in_order(

@@ -87,6 +87,12 @@ class FlatShard(GradShard):
 
     home: Home
 
+    @property
+    def is_flat(self) -> bool:
+        """Its global shape is that of the run, so the unit is asked for the parameter's."""
+        handle, index = self.home.handle, self.home.index
+        return index is None or (handle.uses_sharded_strategy and len(handle.flat_param._shapes[index]) > 1)
+
     def witness(self) -> Tensor:
         return self._unpadded(self.holder.detach())
 

@@ -1,0 +1,135 @@
+"""The whole model's parameters, by name, the same list on every rank; and which rank holds what of them.
+
+Made once, and only where something needs more than the total norm: per-layer monitoring, a policy that looks
+at single parameters, a comparison of replicas. Each name travels once: of the ranks that hold it one is
+chosen by hash, which spreads the load. Which rank holds what travels as numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from distnorm.collectives import Ranks
+from distnorm.plan import Share, identity_rows
+from distnorm.shards import GradShard
+
+Ints = npt.NDArray[np.int64]
+
+MOST_ROWS = 1 << 20
+"""Over all ranks. Above, no rank knows what the others hold, and no vector has a lane for each of it."""
+_DIGITS = re.compile(r"([0-9]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A row for every shard of every rank that is not empty: by rank, then by its order there.
+
+    Args:
+        mine: positions of this rank's shards that have a row.
+        start: row of the first of them.
+        slots: [rows] the parameter, by its place in the table.
+        ranks: [rows] who holds it.
+        identities: [rows] equal numbers for replicas.
+        firsts: [rows] whether it is the first of its replicas.
+    """
+
+    mine: tuple[int, ...]
+    start: int
+    slots: Ints
+    ranks: Ints
+    identities: Ints
+    firsts: npt.NDArray[np.bool_]
+
+    @property
+    def replicated(self) -> npt.NDArray[np.bool_]:
+        """[rows] whether the shard has replicas."""
+        alone: npt.NDArray[np.bool_] = np.bincount(self.identities)[self.identities] > 1
+        return alone
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The parameters of the whole model in natural order: ``blocks.2`` stands before ``blocks.10``.
+
+    Args:
+        names: of all parameters.
+        shapes: their global shapes.
+        slots: the place in `names` of each of this rank's shards.
+        rows: who holds what; `None` if that is more than `MOST_ROWS`.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    slots: tuple[int, ...]
+    rows: Rows | None
+
+    @property
+    def numels(self) -> tuple[int, ...]:
+        """Number of elements of each parameter."""
+        return tuple(map(math.prod, self.shapes))
+
+
+def make_table(ranks: Ranks, shards: Sequence[GradShard], shares: Sequence[Share]) -> Table:
+    """List the model's parameters. Collective: every rank must call it, with the shards of one plan."""
+    named = identity_rows(shards)[:, :1]
+    chosen = ranks.join(named[:, 0], named, _publishers).view(-1).tolist()
+    mine = [(s.name, s.global_shape) for s, publishes in zip(shards, chosen, strict=True) if publishes]
+    published = [pair for theirs in ranks.gather(mine) for pair in theirs]
+    published.sort(key=lambda pair: natural(pair[0]))
+    names = tuple(name for name, _ in published)
+    place = {name: slot for slot, name in enumerate(names)}
+    slots = tuple(place[shard.name] for shard in shards)
+    rows = _rows(ranks, shards, shares, slots)
+    return Table(names, tuple(shape for _, shape in published), slots, rows)
+
+
+def natural(name: str) -> tuple[list[str | int], str]:
+    """By which names are sorted: digits are numbers."""
+    parts = _DIGITS.split(name)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+
+
+def _publishers(rows: Tensor) -> Tensor:
+    """[m, (name,)] -> [m, 1]: whether this is the row that publishes its name."""
+    names, of, count = torch.unique(rows[:, 0], return_inverse=True, return_counts=True)
+    order = of.argsort(stable=True)
+    index = torch.empty_like(order)
+    index[order] = torch.arange(len(rows)) - (count.cumsum(0) - count)[of[order]]
+    # Other bits of the hash than those that chose the rank on which the rows of one name meet.
+    publishes: Tensor = index == ((names >> 20) % count)[of]
+    return publishes.long().view(-1, 1)
+
+
+def _rows(
+    ranks: Ranks, shards: Sequence[GradShard], shares: Sequence[Share], slots: Sequence[int]
+) -> Rows | None:
+    mine = tuple(i for i, shard in enumerate(shards) if shard.numel)
+    counts = torch.zeros(ranks.size, dtype=torch.int64, device=ranks.device())
+    counts[ranks.rank] = len(mine)
+    held = ranks.all_reduce_(counts, "sum").tolist()
+    if sum(held) > MOST_ROWS:
+        return None
+    told = np.array([(slots[i], shares[i].key, shares[i].index) for i in mine], dtype=np.int64).reshape(-1, 3)
+    everything = np.concatenate(ranks.gather(told))
+    _, identities = np.unique(everything[:, 1], return_inverse=True)
+    return Rows(
+        mine,
+        sum(held[: ranks.rank]),
+        everything[:, 0],
+        np.repeat(np.arange(ranks.size), held),
+        identities.reshape(-1).astype(np.int64),
+        everything[:, 2] == 0,
+    )
+
+
+def first_device(tensors: Sequence[Tensor | None]) -> torch.device:
+    """Where the first tensor is; the CPU if there is none."""
+    return next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))

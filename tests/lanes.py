@@ -1,0 +1,100 @@
+"""One step's lanes for single parameters, as a measurement would add and reduce them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from torch import Tensor
+
+from distnorm.collectives import Ranks
+from distnorm.norms import Norm, norm
+from distnorm.partials import agree_on_partials
+from distnorm.plan import Share, make_plan
+from distnorm.readings import completed, read_gradients
+from distnorm.shards import GradShard, of_grad
+from distnorm.sources import shards_of, stage_of
+from distnorm.table import Table, make_table
+from tests import oracle
+from tests.topologies import (
+    Held,
+    Topology,
+    make_meshes,
+    make_parameters,
+    pp_mesh,
+    set_gradients,
+    values,
+    whole_gradients,
+)
+
+
+@dataclass
+class Model:
+    """What one rank holds, planned."""
+
+    ranks: Ranks
+    norm: Norm
+    shards: list[GradShard]
+    shares: tuple[Share, ...]
+    table: Table
+    batches: Any = None
+
+    @classmethod
+    def of(cls, named: Sequence[tuple[str, Tensor]], order: float = 2.0, **more: Any) -> Model:
+        return cls.of_shards(shards_of(named, of_grad, **more), order)
+
+    @classmethod
+    def of_shards(cls, shards: list[GradShard], order: float = 2.0) -> Model:
+        ranks = Ranks(dist.new_group() if dist.is_initialized() else None)
+        by = norm(order)
+        shares = make_plan(ranks, shards, {}, replicas_share=by.replicas_share).shares
+        return cls(ranks, by, shards, shares, make_table(ranks, shards, shares))
+
+    @classmethod
+    def of_topology(cls, topology: Topology) -> tuple[Model, list[Any]]:
+        held = make_parameters(topology, make_meshes(topology))
+        named = [(one.name, parameter) for one, _, parameter in held]
+        stage = stage_of(pp_mesh(topology))
+        return cls.of(named, topology.order, stage=stage, tied=topology.tied), held
+
+    def gradients(self) -> list[Tensor | None]:
+        readings, problems = read_gradients(self.shards)
+        assert not problems
+        if self.batches is None:  # until some rank has a gradient
+            self.batches = agree_on_partials(self.ranks, self.shares, self.shards, readings)
+        for batch in self.batches or ():
+            batch.reduce(self.shards, readings, store=False)
+        return completed(self.shards, readings, store=False)[0]
+
+    def weights(self) -> list[Tensor]:
+        return [shard.witness() for shard in self.shards]
+
+    def reduced(self, lanes: Tensor, op: str | None = None) -> Tensor:
+        return self.ranks.all_reduce_(lanes, op or self.norm.op)
+
+
+def steps(topology: Topology, held: list[Any]) -> Any:
+    for step in range(topology.steps):
+        set_gradients(topology, held, step)
+        yield step
+
+
+# ---- what one process that holds everything would find
+
+
+def name_of(topology: Topology, held: Held) -> str:
+    if held.label == "tied" and topology.tied:
+        return topology.tied[0][0]
+    return f"pp{held.label.split('.')[0]}.{held.name}" if topology.stages > 1 else held.name
+
+
+def dense_parameters(topology: Topology, step: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """name -> gradient and weight of the whole parameter, in fp64."""
+    gradients = whole_gradients(topology, step)
+    return {
+        name_of(topology, held): (gradients[held.label], oracle.as_numpy(values(topology, held, -1, ())))
+        for held in topology.held
+    }

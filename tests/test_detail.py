@@ -1,0 +1,371 @@
+"""Statistics of single parameters and layers, and what is wrong with single gradients, against dense fp64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from distnorm import table
+from distnorm.detail import Detail
+from distnorm.errors import ConfigError
+from distnorm.layers import layers_of
+from distnorm.norms import norm
+from distnorm.replicas import Replicas
+from tests import oracle
+from tests.lanes import Model, dense_parameters, steps
+from tests.test_topologies import RANDOM, topologies
+from tests.topologies import Topology
+
+EXACT = {"rel": 1e-12, "abs": 0, "nan_ok": True}
+FIELDS = ("norm", "rms", "max", "zero_fraction", "grad_to_weight")
+Names = tuple[str, ...]
+
+FEW = settings(RANDOM, max_examples=3)
+
+
+# ---- any topology
+
+
+def details_of_all(batch: list[Topology]) -> list[list[dict[str, Any]]]:
+    return [details_of(topology) for topology in batch]
+
+
+def details_of(topology: Topology) -> list[dict[str, Any]]:
+    model, held = Model.of_topology(topology)
+    detail = Detail(model.table, model.shares, model.norm, weights=True)
+    lean = Detail(model.table, model.shares, model.norm, watch=False)
+    replicas = Replicas(model.table)
+    seen = []
+    for _ in steps(topology, held):
+        gradients = model.gradients()
+        reduced = model.reduced(detail.local(gradients, model.weights()))
+        narrow = model.reduced(lean.local(gradients))
+        stats = detail.read(reduced)
+        seen.append(
+            {
+                "names": detail.layer_names,
+                **{field: getattr(stats, field).tolist() for field in FIELDS},
+                "parameter norms": lean.parameter_norms(narrow).tolist(),
+                "parameter rms": lean.parameter_rms(narrow).tolist(),
+                "first bad": detail.first_bad(reduced),
+                "diverged": replicas.diverged(model.reduced(replicas.local(gradients))),
+            }
+        )
+    return seen
+
+
+def dense_stats(gradients: list[np.ndarray], weights: list[np.ndarray], order: float) -> tuple[float, ...]:
+    """Of one layer, in the order of FIELDS."""
+    size = sum(gradient.size for gradient in gradients)
+    whole, weight = oracle.dense(gradients), oracle.dense(weights)
+    zeros = sum(int((gradient == 0).sum()) for gradient in gradients)
+    return (
+        oracle.dense(gradients, order),
+        whole / math.sqrt(max(size, 1)),
+        oracle.dense(gradients, math.inf),
+        zeros / max(size, 1),
+        whole / weight if weight else math.nan,
+    )
+
+
+@pytest.mark.parametrize("world", [1, 4, 8])
+@FEW
+@given(data=st.data())
+def test_every_parameter_of_every_topology(ranks, world, data):
+    drawn = data.draw(st.lists(topologies(world), min_size=2, max_size=2))
+    order = data.draw(st.sampled_from([2.0, 1.0, 1.5, math.inf]))
+    batch = [Topology(**{**vars(topology), "order": order}) for topology in drawn]
+    reports = ranks(world, details_of_all, batch)
+    for position, topology in enumerate(batch):
+        for step in range(topology.steps):
+            found = [report[position][step] for report in reports]
+            assert all(repr(other) == repr(found[0]) for other in found)
+            check(topology, step, found[0])
+
+
+def check(topology: Topology, step: int, found: dict[str, Any]) -> None:
+    dense = dense_parameters(topology, step)
+    assert sorted(found["names"]) == sorted(dense)
+    for i, name in enumerate(found["names"]):
+        gradient, weight = dense[name]
+        expected = dense_stats([gradient], [weight], topology.order)
+        for field, exact in zip(FIELDS, expected, strict=True):
+            if field == "zero_fraction" and topology.missing and step < topology.steps - 1:
+                assert found[field][i] <= exact  # what is missing counts no zeros
+            else:
+                assert found[field][i] == pytest.approx(exact, **EXACT), (name, field, topology)
+        assert found["parameter norms"][i] == pytest.approx(expected[0], **EXACT)
+        assert found["parameter rms"][i] == pytest.approx(expected[1], **EXACT)
+    assert (found["first bad"], found["diverged"]) == (None, ())
+
+
+# ---- layers
+
+
+NAMES = (
+    *("blocks.0.wq", "blocks.0.wk", "blocks.0.mlp.w", "blocks.1.wq"),
+    *("head.w", "pp1.norm.w", "pp1.b.2.w", "tok"),
+)
+
+
+@pytest.mark.parametrize(
+    ("by", "expected"),
+    [
+        ("parameter", {name: [name] for name in NAMES}),
+        (
+            "module",
+            {
+                "blocks.0": ["blocks.0.wq", "blocks.0.wk"],
+                "blocks.0.mlp": ["blocks.0.mlp.w"],
+                "blocks.1": ["blocks.1.wq"],
+                "head": ["head.w"],
+                "pp1.norm": ["pp1.norm.w"],
+                "pp1.b.2": ["pp1.b.2.w"],
+                "tok": ["tok"],
+            },
+        ),
+        (
+            "depth",
+            {
+                "blocks.0": ["blocks.0.wq", "blocks.0.wk", "blocks.0.mlp.w"],
+                "blocks.1": ["blocks.1.wq"],
+                "head": ["head.w"],
+                "pp1.norm": ["pp1.norm.w"],
+                "pp1.b.2": ["pp1.b.2.w"],
+                "tok": ["tok"],
+            },
+        ),
+        (
+            ("*.wq", "blocks.0.*"),
+            {
+                "*.wq": ["blocks.0.wq", "blocks.1.wq"],
+                "blocks.0.*": ["blocks.0.wq", "blocks.0.wk", "blocks.0.mlp.w"],
+            },
+        ),
+    ],
+)
+def test_what_a_layer_is(by, expected):
+    layers = layers_of(NAMES, by)
+    found: dict[str, list[str]] = {name: [] for name in layers.names}
+    for parameter, layer in layers.members:
+        found[layers.names[layer]].append(NAMES[parameter])
+    assert found == expected
+    assert list(found) == list(expected)
+
+
+def test_layers_that_are_none():
+    with pytest.raises(ConfigError, match="expected parameter, module, depth"):
+        layers_of(NAMES, "modul")
+    with pytest.raises(ConfigError, match="nothing"):
+        layers_of(NAMES, ["*", "*.nothing"])
+
+
+def values_of(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight, and a gradient with zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, gradient = torch.randn(2, 5, 6, generator=generator, dtype=torch.float64)
+    return weight, gradient.where(gradient.abs() > 0.3, 0)
+
+
+def two_layers(orders: list[float]) -> list[dict[str, Any]]:
+    """Sharded, replicated and plain parameters in two layers."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    named = []
+    for i, (name, placements) in enumerate(LAYOUT):
+        weight, gradient = values_of(i)
+        if placements is None:
+            parameter = nn.Parameter(weight)
+            parameter.grad = gradient
+        else:
+            parameter = nn.Parameter(distribute_tensor(weight, mesh, placements))
+            parameter.grad = distribute_tensor(gradient, mesh, placements)
+        named.append((name, parameter))
+    found = []
+    for order in orders:
+        model = Model.of(named, order)
+        detail = Detail(model.table, model.shares, model.norm, by="depth", weights=True)
+        stats = detail.read(model.reduced(detail.local(model.gradients(), model.weights())))
+        found.append({field: getattr(stats, field).tolist() for field in FIELDS})
+    return found
+
+
+LAYOUT = [
+    ("h.10.a", [Shard(0), Replicate()]),
+    ("h.2.a", [Replicate(), Replicate()]),
+    ("h.2.b", [Shard(1), Shard(0)]),
+    ("h.10.b", None),
+]
+
+
+def test_layers_of_several_parameters(ranks):
+    layers: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {"h.2": ([], []), "h.10": ([], [])}
+    for i, (name, _) in enumerate(LAYOUT):
+        weight, gradient = values_of(i)
+        layers[name[:-2]][0].append(gradient.numpy())
+        layers[name[:-2]][1].append(weight.numpy())
+    orders = [2.0, 1.0, 3.0, math.inf]
+    for reports in ranks(4, two_layers, orders):
+        for order, found in zip(orders, reports, strict=True):
+            expected = [dense_stats(gradients, weights, order) for gradients, weights in layers.values()]
+            assert all(0 < row[3] < 1 for row in expected)
+            for field, *exact in zip(FIELDS, *expected, strict=True):
+                assert found[field] == pytest.approx(exact, **EXACT), field
+
+
+# ---- what is wrong
+
+
+def model_with(order: float = 2.0) -> tuple[Model, dict[str, nn.Parameter]]:
+    """Sharded on an axis of the ranks, on two axes, copied, and plain."""
+    size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (size,))
+    named: dict[str, nn.Parameter] = {}
+    for i, (name, placement) in enumerate((("l.10", Shard(0)), ("l.9", Replicate()), ("l.1", None))):
+        value = torch.randn(9, 4, generator=torch.Generator().manual_seed(i))
+        value = value.double() if placement is None else distribute_tensor(value, mesh, [placement])
+        named[name] = nn.Parameter(value)
+        named[name].grad = value.clone()
+    return Model.of(list(named.items()), order), named
+
+
+def local(parameter: nn.Parameter) -> torch.Tensor:
+    gradient = parameter.grad
+    assert gradient is not None
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def planted(order: float, where: list[tuple[str, int, float]]) -> Any:
+    model, named = model_with(order)
+    for name, rank, value in where:
+        if dist.get_rank() == rank:
+            local(named[name]).view(-1)[-1] = value
+    detail = Detail(model.table, model.shares, model.norm)
+    reduced = model.reduced(detail.local(model.gradients()))
+    stats = detail.read(reduced)
+    assert stats.max is not None
+    return detail.first_bad(reduced), stats.bad.tolist(), repr(stats.norm.tolist()), repr(stats.max.tolist())
+
+
+ORDERS = [2.0, 1.5, math.inf]
+
+
+def planted_in_turn() -> list[Any]:
+    nan = [("l.10", 1, math.nan), ("l.10", 2, math.inf)]
+    cases = (nan, [*nan[1:], ("l.9", 3, math.inf)], [])
+    return [planted(order, where) for order in ORDERS for where in cases]
+
+
+def test_the_first_bad_parameter_and_its_rank_are_named(ranks):
+    for reports in ranks(4, planted_in_turn):
+        for i in range(len(ORDERS)):
+            first, bad, norms, largest = reports[3 * i]
+            assert (first, bad) == (("l.10", 1), [0, 0, 2])
+            assert norms.count("nan") == largest.count("nan") == 1  # beside an inf of another rank
+            first, bad, norms, largest = reports[3 * i + 1]
+            assert (first, bad) == (("l.9", 3), [0, 1, 1])  # the last rank counts the last elements of a copy
+            assert "nan" not in norms + largest
+            assert norms.count("inf") == largest.count("inf") == 2
+            assert reports[3 * i + 2][:2] == (None, [0, 0, 0])
+
+
+def flipped(order: float, where: list[tuple[str, int]], highest: bool) -> Any:
+    model, named = model_with(order)
+    for name, rank in where:
+        if dist.get_rank() == rank:
+            held = local(named[name])
+            bits = held.view(torch.int64 if held.dtype is torch.float64 else torch.int32).view(-1)
+            bits[5] ^= torch.iinfo(bits.dtype).min if highest else 1
+    replicas = Replicas(model.table)
+    return [(d.name, d.ranks) for d in replicas.diverged(model.reduced(replicas.local(model.gradients())))]
+
+
+FLIPS = {
+    2: [([("l.1", 1)], [("l.1", (0, 1))])],
+    3: [([("l.9", 0)], [("l.9", (0,))])],
+    4: [
+        ([("l.1", 2), ("l.9", 3), ("l.9", 1)], [("l.1", (2,)), ("l.9", (0, 1, 2, 3))]),
+        ([("l.10", 1)], []),  # has no replica that could tell
+        ([], []),
+    ],
+}
+
+
+def flipped_in_turn() -> list[Any]:
+    cases = [where for where, _ in FLIPS[dist.get_world_size()]]
+    bits = [(order, highest) for order in (2.0, math.inf) for highest in (False, True)]
+    return [flipped(order, where, highest) for order, highest in bits for where in cases]
+
+
+@pytest.mark.parametrize("world", FLIPS)
+def test_one_flipped_bit_names_parameter_and_rank(ranks, world):
+    expected = [found for _, found in FLIPS[world]] * 4
+    assert ranks(world, flipped_in_turn) == [expected] * world
+
+
+def hybrid() -> Any:
+    """Two replicas of each of two pieces: the pieces differ, and one replica of one of them."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    parameter = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Replicate(), Shard(0)]))
+    parameter.grad = torch.ones_like(parameter) * (1 + mesh.get_local_rank(1))
+    model = Model.of([("w", parameter)])
+    replicas = Replicas(model.table)
+    before = replicas.diverged(model.reduced(replicas.local(model.gradients())))
+    if dist.get_rank() == 3:
+        local(parameter)[0, 0] = 7
+    after = replicas.diverged(model.reduced(replicas.local(model.gradients())))
+    return before, [(d.name, d.ranks) for d in after]
+
+
+def test_only_replicas_of_one_piece_are_compared(ranks):
+    assert ranks(4, hybrid) == [((), [("w", (1, 3))])] * 4
+
+
+# ---- what can't be told
+
+
+def above_the_limit() -> Any:
+    table.MOST_ROWS = 3
+    model, named = model_with()
+    local(named["l.9"])[0, 0] = math.nan
+    assert model.table.rows is None
+    detail = Detail(model.table, model.shares, model.norm)
+    reduced = model.reduced(detail.local(model.gradients()))
+    refusals = []
+    for make in (lambda: Replicas(model.table), lambda: Detail(model.table, model.shares, norm("inf"))):
+        with pytest.raises(ConfigError) as error:
+            make()
+        refusals.append(str(error.value).split(":")[0])
+    stats = detail.read(reduced)
+    return stats.max, detail.first_bad(reduced), stats.bad.tolist(), refusals
+
+
+def test_above_a_number_of_shards_there_is_no_maximum_and_no_rank(ranks):
+    expected = (None, ("l.9", None), [0, 1, 0], ["monitor.replicas", "norm.type"])
+    assert ranks(2, above_the_limit) == [expected] * 2
+
+
+def test_orders_whose_statistic_is_wide_are_refused():
+    model = Model.of([("w", nn.Parameter(torch.ones(2)))])
+    with pytest.raises(ConfigError, match=r"up to 6.5, or inf.*found 7"):
+        Detail(model.table, model.shares, norm(7))
+
+
+def test_nothing_and_missing_gradients_have_lanes_of_zeros():
+    for named in ([], [("w", nn.Parameter(torch.ones(2))), ("v", nn.Parameter(torch.zeros(0, 3)))]):
+        for order in (2.0, 3.0, math.inf):
+            model = Model.of(named, order)
+            detail = Detail(model.table, model.shares, model.norm, weights=True)
+            lanes = detail.local(model.gradients(), model.weights())
+            stats = detail.read(lanes)
+            assert stats.norm.tolist() == stats.rms.tolist() == [0.0] * len(named)
+            assert Replicas(model.table).local(model.gradients()).shape == (0,)

@@ -1,0 +1,148 @@
+"""The list of the whole model's parameters, and of who holds what."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from distnorm import table
+from distnorm.collectives import Ranks
+from distnorm.table import natural
+from tests.lanes import Model
+
+
+def with_gradient(*shape: int) -> nn.Parameter:
+    result = nn.Parameter(torch.ones(shape))
+    result.grad = torch.ones(shape)
+    return result
+
+
+def test_names_come_in_the_order_that_people_count_in():
+    names = [
+        "blocks.2.w",
+        "blocks.10.w",
+        "blocks.2.b",
+        "a10b2",
+        "a2b10",
+        "10",
+        "9",
+        "tok",
+        "blocks.2",
+        "01",
+        "1",
+    ]
+    assert sorted(names, key=natural) == [
+        *("01", "1", "9", "10", "a2b10", "a10b2"),
+        *("blocks.2", "blocks.2.b", "blocks.2.w", "blocks.10.w", "tok"),
+    ]
+
+
+def held_by(rank: int, world: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Some names on all ranks, some on one, some on two; each rank in an order of its own."""
+    named = [(f"blocks.{i}.w", (1 + i % 3, 2)) for i in range(60) if i % 3 == 0 or i % world == rank]
+    named += [(f"two.{i}", (3,)) for i in range(10) if (i - rank) % world in (0, 1)]
+    random.Random(rank).shuffle(named)
+    return named
+
+
+def tables_of_ranks() -> dict[str, Any]:
+    named = [(name, with_gradient(*shape)) for name, shape in held_by(dist.get_rank(), dist.get_world_size())]
+    made = Model.of(named).table
+    rows = made.rows
+    assert rows is not None
+    assert [made.names[slot] for slot in made.slots] == [name for name, _ in named]
+    assert rows.slots[rows.start : rows.start + len(named)].tolist() == list(made.slots)
+    who = sorted(zip([made.names[slot] for slot in rows.slots], rows.ranks.tolist(), strict=True))
+    return {
+        "names": made.names,
+        "shapes": made.shapes,
+        "who": who,
+        "replicated": sorted({made.names[slot] for slot in rows.slots[rows.replicated]}),
+        "firsts": sorted(made.names[slot] for slot in rows.slots[rows.firsts]),
+    }
+
+
+@pytest.mark.parametrize("world", [3, 4])
+def test_every_rank_knows_all_names_and_who_holds_them(ranks, world):
+    found = ranks(world, tables_of_ranks)
+    pairs = [(name, shape, rank) for rank in range(world) for name, shape in held_by(rank, world)]
+    shapes = {name: shape for name, shape, _ in pairs}
+    names = sorted(shapes, key=lambda name: [int(p) if p.isdigit() else p for p in name.split(".")])
+    holders = {name: [rank for other, _, rank in pairs if other == name] for name in shapes}
+    for one in found:
+        assert list(one["names"]) == names
+        assert list(one["shapes"]) == [shapes[name] for name in names]
+        assert one["who"] == sorted((name, rank) for name, _, rank in pairs)
+        assert one["replicated"] == sorted(name for name in names if len(holders[name]) > 1)
+        assert one["firsts"] == sorted(names)
+
+
+def what_is_gathered() -> tuple[list[int], float]:
+    """How many names each rank published, and how long it took, of 300 that every rank holds."""
+    named = [(f"blocks.{i // 6}.w{i % 6}", with_gradient(1)) for i in range(300)]
+    model = Model.of(named)
+    published = []
+    gather = Ranks.gather
+
+    def seen(self: Ranks, fact: Any) -> list[Any]:
+        everybody = gather(self, fact)
+        if isinstance(fact, list):
+            published.append([len(theirs) for theirs in everybody])
+        else:
+            assert isinstance(fact, np.ndarray)  # numbers, no text
+        return everybody
+
+    Ranks.gather = seen  # type: ignore[method-assign]
+    started = time.perf_counter()
+    table.make_table(model.ranks, model.shards, model.shares)
+    (counts,) = published
+    return counts, time.perf_counter() - started
+
+
+def test_each_name_travels_once_and_the_load_spreads(ranks):
+    found = ranks(4, what_is_gathered)
+    for counts, seconds in found:
+        assert sum(counts) == 300
+        assert max(counts) < 120  # 75 each is even
+        assert seconds < 1.0  # some ms; a machine may be busy
+
+
+def pieces_and_nothing() -> Any:
+    """Empty pieces have no row, ranks without parameters take part, and shards share a slot with theirs."""
+    mesh = init_device_mesh("cpu", (4,))
+    sharded = nn.Parameter(distribute_tensor(torch.ones(3, 2), mesh, [Shard(0)]))
+    named = [("b.10", sharded), *([("b.9", with_gradient())] if dist.get_rank() == 1 else [])]
+    made = Model.of(named).table
+    assert made.rows is not None
+    return made.names, made.shapes, made.rows.ranks.tolist(), made.rows.slots.tolist(), made.numels
+
+
+def test_empty_pieces_have_no_row(ranks):
+    expected = (("b.9", "b.10"), ((), (3, 2)), [0, 1, 1, 2], [1, 1, 0, 1], (1, 6))
+    assert ranks(4, pieces_and_nothing) == [expected] * 4
+
+
+def above_the_limit() -> bool:
+    table.MOST_ROWS = 3
+    return Model.of([("a", with_gradient(1)), ("b", with_gradient(2))]).table.rows is None
+
+
+def test_a_limit_bounds_what_a_rank_knows_of_others(ranks):
+    assert ranks(2, above_the_limit) == [True, True]
+    assert ranks(1, above_the_limit) == [False]
+
+
+def test_without_a_process_group():
+    model = Model.of([("b", with_gradient(2)), ("a", with_gradient(3, 2))])
+    assert model.table.names == ("a", "b")
+    assert model.table.slots == (1, 0)
+    assert Model.of([]).table.names == ()
