@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,18 +29,31 @@ _WIDTH = 8  # fp64 values of a statistic in the full form, for orders up to 27 a
 _in_full: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
 
 
+class Lanes(Protocol):
+    """What else a rank adds to the vector of one measurement."""
+
+    @property
+    def length(self) -> int:
+        """How many fp64 values, the same on all ranks."""
+
+    def local(self, gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
+        """This rank's, [length] on the device, of its local gradients, in the order of its shards."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """What all ranks said together.
 
     Args:
         total_norm: 0-d fp64; NaN where the ranks did not measure the same.
+        more: what all ranks' further lanes add up to, [lanes] fp64.
         count: the votes, read on the host. In the brief form every rank must call it that reads a total norm
             which is not finite, and every rank that measures nothing.
         is_brief: in which form it came.
     """
 
     total_norm: Tensor
+    more: Tensor
     count: Callable[[], Count]
     is_brief: bool
 
@@ -66,40 +80,51 @@ class Exchange:
         if self._ranks.group is not None:
             _in_full.add(self._ranks.group)
 
-    def __call__(self, statistic: Tensor | None, ballot: Ballot) -> Reply:
-        """Tell this rank's statistic, [width] fp64, or none, and its ballot."""
-        if self._ranks.group in _in_full or not (self.fits or statistic is None):
-            return self._in_full(statistic, ballot)
-        if statistic is None or not ballot.stands:
+    def __call__(self, statistic: Tensor | None, ballot: Ballot, more: Tensor | int = 0) -> Reply:
+        """Reduce this rank's statistic, [width] fp64, or none, and its ballot.
+
+        Args:
+            statistic: of what this rank counts.
+            ballot: its votes.
+            more: further lanes, [lanes] fp64, which are reduced by the norm's op, or how many the other ranks
+                may have where this one has none. All ranks that meet must have as many.
+        """
+        if isinstance(more, int):
             device = self._ranks.device() if statistic is None else statistic.device
-            statistic = torch.full((1,), math.nan, dtype=torch.float64, device=device)
+            more = torch.zeros(more, dtype=torch.float64, device=device)
+        if self._ranks.group in _in_full or not (self.fits or statistic is None):
+            return self._in_full(statistic, ballot, more)
+        if statistic is None or not ballot.stands:
+            statistic = torch.full((1,), math.nan, dtype=torch.float64, device=more.device)
         mark = on_device([self._brief.mark(ballot)], statistic.device)
-        vector = self._ranks.all_reduce_(torch.cat([mark, statistic]), "sum")
-        marks, statistic = vector[:1], vector[1:]
+        vector = self._ranks.all_reduce_(torch.cat([mark, statistic, more]), "sum")
+        marks, statistic, more = vector[:1], vector[1:2], vector[2:]
         well = self._brief.well(marks[0])
         finalised = self._norm.finalise(statistic) if self.fits else statistic[0]
-        return Reply(torch.where(well, finalised, math.nan), lambda: self._second_count(marks, ballot), True)
+        total_norm = torch.where(well, finalised, math.nan)
+        return Reply(total_norm, more, lambda: self._second_count(marks, ballot), True)
 
     def _second_count(self, marks: Tensor, ballot: Ballot) -> Count:
         deaf = self._brief.deaf(marks.item())
         if deaf:  # they go on, and hear of no second exchange
             return Count.of_deaf(deaf, ballot)
-        return self._in_full(None, ballot).count()
+        return self._in_full(None, ballot, marks[:0]).count()
 
-    def _in_full(self, statistic: Tensor | None, ballot: Ballot) -> Reply:
-        """All-reduce ``[nan, votes ..., padding ..., statistic ...]``.
+    def _in_full(self, statistic: Tensor | None, ballot: Ballot, more: Tensor) -> Reply:
+        """All-reduce ``[nan, votes ..., padding ..., statistic ..., more ...]``.
 
         A NaN travels in a lane, since a maximum may lose it. The padding gives vectors of unlike norms one
         length, so that ranks which differ in the norm meet, and see it.
         """
         norm = self._norm
         if statistic is None:
-            statistic = norm.zeros(self._ranks.device())
+            statistic = norm.zeros(more.device)
         nan = statistic.isnan()
         votes = on_device([*ballot.votes(norm.op), *[0] * (_WIDTH - norm.width)], statistic.device)
-        vector = torch.cat([nan.any().double().view(1), votes, torch.where(nan, 0.0, statistic)])
+        vector = torch.cat([nan.any().double().view(1), votes, torch.where(nan, 0.0, statistic), more])
+        end = len(vector) - len(more)
         vector = self._ranks.all_reduce_(vector, norm.op)
-        lanes, statistic = vector[: len(LANES)], vector[-norm.width :]
+        lanes, statistic, more = vector[: len(LANES)], vector[end - norm.width : end], vector[end:]
         well = ballot.well(norm.op, self._ranks.size, lanes)
         total_norm = torch.where(well, norm.finalise(statistic), math.nan)
-        return Reply(total_norm, lambda: Count.of(lanes.tolist()), False)
+        return Reply(total_norm, more, lambda: Count.of(lanes.tolist()), False)

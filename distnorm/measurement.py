@@ -23,7 +23,7 @@ from distnorm.ballot import Ballot, Count, Stage, presence_weights
 from distnorm.collectives import Ranks
 from distnorm.diagnosis import SET
 from distnorm.errors import DisagreementError, DistnormError
-from distnorm.exchange import Exchange, Reply
+from distnorm.exchange import Exchange, Lanes, Reply
 from distnorm.norms import Norm
 from distnorm.overlap import Overlap
 from distnorm.partials import Batch, agree_on_partials
@@ -108,16 +108,16 @@ class Meter:
         self._weights = presence_weights(plan.shares) if self.norm.replicas_share else {}
         return shards
 
-    def prepare_anew(self, read: Reader) -> list[GradShard]:
+    def prepare_anew(self, read: Reader, more: int = 0) -> list[GradShard]:
         """Make another plan, after the set of shards changed. Collective.
 
         A rank can't know alone whether the others saw the change too. So it first takes part in the
-        all-reduce that ranks with a plan are waiting in.
+        all-reduce that ranks with a plan are waiting in, with as many further lanes as they have there.
 
         Raises:
             DisagreementError: the set changed on this rank and not on every other.
         """
-        count = self._poll("plan", {SET: "changed"})
+        count = self._poll("plan", {SET: "changed"}, more)
         self.may_follow |= self._exchange.fits and count.lanes["plan"] < self.ranks.size
         return self.prepare(read)
 
@@ -158,6 +158,7 @@ class Meter:
         *,
         store: bool = False,
         terms: Mapping[str, object] = NO_TERMS,
+        more: Lanes | None = None,
     ) -> Measured:
         """Measure this step's gradients. Collective: every rank must call it.
 
@@ -166,13 +167,14 @@ class Meter:
             describe: gives the shards, where the holders alone don't do.
             store: whether reduced partial gradients are put back where the partial ones were.
             terms: what else all ranks must have alike in this call, such as its threshold.
+            more: what else is reduced, by the norm's op, on all ranks alike.
 
         Raises:
             DistnormError: on the rank that has a gradient which can't be measured; on all with `raises`.
         """
         taken = self.overlap.take() if self.overlap is not None else None
-        again = self.measure_again(holders, describe, terms, taken)
-        return again if again is not None else self._measure_with_care(describe(), store, terms)
+        again = self.measure_again(holders, describe, terms, taken, more)
+        return again if again is not None else self._measure_with_care(describe(), store, terms, more)
 
     def measure_again(
         self,
@@ -180,6 +182,7 @@ class Meter:
         describe: Callable[[], Sequence[GradShard]],
         terms: Mapping[str, object] = NO_TERMS,
         taken: Tensor | None = None,
+        more: Lanes | None = None,
     ) -> Measured | None:
         """Measure, as `measure` does, gradients that lie as before; else do nothing: `None`."""
         steady = self._steady
@@ -189,28 +192,30 @@ class Meter:
         statistic = taken if taken is not None else self.norm.statistic_of_spans(spans.counted)
         statistic = statistic.to(self.ranks.device(statistic.device))  # nccl alone reduces no CPU tensor
         here = self._here(terms)
-        reply = self._exchange(statistic, self._ballot(self._presence, here))
 
         def gradients() -> list[Tensor | None]:
             shards = describe()
             return completed(shards, read_gradients(shards)[0], store=False)[0]
 
+        lanes = 0 if more is None else more.local(gradients(), statistic.device)
+        reply = self._exchange(statistic, self._ballot(self._presence, here), lanes)
         if self.raises and not math.isfinite(reply.total_norm):
             self._raise_if_wrong(reply, reply.count(), here, describe(), gradients(), [])
         return Measured(
             reply.total_norm,
             lambda: [gradient for gradient in gradients() if gradient is not None],
             lambda coef: steady.scale_(spans, coef, holders),
+            reply.more,
         )
 
     def _measure_with_care(
-        self, shards: Sequence[GradShard], store: bool, terms: Mapping[str, object]
+        self, shards: Sequence[GradShard], store: bool, terms: Mapping[str, object], more: Lanes | None
     ) -> Measured:
         assert self._plan is not None
         here = self._here(terms)
         readings, problems = read_gradients(shards)
         if self._batches is None:
-            self._poll("agree", {})
+            self._poll("agree", {}, 0 if more is None else more.length)
             self._agree(shards, readings, problems)
         steady = None
         if self._batches == () and not problems and self.norm.kernel is not None:
@@ -222,12 +227,14 @@ class Meter:
         presence = sum(weight for i, weight in self._weights.items() if gradients[i] is not None)
         self._steady, self._presence = steady, presence
         ballot = self._ballot(presence, here, refused=bool(problems))
-        reply = self._exchange(self._statistic(gradients), ballot)
+        statistic = self._statistic(gradients)
+        lanes = 0 if more is None else more.local(gradients, statistic.device)
+        reply = self._exchange(statistic, ballot, lanes)
         if self.raises and not math.isfinite(reply.total_norm):
             self._raise_if_wrong(reply, reply.count(), here, shards, gradients, problems)
         if problems:
             raise problems[0]
-        return Measured.of(reply.total_norm, gradients)
+        return Measured.of(reply.total_norm, gradients, reply.more)
 
     def _here(self, terms: Mapping[str, object]) -> Mapping[str, object]:
         assert self._plan is not None
@@ -260,9 +267,9 @@ class Meter:
         statistics = [self.norm.statistic(by_device[d], d).to(device, non_blocking=True) for d in devices]
         return self.norm.reduce(torch.stack(statistics))
 
-    def _poll(self, stage: Stage, here: Mapping[str, object]) -> Count:
+    def _poll(self, stage: Stage, here: Mapping[str, object], more: int = 0) -> Count:
         """Vote without a statistic, and raise if any rank is in another stage."""
-        count = self._exchange(None, Ballot(stage, self.raises)).count()
+        count = self._exchange(None, Ballot(stage, self.raises), more).count()
         diagnosis.raise_disagreement(self.ranks, count, here)
         return count
 

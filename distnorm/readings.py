@@ -26,17 +26,21 @@ class Measured:
             not measure the same thing.
         gradients: gives this rank's local gradients, after partial ones were reduced.
         scale_: multiplies them, in place, by a 0-d coefficient.
+        more: what all ranks' further lanes were reduced to; `None` where there were none.
     """
 
     total_norm: Tensor
     gradients: Callable[[], list[Tensor]]
     scale_: Callable[[Tensor], None]
+    more: Tensor | None = None
 
     @classmethod
-    def of(cls, total_norm: Tensor, gradients: Iterable[Tensor | None]) -> Measured:
+    def of(
+        cls, total_norm: Tensor, gradients: Iterable[Tensor | None], more: Tensor | None = None
+    ) -> Measured:
         """Of gradients that are at hand."""
         present = [gradient for gradient in gradients if gradient is not None]
-        return cls(total_norm, lambda: present, lambda coef: kernels.scale_(present, coef))
+        return cls(total_norm, lambda: present, lambda coef: kernels.scale_(present, coef), more)
 
 
 def read_gradients(shards: Sequence[GradShard]) -> tuple[list[Reading], list[DistnormError]]:
