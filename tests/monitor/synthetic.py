@@ -50,14 +50,15 @@ def write_lines(file: Path, rows: Iterator[Mapping[str, Any]]) -> None:
 def write_run(
     folder: Path, steps: int = 400, layers: int = 50, every: int = 1, seed: int = 0, lr: float = 3e-3
 ) -> Path:
-    """A run with spikes, a warm-up, an adaptive threshold, three steps that are not finite, one layer that dies
-    and one that grows."""
+    """A run with spikes, an adaptive threshold, three steps that aren't finite, a layer that dies, one that grows."""
     folder.mkdir(parents=True, exist_ok=True)
     chance = random.Random(seed)
     rows = list(metric_rows(steps, chance, lr))
     write_lines(folder / "metrics.jsonl", iter(rows))
     if layers:
-        write_lines(folder / "layers.jsonl", layer_rows(rows[every - 1 :: every], layer_names(layers), chance))
+        write_lines(
+            folder / "layers.jsonl", layer_rows(rows[every - 1 :: every], layer_names(layers), chance)
+        )
     write_lines(folder / "alerts.jsonl", alert_rows(steps, layer_names(layers)))
     text = CONFIG.format(max_norm=1.0, every=every, seed=seed, steps=steps, lr=lr)
     (folder / "config.yaml").write_text(text)
@@ -129,7 +130,9 @@ def alert_rows(steps: int, names: list[str]) -> Iterator[dict[str, Any]]:
         return
     dying, growing = names[len(names) // 3], names[len(names) * 2 // 3]
     bad = steps // 3
-    yield alert(bad, "non_finite", names[1], [2], math.nan, None, f"the gradient of {names[1]} is nan on rank 2")
+    yield alert(
+        bad, "non_finite", names[1], [2], math.nan, None, f"the gradient of {names[1]} is nan on rank 2"
+    )
     yield alert(steps * 3 // 5, "exploding", growing, None, 31.4, 10.0, f"{growing}: 31.4 times its average")
     yield alert(
         steps * 17 // 20, "vanishing", dying, None, 0.0, 1e-9, f"{dying}: norm 0 is under the bound of 1e-09"
@@ -137,10 +140,24 @@ def alert_rows(steps: int, names: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def alert(
-    step: int, kind: str, layer: str | None, ranks: list[int] | None, value: float, bound: float | None, text: str
+    step: int,
+    kind: str,
+    layer: str | None,
+    ranks: list[int] | None,
+    value: float,
+    bound: float | None,
+    text: str,
 ) -> dict[str, Any]:
     found = None if math.isnan(value) else value
-    return {"step": step, "kind": kind, "layer": layer, "ranks": ranks, "value": found, "bound": bound, "message": text}
+    return {
+        "step": step,
+        "kind": kind,
+        "layer": layer,
+        "ranks": ranks,
+        "value": found,
+        "bound": bound,
+        "message": text,
+    }
 
 
 if __name__ == "__main__":

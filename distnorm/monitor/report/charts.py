@@ -1,6 +1,7 @@
 """The charts of a run over its steps, as plotly's figures in plain data.
 
-A colour "@name" is one of page.js, which has one of each name for light and for dark pages. Text goes through `shown`.
+A colour "@name" is page.css's custom property, which has one value for light and one for dark. Text from a run goes
+through `shown`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from distnorm.monitor.report.numbers import finite, packed, percentiles, plural, share, short
 from distnorm.monitor.report.runs import Run
 from distnorm.monitor.report.steps import Step
-from distnorm.monitor.report.tables import binned_table
+from distnorm.monitor.report.tables import binned_table, side_by_side, table
 
 Trace = dict[str, Any]
 COLOURS = ("@blue", "@orange", "@green", "@purple", "@amber", "@ink")
@@ -68,22 +69,32 @@ def step_charts(run: Run) -> list[Chart]:
 
 def comparison_charts(runs: Sequence[Run]) -> list[Chart]:
     """The norms of all runs in one chart, and their losses in another."""
-    charts = []
     columns: tuple[tuple[str, str, Callable[[Step], float], str], ...] = (
         ("Gradient norms", "norm", lambda step: step.norm, "log"),
         ("Losses", "loss", lambda step: step.loss, "linear"),
         ("Clip rates", "clip rate", lambda step: step.clip_rate, "rate"),
     )
+    charts = []
     for title, word, value, axis in columns:
-        traces = []
-        for place, run in enumerate(runs):
-            line = {"color": COLOURS[place % len(COLOURS)], "dash": DASHES[place // len(COLOURS) % len(DASHES)]}
-            points = [(step.step, value(step)) for step in run.steps.rows]
-            if finite(y for _, y in points):
-                traces.append(_line(points, run.name, line, axis))
-        says = f"The {word} of each run before anything is smoothed." if traces else f"No run has a finite {word}."
-        charts.append(Chart(title, says, traces, _axes(word, axis, traces), kind="compare"))
+        points = {run.name: [(step.step, value(step)) for step in run.steps.rows] for run in runs}
+        traces = [
+            _line(points[run.name], run.name, _style(place), axis)
+            for place, run in enumerate(runs)
+            if finite(y for _, y in points[run.name])
+        ]
+        if not traces:
+            charts.append(Chart(title, f"No run has a finite {word}, so there is nothing to draw.", [], {}))
+            continue
+        says = f"The {word} of every run{' before clipping' if word == 'norm' else ''}, step by step."
+        form = share if axis == "rate" else short
+        text = side_by_side(points, f"Median {word} of each run by steps.", form)
+        charts.append(Chart(title, says, traces, _axes(word, axis, traces), text, kind="compare"))
     return charts
+
+
+def _style(place: int) -> dict[str, Any]:
+    """Colours first, then dashes: no two of 24 lines look alike."""
+    return {"color": COLOURS[place % len(COLOURS)], "dash": DASHES[place // len(COLOURS) % len(DASHES)]}
 
 
 def thin(points: Sequence[tuple[int, float]], most: int = _MAX_POINTS) -> list[tuple[int, float]]:
@@ -134,7 +145,7 @@ def _drawable(value: float, axis: str) -> float:
 def _axes(word: str, axis: str, traces: Sequence[Trace]) -> dict[str, Any]:
     y: dict[str, Any] = {"title": {"text": word}}
     if axis == "log":
-        y |= {"type": "log", "exponentformat": "power", "dtick": None, "minexponent": 3}
+        y |= {"type": "log"}
     if axis == "rate":
         y |= {"tickformat": ".0%", "rangemode": "tozero"}
     return {"xaxis": {"title": {"text": "step"}}, "yaxis": y, "showlegend": len(traces) > 1}
@@ -147,7 +158,9 @@ def _norm(steps: Sequence[Step]) -> Chart:
     norms = [(step.step, step.norm) for step in steps]
     sound = finite(norm for _, norm in norms)
     if not sound:
-        why = f"None of {plural(len(steps), 'step')} has a finite norm" if steps else "No step was written yet"
+        why = (
+            f"None of {plural(len(steps), 'step')} has a finite norm" if steps else "No step was written yet"
+        )
         return Chart(title, f"{why}, so there is nothing to draw.", [], {})
     thresholds = [(step.step, step.threshold) for step in steps]
     has_threshold = bool(finite(threshold for _, threshold in thresholds))
@@ -170,9 +183,12 @@ def _norm(steps: Sequence[Step]) -> Chart:
     layout["yaxis2"] = {"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True}
     says = [
         f"{plural(len(steps), 'step')}, {len(clipped):,} of them clipped, {len(skipped):,} skipped, "
-        f"{len(broken):,} not finite. The axis is {axis}arithmic." if axis == "log" else
-        f"{plural(len(steps), 'step')}; every finite norm is zero.",
-        "" if has_threshold else "There is no threshold (it is infinite or was not written), so nothing is clipped.",
+        f"{len(broken):,} not finite. The axis is {axis}arithmic."
+        if axis == "log"
+        else f"{plural(len(steps), 'step')}; every finite norm is zero.",
+        ""
+        if has_threshold
+        else "There is no threshold (it is infinite or was not written), so nothing is clipped.",
         _zeros(sound, axis),
         _thinned(len(steps)),
     ]
@@ -204,16 +220,13 @@ def _groups(steps: Sequence[Step]) -> Chart | None:
         return None
     traces = []
     for place, name in enumerate(names):
-        line = {"color": COLOURS[place % len(COLOURS)], "dash": DASHES[place // len(COLOURS) % len(DASHES)]}
         points = [(step.step, step.groups[name][0]) for step in steps if name in step.groups]
-        traces.append(_line(points, name, line, "log"))
+        traces.append(_line(points, name, _style(place), "log"))
     rows = []
     for name in names:
         norms = percentiles((step.groups[name][0] for step in steps if name in step.groups), (0, 50, 100))
         cut = sum(step.groups[name][1] < 1 for step in steps if name in step.groups)
         rows.append((name, *map(short, norms), f"{cut:,}"))
-    from distnorm.monitor.report.tables import table
-
     text = table(("group", "lowest norm", "median", "highest", "steps clipped"), rows)
     layout = _axes("norm", "log", traces) | {"showlegend": True}
     says = f"The norms before clipping of {plural(len(names), 'group')} of parameters. {_thinned(len(steps))}"
@@ -223,7 +236,9 @@ def _groups(steps: Sequence[Step]) -> Chart | None:
 def _noise(steps: Sequence[Step]) -> Chart | None:
     if not finite(step.noise_scale for step in steps):
         return None
-    return _simple(steps, "Gradient noise scale", "noise scale", lambda step: step.noise_scale, "@blue", "log")
+    return _simple(
+        steps, "Gradient noise scale", "noise scale", lambda step: step.noise_scale, "@blue", "log"
+    )
 
 
 def _zeros(values: Iterable[float], axis: str) -> str:

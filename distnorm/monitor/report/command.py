@@ -14,7 +14,7 @@ def main(runs: Sequence[str | Path], output: str | Path) -> int:
     """Write one self-contained HTML page about runs, and compare them where there are several.
 
     Args:
-        runs: their folders, each with metrics.jsonl, and layers.jsonl, alerts.jsonl, config.yaml where there are any.
+        runs: their folders; beside metrics.jsonl, layers.jsonl, alerts.jsonl and config.yaml are read if there.
         output: the page's file; its folder exists.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The charts of a run's layers: a heat map over the steps, each layer's spread, and one layer that the reader picks."""
+"""The charts of a run's layers: a heat map over the steps, each layer's spread, and one that is picked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def layer_charts(layers: Layers) -> list[Chart]:
         return [Chart("Layers", says, [], {}, kind="heat")]
     positive = [cell for layer in layers.layers for cell in layer.cells if not math.isnan(cell)]
     if not positive:
-        says = f"{plural(layers.rows, 'row')} of {plural(len(layers.layers), 'layer')}, and no norm above zero."
+        says = (
+            f"{plural(layers.rows, 'row')} of {plural(len(layers.layers), 'layer')}, and no norm above zero."
+        )
         return [Chart("Layers", says, [], {}, _spread_table(layers), kind="heat")]
     return [_heat(layers, positive), _picked(layers), _spread(layers)]
 
@@ -31,6 +33,7 @@ def _heat(layers: Layers, positive: list[float]) -> Chart:
         "z": z,
         "names": [shown(layer.name) for layer in layers.layers],
         "bins": [span(*ends) for ends in layers.bins],
+        "end": layers.bins[-1][1],
         "starts": packed((first for first, _ in layers.bins), "i"),
         "zeros": [[row, column] for row, layer in enumerate(layers.layers) for column in layer.zeros],
         "broken": [[row, column] for row, layer in enumerate(layers.layers) for column in layer.broken],
@@ -47,13 +50,6 @@ def _heat(layers: Layers, positive: list[float]) -> Chart:
         )
     if layers.merged > 1:
         says.append(f"Up to {layers.merged} neighbouring layers share a row.")
-    marks = []
-    if trace["zeros"]:
-        marks.append("where all norms are zero")
-    if trace["broken"]:
-        marks.append("where one is not finite")
-    if marks:
-        says.append(f"Cells are marked {' and '.join(marks)}.")
     return Chart("Layers over steps", " ".join(says), [trace], {}, _heat_table(layers), kind="heat")
 
 
@@ -82,7 +78,7 @@ def _heat_table(layers: Layers) -> str:
 def _picked(layers: Layers) -> Chart:
     says = (
         "The norm of the chosen layer, over the band that 90% of all layers lie in. "
-        "Choose with the list (arrow keys work), or by a click on the heat map."
+        "Choose with the list (arrow keys work), or by a click on the heat map, whose table has its numbers."
     )
     return Chart("One layer", says, [{"type": "scatter"}], {}, kind="picked")
 
@@ -94,8 +90,8 @@ def _spread(layers: Layers) -> Chart:
         "spread": [packed(layer.spread) for layer in layers.layers],
     }
     says = (
-        f"Each layer's norms over {plural(layers.steps, 'monitored step')}: the line from the 5th to the 95th percentile, "
-        "the box the middle half, the mark in it the median."
+        f"Each layer's norms over {plural(layers.steps, 'monitored step')}: the line from the 5th to the 95th "
+        "percentile, the box the middle half, the mark in it the median."
     )
     return Chart("Spread of each layer", says, [trace], {}, _spread_table(layers), kind="spread")
 
@@ -112,6 +108,6 @@ def _spread_table(layers: Layers) -> str:
                 value = number(layer.last.get(key))
             except ValueError:
                 value = math.nan
-            row.append("–" if math.isnan(value) else short(value, 3))
+            row.append("-" if math.isnan(value) else short(value, 3))
         rows.append(row)
     return table(heads + last, rows, "Percentiles of the finite norms.")

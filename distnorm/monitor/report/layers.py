@@ -6,6 +6,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from distnorm.monitor.report.lines import Broken, Row, read
@@ -92,8 +93,9 @@ def _grid(all_series: Sequence[_Series], max_cells: int, notes: tuple[str, ...])
     steps = sorted(set().union(*(of.steps for of in all_series)))
     columns = max(1, min(len(steps), _MAX_COLUMNS, max_cells // max(1, len(merged))))
     edges = [place * len(steps) // columns for place in range(columns + 1)]
-    bins = tuple((steps[a], steps[b - 1]) for a, b in zip(edges, edges[1:], strict=False) if b > a)
-    column = {step: index for index, (a, b) in enumerate(zip(edges, edges[1:], strict=False)) for step in steps[a:b]}
+    ends = list(pairwise(edges)) if steps else []
+    bins = tuple((steps[a], steps[b - 1]) for a, b in ends)
+    column = {step: index for index, (a, b) in enumerate(ends) for step in steps[a:b]}
     layers = tuple(_layer(of, column, len(bins)) for of in merged)
     return Layers(layers, bins, len(steps), rows, together, notes)
 

@@ -17,7 +17,7 @@ _AT_ONCE = 1 << 22
 
 @dataclass(slots=True)
 class Broken:
-    """The lines of a file that hold no row: how many, and the first. A last line cut short is not among them."""
+    """The lines of a file that hold no row: how many, and the first. A last line cut short isn't one."""
 
     file: str
     count: int = 0
@@ -30,7 +30,9 @@ class Broken:
     def __str__(self) -> str:
         if self.count == 1:
             return f"{self.file}: line {self.first} could not be read and is left out"
-        return f"{self.file}: {self.count:,} lines could not be read and are left out, line {self.first} first"
+        return (
+            f"{self.file}: {self.count:,} lines could not be read and are left out, line {self.first} first"
+        )
 
 
 def read(path: Path, broken: Broken) -> Iterator[list[tuple[int, Row]]]:

@@ -54,7 +54,8 @@ def short(value: float, digits: int = 4) -> str:
             return f"{value:,.0f}"
         text = f"{value:#.{digits}g}"
         return text.rstrip("0").rstrip(".") if "." in text else text
-    return f"{value:.{digits - 2}e}"
+    mantissa, exponent = f"{value:.{digits - 2}e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def share(value: float) -> str:

@@ -1,7 +1,7 @@
 """Runs to one HTML page that holds all it needs: plotly.js, styles, script and data. Nothing is fetched.
 
-Nothing from a run's files gets into the page but through `escaped` (HTML), `shown` (figures) and `_data` (JSON), and the
-page's policy runs no script but the two whose hashes it names.
+Nothing from a run's files gets into the page but through `escaped` (HTML), `shown` (figures) and `_data` (JSON), and
+the page's policy runs no script but the two whose hashes it names.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def write_page(runs: Sequence[Run]) -> str:
         DistnormError: plotly isn't installed.
     """
     plotly = _plotly()
-    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    script = "".join((_HERE / name).read_text(encoding="utf-8") for name in ("drawing.js", "page.js"))
     figures: list[dict[str, object]] = []
     body = [_comparison(runs, figures)] if len(runs) > 1 else []
     body += [_run(run, place, figures) for place, run in enumerate(runs)]
@@ -47,6 +47,7 @@ def write_page(runs: Sequence[Run]) -> str:
         "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; "
         f"script-src {_hash(plotly)} {_hash(script)}"
     )
+    when = f"{datetime.now(timezone.utc):%d %B %Y, %H:%M} UTC"
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -60,7 +61,7 @@ def write_page(runs: Sequence[Run]) -> str:
 <body>
 <a class="skip" href="#content">Skip to the report</a>
 <header><div><h1>Gradient report</h1>
-<p>{plural(len(runs), "run")}, written by distnorm on {datetime.now(timezone.utc):%d %B %Y, %H:%M} UTC</p></div>
+<p>{plural(len(runs), "run")}, written by distnorm on {when}</p></div>
 <button type="button" id="theme" aria-pressed="false">Dark theme</button></header>
 {_navigation(runs, figures)}
 <main id="content" tabindex="-1">
@@ -108,41 +109,82 @@ def _navigation(runs: Sequence[Run], figures: Sequence[dict[str, object]]) -> st
 
 
 def _comparison(runs: Sequence[Run], figures: list[dict[str, object]]) -> str:
-    charts = [_figure(chart, "compare", figures) for chart in comparison_charts(runs)]
+    limits = _limits(runs)
+    charts = [_figure(chart, "compare", limits, figures) for chart in comparison_charts(runs)]
     return (
         '<section aria-labelledby="comparison"><h2 id="comparison">Comparison</h2>'
-        f'{summary_table(runs)}<div class="charts">{"".join(charts)}</div>{config_differences(runs)}</section>'
+        f"<article><h3>In figures</h3>{summary_table(runs)}</article>"
+        f'<div class="charts">{"".join(charts)}</div>{config_differences(runs)}</section>'
     )
 
 
 def _run(run: Run, place: int, figures: list[dict[str, object]]) -> str:
     key = f"run{place}"
     notes = "".join(f"<li>{escaped(note)}</li>" for note in run.notes)
-    by_step = "".join(_figure(chart, key, figures) for chart in step_charts(run))
-    by_layer = "".join(_figure(chart, key, figures, _picker(run, key, chart)) for chart in layer_charts(run.layers))
+    limits = _limits([run])
+    by_step = "".join(_figure(chart, key, limits, figures) for chart in step_charts(run))
+    by_layer = "".join(
+        _figure(chart, key, limits, figures, _picker(run, key, chart)) for chart in layer_charts(run.layers)
+    )
     return (
         f'<section aria-labelledby="{key}"><h2 id="{key}">{escaped(run.name)}</h2>{tiles(run)}'
-        f'{f"<ul class=notice>{notes}</ul>" if notes else ""}{_range(run, key)}'
+        f"{f'<ul class=notice>{notes}</ul>' if notes else ''}{_range(run, key)}"
         f'<div class="charts">{by_step}</div><div class="charts">{by_layer}</div>'
         f"{alerts_section(run, key)}{skipped_section(run, key)}{config_section(run, key)}</section>\n"
     )
 
 
-def _figure(chart: Chart, key: str, figures: list[dict[str, object]], controls: str = "") -> str:
+def _limits(runs: Sequence[Run]) -> list[float]:
+    """The ends of the axis of steps, so that all charts of a run lie over each other."""
+    ends = [step for run in runs for step in (*run.steps.rows[:1], *run.steps.rows[-1:])]
+    first = min((step.step for step in ends), default=0)
+    last = max((step.step for step in ends), default=1)
+    room = max(0.5, 0.006 * (last - first))
+    return [first - room, last + room]
+
+
+def _figure(
+    chart: Chart, key: str, limits: list[float], figures: list[dict[str, object]], controls: str = ""
+) -> str:
     name = f"{key}-{len(figures)}"
     figures.append(
-        {"id": name, "run": key, "kind": chart.kind, "title": chart.title, "traces": chart.traces, "layout": chart.layout}
+        {
+            "id": name,
+            "run": key,
+            "kind": chart.kind,
+            "range": limits,
+            "title": chart.title,
+            "traces": chart.traces,
+            "layout": chart.layout,
+        }
     )
-    says = f'<p id="{name}-says">{escaped(chart.says)}</p>'
-    data = f"<details><summary>{escaped(chart.title)} as a table</summary>{chart.table}</details>" if chart.table else ""
-    drawn = (
-        f'<div class="plot {chart.kind}" id="{name}" role="img" aria-labelledby="{name}-title" '
-        f'aria-describedby="{name}-says"></div>'
-    )
-    return (
-        f'<article class="chart {chart.kind}{"" if chart.traces else " nothing"}">'
-        f'<h3 id="{name}-title">{escaped(chart.title)}</h3>{says}{controls}{drawn if chart.traces else ""}{data}</article>\n'
-    )
+    title = escaped(chart.title)
+    parts = [
+        f'<h3 id="{name}-title">{title}</h3>',
+        f'<p id="{name}-says">{escaped(chart.says)}</p>',
+        controls,
+    ]
+    if chart.traces:
+        parts.append(_key(chart))
+        parts.append(
+            f'<div class="plot {chart.kind}" id="{name}" role="img" aria-labelledby="{name}-title" '
+            f'aria-describedby="{name}-says"></div>'
+        )
+    if chart.table:
+        parts.append(f"<details><summary>{title} as a table</summary>{chart.table}</details>")
+    nothing = "" if chart.traces else " nothing"
+    return f'<article class="chart {chart.kind}{nothing}">{"".join(parts)}</article>\n'
+
+
+def _key(chart: Chart) -> str:
+    """What the marked cells of a heat map are."""
+    trace = chart.traces[0] if chart.traces else {}
+    words = {
+        "zeros": '<span class="zero">all zero</span>',
+        "broken": '<span class="broken">not finite</span>',
+    }
+    found = [word for name, word in words.items() if trace.get(name)]
+    return f'<p class="key">{"".join(found)}</p>' if found else ""
 
 
 def _picker(run: Run, key: str, chart: Chart) -> str:

@@ -24,14 +24,14 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("Steps", f"{len(steps):,}"),
         ("Last loss", short(losses[-1]) if losses else "none finite"),
         ("Median norm", _or_none(middle)),
-        ("99% of norms below", _or_none(most)),
+        ("99th percentile", _or_none(most)),
         ("Highest norm", _or_none(top)),
-        ("Steps clipped", share(sum(step.clipped for step in steps) / len(steps))),
+        ("Clipped", share(sum(step.clipped for step in steps) / len(steps))),
         ("Skipped", f"{sum(step.skipped for step in steps):,}"),
         ("Not finite", f"{sum(not step.finite for step in steps):,}"),
         ("Alerts", f"{len(run.alerts):,}" if run.has_alerts else "no file"),
     ]
-    return found if math.isnan(speed) else [*found, ("Tokens/s, median", short(speed))]
+    return found if math.isnan(speed) else [*found, ("Tokens/s", short(speed))]
 
 
 def _or_none(value: float) -> str:
@@ -40,7 +40,9 @@ def _or_none(value: float) -> str:
 
 def tiles(run: Run) -> str:
     """The figures of one run side by side."""
-    each = "".join(f"<div><dt>{escaped(word)}</dt><dd>{escaped(value)}</dd></div>" for word, value in facts(run))
+    each = "".join(
+        f"<div><dt>{escaped(word)}</dt><dd>{escaped(value)}</dd></div>" for word, value in facts(run)
+    )
     return f'<p class="path">{escaped(str(run.folder))}</p><dl class="tiles">{each}</dl>'
 
 
@@ -50,7 +52,7 @@ def summary_table(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
         known = dict(facts(run))
-        rows.append([run.name, *(known.get(word, "–") for word, _ in heads)])
+        rows.append([run.name, *(known.get(word, "-") for word, _ in heads)])
     return table(["run", *(word.lower() for word, _ in heads)], rows)
 
 
@@ -60,15 +62,19 @@ def alerts_section(run: Run, key: str) -> str:
         (
             f"{alert.step:,}",
             alert.kind.replace("_", " "),
-            alert.layer or "–",
-            alert.ranks or "–",
-            "–" if math.isnan(alert.value) else short(alert.value),
-            "–" if math.isnan(alert.bound) else short(alert.bound),
+            alert.layer or "-",
+            alert.ranks or "-",
+            "-" if math.isnan(alert.value) else short(alert.value),
+            "-" if math.isnan(alert.bound) else short(alert.bound),
             alert.message,
         )
         for alert in run.alerts
     ]
-    none = "No alert was raised." if run.has_alerts else "This run has no alerts.jsonl, so nothing is known of alerts."
+    none = (
+        "No alert was raised."
+        if run.has_alerts
+        else "This run has no alerts.jsonl, so nothing is known of alerts."
+    )
     heads = ("step", "kind", "layer", "ranks", "value", "bound", "message")
     return _section(f"{key}-alerts", "Alerts", heads, rows, none)
 
@@ -87,7 +93,9 @@ def skipped_section(run: Run, key: str) -> str:
         if step.skipped or not step.finite
     ]
     heads = ("step", "skipped", "norm before clipping", "threshold", "loss")
-    return _section(f"{key}-skipped", "Skipped steps", heads, rows, "No step was skipped, and every norm is finite.")
+    return _section(
+        f"{key}-skipped", "Skipped steps", heads, rows, "No step was skipped, and every norm is finite."
+    )
 
 
 def _section(key: str, title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], none: str) -> str:
@@ -111,7 +119,9 @@ def config_differences(runs: Sequence[Run]) -> str:
     found = [dict(_flat(run)) for run in runs]
     keys = [key for key in dict.fromkeys(key for each in found for key in each)]
     rows = [
-        [key, *(each.get(key, "–") for each in found)] for key in keys if len({each.get(key) for each in found}) > 1
+        [key, *(each.get(key, "-") for each in found)]
+        for key in keys
+        if len({each.get(key) for each in found}) > 1
     ]
     if not any(found):
         text = "<p>No run has a config.yaml that can be read.</p>"
@@ -138,4 +148,3 @@ def _leaves(data: object, path: str) -> Iterator[tuple[str, str]]:
             yield from _leaves(value, f"{path}.{key}" if path else str(key))
     elif path:
         yield path, "null" if data is None else str(data)
-

@@ -1,9 +1,11 @@
-"""HTML tables: the text alternatives of the charts, and what is best read as a table. Every cell is escaped."""
+"""HTML tables: the text alternatives of the charts, and what is best read so. Every cell is escaped."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Sequence
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping, Sequence
 
 from distnorm.monitor.report.numbers import finite, percentiles, short
 from distnorm.monitor.report.steps import Step
@@ -13,7 +15,7 @@ Form = Callable[[float], str]
 
 
 def escaped(text: str) -> str:
-    """Text for HTML, between tags and in attributes; what can't be printed is spelt out, save for line breaks."""
+    """Text for HTML, in tags and attributes; what can't be printed is spelt out, save for line breaks."""
     visible = "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
     return html.escape(visible)
 
@@ -35,7 +37,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str = ""
 
 def span(first: int, last: int) -> str:
     """A step, or the first and the last of several."""
-    return f"{first}" if first == last else f"{first}–{last}"
+    return f"{first}" if first == last else f"{first} to {last}"
 
 
 def binned_table(
@@ -44,7 +46,7 @@ def binned_table(
     value: Callable[[Step], float] = lambda step: step.norm,
     form: Form = short,
 ) -> str:
-    """Lowest, median and highest of each bin of steps, in at most 50 rows; for norms also thresholds and counts."""
+    """Lowest, median, highest of each bin of steps, in at most 50 rows; for norms thresholds and counts too."""
     bins = min(_MAX_BINS, len(steps))
     rows = []
     for place in range(bins):
@@ -61,3 +63,20 @@ def binned_table(
     if word == "norm":
         heads += ["last threshold", "clipped", "skipped", "not finite"]
     return table(heads, rows)
+
+
+def side_by_side(runs: Mapping[str, Sequence[tuple[int, float]]], caption: str, form: Form) -> str:
+    """The medians of several runs' values in bins of steps, a column a run; points are in order of step."""
+    steps = sorted({step for points in runs.values() for step, _ in points})
+    at = {name: [step for step, _ in points] for name, points in runs.items()}
+    bins = min(_MAX_BINS, len(steps))
+    rows = []
+    for place in range(bins):
+        inside = steps[place * len(steps) // bins : (place + 1) * len(steps) // bins]
+        row = [span(inside[0], inside[-1])]
+        for name, points in runs.items():
+            some = points[bisect_left(at[name], inside[0]) : bisect_right(at[name], inside[-1])]
+            (middle,) = percentiles((value for _, value in some), (50,))
+            row.append("-" if math.isnan(middle) else form(middle))
+        rows.append(row)
+    return table(["steps", *runs], rows, caption)

@@ -14,8 +14,8 @@ PERCENTS = (50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 100.0)
 def main(run: str | Path) -> int:
     """Print percentiles of a run's norms before clipping, each with the clip rate that it would have given.
 
-    A step is clipped where torch's coefficient, max_norm / (norm + 1e-6), is under 1. Steps whose norm is not finite are
-    counted, and left out.
+    A step is clipped where torch's coefficient, max_norm / (norm + 1e-6), is under 1. Steps whose norm is not
+    finite are counted, and left out.
 
     Args:
         run: a run's folder, or its metrics file.
@@ -30,7 +30,9 @@ def main(run: str | Path) -> int:
     based = [step for step in steps.rows if step.finite]
     out = len(steps.rows) - len(based)
     if not based:
-        raise RunError(f"expected steps with finite norms in {run}, found {plural(out, 'step')}, none of them finite")
+        raise RunError(
+            f"expected steps with finite norms in {run}, found {plural(out, 'step')}, none of them finite"
+        )
     norms = sorted(step.norm for step in based)
     print(f"{plural(len(based), 'step')}, {based[0].step} to {based[-1].step}, norms before clipping")
     print(f"left out: {plural(out, 'step')} whose norm is not finite")
