@@ -47,10 +47,27 @@ def write_lines(file: Path, rows: Iterator[Mapping[str, Any]]) -> None:
             out.write(json.dumps({key: plain(value) for key, value in row.items()}, allow_nan=False) + "\n")
 
 
+def metric_row(step: int, norm: float, threshold: float = 1.0, **more: Any) -> dict[str, Any]:
+    """A row of a run with one threshold; torch's coefficient."""
+    coef = min(1.0, threshold / (norm + 1e-6)) if math.isfinite(norm) else 1.0
+    return {
+        "step": step,
+        "loss": 3.0 / step,
+        "grad_norm": norm,
+        "clip_coef": coef,
+        "clipped_norm": norm * coef,
+        "threshold": threshold,
+        "clipped": coef < 1,
+        "finite": math.isfinite(norm),
+        "tokens_per_second": 1000.0,
+        **more,
+    }
+
+
 def write_run(
     folder: Path, steps: int = 400, layers: int = 50, every: int = 1, seed: int = 0, lr: float = 3e-3
 ) -> Path:
-    """A run with spikes, an adaptive threshold, three steps that aren't finite, a layer that dies, one that grows."""
+    """A run with spikes, an adaptive threshold, bad steps, a layer that dies and one that grows."""
     folder.mkdir(parents=True, exist_ok=True)
     chance = random.Random(seed)
     rows = list(metric_rows(steps, chance, lr))

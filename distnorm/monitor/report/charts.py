@@ -1,7 +1,7 @@
 """The charts of a run over its steps, as plotly's figures in plain data.
 
-A colour "@name" is page.css's custom property, which has one value for light and one for dark. Text from a run goes
-through `shown`.
+A colour "@name" is page.css's custom property, which has a value for light and one for dark. Text from a run
+goes through `shown`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Chart:
 def shown(text: str) -> str:
     """Text for a figure, where plotly takes tags for tags; what can't be printed is spelt out."""
     visible = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-    return html.escape(visible, quote=False)
+    return html.escape(visible, quote=False).replace("$", "&#36;")  # between dollars it would be MathJax's
 
 
 def step_charts(run: Run) -> list[Chart]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distnorm.errors import RunError
+from distnorm.monitor.report.numbers import plural
 from distnorm.monitor.report.page import write_page
 from distnorm.monitor.report.runs import read_runs
 
@@ -14,7 +15,7 @@ def main(runs: Sequence[str | Path], output: str | Path) -> int:
     """Write one self-contained HTML page about runs, and compare them where there are several.
 
     Args:
-        runs: their folders; beside metrics.jsonl, layers.jsonl, alerts.jsonl and config.yaml are read if there.
+        runs: their folders; layers.jsonl, alerts.jsonl and config.yaml are read where they are.
         output: the page's file; its folder exists.
 
     Returns:
@@ -33,6 +34,6 @@ def main(runs: Sequence[str | Path], output: str | Path) -> int:
         draft.replace(file)
     except OSError as error:
         raise RunError(f"expected to write the report to {file}, found {error}") from error
-    steps = ", ".join(f"{run.name}: {len(run.steps.rows):,} steps" for run in found)
+    steps = ", ".join(f"{run.name}: {plural(len(run.steps.rows), 'step')}" for run in found)
     print(f"{file}: {len(page) / 1e6:.1f} MB; {steps}")
     return 0

@@ -50,7 +50,7 @@ function baseLayout(div, figure) {
     font: { family: "system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif", size: 12, color: colour("ink") },
     margin: { l: 54, r: 12, t: 30, b: 40 },
     width: printing ? 690 : div.clientWidth,
-    height: figure.height || (printing ? 200 : screenHeight(figure, div)),
+    height: figure.height || Math.round(screenHeight(figure, div) * (printing ? 0.85 : 1)),
     hovermode: "x unified",
     hoverlabel: { bgcolor: colour("paper"), bordercolor: colour("rule"), font: { color: colour("ink") } },
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
@@ -79,7 +79,7 @@ function logTicks(axis, values) {
 
 const shorten = (text, most) => {
   // Entities stand for one character each: cutting one in two would show its letters.
-  const chars = text.match(/&\w+;|[^]/gu) || [];
+  const chars = text.match(/&#?\w+;|[^]/gu) || [];
   const half = (most - 1) / 2;
   return chars.length <= most ? text
     : chars.slice(0, Math.ceil(half)).join("") + "…" + chars.slice(-Math.floor(half)).join("");
@@ -207,16 +207,19 @@ function spread(figure, div) {
   figure.height = heights(rows);
   const positive = trace.spread.flatMap((of) => Array.from(of).filter((value) => value > 0));
   const floor = Math.min(...positive);
-  const column = (index) => trace.spread.map((of) => (Number.isNaN(of[index]) ? null : Math.max(of[index], floor)));
+  const known = trace.spread.map((_, row) => row).filter((row) => !Number.isNaN(trace.spread[row][0]));
+  const column = (index) => known.map((row) => Math.max(trace.spread[row][index], floor));
   const traces = [{
-    type: "box", orientation: "h", y: trace.spread.map((_, row) => row), lowerfence: column(1), q1: column(2),
+    type: "box", orientation: "h", y: known, lowerfence: column(1), q1: column(2),
     median: column(3), q3: column(4), upperfence: column(5), fillcolor: colour("band"), width: 0.8,
     line: { color: colour("blue"), width: rows > 80 ? 1 : 1.4 }, whiskerwidth: 0, hoverinfo: "skip", showlegend: false,
   }, {
-    type: "scatter", mode: "markers", x: column(3), y: trace.spread.map((_, row) => row), showlegend: false,
+    type: "scatter", mode: "markers", x: column(3), y: known, showlegend: false,
     marker: { color: colour("blue"), size: rows > 80 ? 3 : 5 },
-    text: trace.spread.map((of, row) => `${trace.names[row]}<br>median ${readable(of[3])}<br>` +
-      `5–95%: ${readable(of[1])} to ${readable(of[5])}<br>all: ${readable(of[0])} to ${readable(of[6])}`),
+    text: known.map((row) => {
+      const [least, low, , middle, , high, most] = Array.from(trace.spread[row], readable);
+      return `${trace.names[row]}<br>median ${middle}<br>90%: ${low} to ${high}<br>all: ${least} to ${most}`;
+    }),
     hovertemplate: "%{text}<extra></extra>",
   }];
   const layout = merged(baseLayout(div, figure), {

@@ -90,8 +90,8 @@ def _spread(layers: Layers) -> Chart:
         "spread": [packed(layer.spread) for layer in layers.layers],
     }
     says = (
-        f"Each layer's norms over {plural(layers.steps, 'monitored step')}: the line from the 5th to the 95th "
-        "percentile, the box the middle half, the mark in it the median."
+        f"Each layer's norms over {plural(layers.steps, 'monitored step')}: the line from the 5th to the "
+        "95th percentile, the box the middle half, the mark in it the median."
     )
     return Chart("Spread of each layer", says, [trace], {}, _spread_table(layers), kind="spread")
 

@@ -1,7 +1,7 @@
 """Runs to one HTML page that holds all it needs: plotly.js, styles, script and data. Nothing is fetched.
 
-Nothing from a run's files gets into the page but through `escaped` (HTML), `shown` (figures) and `_data` (JSON), and
-the page's policy runs no script but the two whose hashes it names.
+Nothing from a run's files gets in but through `escaped` (HTML), `shown` (figures) and `_data` (JSON),
+and the page's policy runs no script but the two whose hashes it names.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from distnorm.errors import RunError
 from distnorm.monitor.report.lines import Broken, Row, read
-from distnorm.monitor.report.numbers import number
+from distnorm.monitor.report.numbers import number, plural
 
 METRICS_FILE = "metrics.jsonl"
 WINDOW = 100
@@ -68,7 +68,7 @@ def read_steps(path: Path) -> Steps:
         raise RunError(f"{file}, line {broken.first}: expected JSON with at least step and grad_norm")
     notes = [str(broken)] if broken.count else []
     if again:
-        notes.append(f"{file.name}: {again:,} rows repeat a step; the last one of each step counts")
+        notes.append(f"{file.name}: {plural(again, 'row')} for a step again; the last of each step counts")
     ordered = [found[step] for step in sorted(found)]
     if ordered and all(math.isnan(step.clip_rate) for step in ordered):
         ordered = _with_rate(ordered)

@@ -93,9 +93,8 @@ def skipped_section(run: Run, key: str) -> str:
         if step.skipped or not step.finite
     ]
     heads = ("step", "skipped", "norm before clipping", "threshold", "loss")
-    return _section(
-        f"{key}-skipped", "Skipped steps", heads, rows, "No step was skipped, and every norm is finite."
-    )
+    none = "No step was skipped, and every norm is finite." if run.steps.rows else "No step was written yet."
+    return _section(f"{key}-skipped", "Skipped steps", heads, rows, none)
 
 
 def _section(key: str, title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], none: str) -> str:

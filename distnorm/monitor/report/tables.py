@@ -46,7 +46,7 @@ def binned_table(
     value: Callable[[Step], float] = lambda step: step.norm,
     form: Form = short,
 ) -> str:
-    """Lowest, median, highest of each bin of steps, in at most 50 rows; for norms thresholds and counts too."""
+    """Lowest, median, highest of bins of steps, in at most 50 rows; for norms thresholds and counts too."""
     bins = min(_MAX_BINS, len(steps))
     rows = []
     for place in range(bins):
