@@ -88,9 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--rtol", type=_tolerance, metavar="R", help="largest relative difference; 1 is returned beyond it"
     )
     report.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder")
-    report.add_argument(
-        "-o", "--output", metavar="FILE", default="report.html", help="report.html by default"
-    )
+    report.add_argument("-o", "--output", metavar="FILE", default="report.html", help="the page's file")
     suggest.add_argument("run", metavar="RUN", help="a run's folder")
     return parser
 

@@ -1,4 +1,4 @@
-"""A made-up run like a real one: `python -m tests.monitor.synthetic FOLDER [STEPS LAYERS EVERY]` writes it."""
+"""A made-up run: `python -m tests.monitor.synthetic FOLDER [STEPS LAYERS EVERY]` writes it."""
 
 from __future__ import annotations
 

@@ -155,6 +155,25 @@ def test_the_heat_map_shows_the_norms_of_the_file(browser: Browser, folder: Path
     assert browser.run("document.querySelectorAll('.plot.heat .yaxislayer-above text').length") == 3
 
 
+def test_the_band_of_all_layers_survives_a_step_without_norms(browser: Browser, folder: Path) -> None:
+    steps = range(1, 11)
+    write_lines(folder / "metrics.jsonl", (metric_row(step, 1.0) for step in steps))
+    rows = ((step, name, math.nan if step == 6 else 10.0**name) for step in steps for name in range(3))
+    layers = ({"step": step, "layer": f"l{name}", "norm": norm} for step, name, norm in rows)
+    write_lines(folder / "layers.jsonl", layers)
+    browser.open(report(folder))
+    box = browser.run(
+        """(() => {
+          const band = document.querySelector(".plot.picked .js-fill").getAttribute("d");
+          const points = band.match(/[\\d.]+,[\\d.]+/g).map((point) => point.split(",").map(Number));
+          return [band.split("M").length - 1, [...new Set(points.map(([x]) => x))].length,
+                  [...new Set(points.map(([, y]) => y))].length];
+        })()"""
+    )
+    assert box[0] == 1
+    assert box[1:] == [2, 2], "simplified by plotly, a rectangle from the lowest layer to the highest"
+
+
 def texts(browser: Browser, selector: str) -> list[dict[str, str]]:
     found = browser.run(
         f"[...document.querySelectorAll({selector!r})].map((each) => ({{textContent: each.textContent}}))"

@@ -179,13 +179,15 @@ function picked(figure, div) {
   if (!figure.band) {
     const sorted = Array.from(starts, (_, column) =>
       z.map((row) => row[column]).filter((value) => !Number.isNaN(value)).sort((a, b) => a - b));
-    const at = (share) => sorted.map((all) => (all.length ? 10 ** all[Math.round(share * (all.length - 1))] : null));
+    const some = sorted.map((_, column) => column).filter((column) => sorted[column].length); // a gap breaks a band
+    const at = (share) => some.map((column) => 10 ** sorted[column][Math.round(share * (sorted[column].length - 1))]);
     figure.band = [at(0.05), at(0.95)];
+    figure.bandX = some.map((column) => starts[column]);
   }
   const row = Number(picker(figure.run).value);
   const x = Array.from(starts);
   const y = Array.from(z[row], (value) => (Number.isNaN(value) ? null : 10 ** value));
-  const flat = { type: "scatter", mode: "lines", x, line: { width: 0 }, hoverinfo: "skip", showlegend: false };
+  const flat = { type: "scatter", mode: "lines", x: figure.bandX, line: { width: 0 }, hoverinfo: "skip", showlegend: false };
   const traces = [
     { ...flat, y: figure.band[0] },
     { ...flat, y: figure.band[1], fill: "tonexty", fillcolor: colour("band"), name: "90% of layers", showlegend: true },
