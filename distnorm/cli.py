@@ -64,6 +64,8 @@ def make_parser() -> argparse.ArgumentParser:
     validate = add("validate", _validate, "check configurations and list every mistake with its place")
     add("schema", _schema, "print the JSON Schema of a configuration")
     compare = add("compare", _compare, "find the first step at which the norms of two runs part")
+    report = add("report", _report, "write one HTML page about runs: norms, clipping, layers, alerts")
+    suggest = add("suggest-threshold", _suggest, "list percentiles of a run's norms with their clip rates")
 
     _describe_bench(
         add("bench", _bench, "time gradient-norm functions, and the machine's limit, side by side")
@@ -85,6 +87,9 @@ def make_parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--rtol", type=_tolerance, metavar="R", help="largest relative difference; 1 is returned beyond it"
     )
+    report.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder")
+    report.add_argument("-o", "--output", metavar="FILE", default="report.html", help="the page's file")
+    suggest.add_argument("run", metavar="RUN", help="a run's folder")
     return parser
 
 
@@ -195,6 +200,18 @@ def _compare(run_a: str, run_b: str, rtol: float | None) -> int:
     from distnorm import compare
 
     return compare.main(run_a, run_b, rtol)
+
+
+def _report(runs: Sequence[str], output: str) -> int:
+    from distnorm.monitor.report import command
+
+    return command.main(runs, output)
+
+
+def _suggest(run: str) -> int:
+    from distnorm.monitor.report import thresholds
+
+    return thresholds.main(run)
 
 
 def _bench(workloads: Sequence[str], **options: Any) -> int:

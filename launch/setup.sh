@@ -2,7 +2,7 @@
 # Sourced by the other scripts. Needs python3 (3.10 or newer) with venv and pip, nothing else.
 #
 #   set_up        leaves a .venv in the repository that has distnorm and what it needs
-#   set_up dev    ... and what the checks need
+#   set_up dev    ... and what the checks need; as root on Debian also chromium, which a test opens a report in
 #
 # A torch (2.6 or newer) that python3 can already import is used as it is. Otherwise the version in constraints.txt is
 # installed. The second call returns at once: a stamp in .venv records what it was made from.
@@ -93,7 +93,10 @@ install() {
     fi
     "$VENV_PYTHON" -m pip install --quiet --no-input --disable-pip-version-check \
         --constraint "$constraints" --editable "$ROOT$extras" || fail "pip could not install distnorm$extras"
-    if [[ "$extras" == *dev* ]]; then install_deepspeed "$constraints"; fi
+    if [[ "$extras" == *dev* ]]; then
+        install_deepspeed "$constraints"
+        install_browser
+    fi
     rm -f "$constraints"
 }
 
@@ -103,6 +106,23 @@ install_deepspeed() {
     "${pip[@]}" setuptools wheel || fail "pip could not install setuptools and wheel"
     DS_BUILD_OPS=0 DS_ACCELERATOR=cpu "${pip[@]}" --no-build-isolation deepspeed ||
         fail "pip could not install deepspeed"
+}
+
+# A browser for the tests that look at a report, where apt can install one. Without it they are skipped, and say so.
+install_browser() {
+    local name
+    for name in chromium chromium-browser google-chrome; do
+        if command -v "$name" >/dev/null; then return; fi
+    done
+    if [[ "$(id -u)" != 0 ]] || ! command -v apt-get >/dev/null; then
+        say "NO BROWSER: tests of the report's page will be skipped; install chromium to run them"
+        return
+    fi
+    say "installing chromium for the tests of the report's page"
+    if ! { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } \
+        >/dev/null 2>&1; then
+        say "NO BROWSER: apt-get could not install chromium; tests of the report's page will be skipped"
+    fi
 }
 
 set_up() {

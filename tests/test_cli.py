@@ -94,6 +94,8 @@ def test_the_surface_is_frozen() -> None:
         "validate": {"-h/--help": None, "configs": "CONFIG", "--set": "KEY=VALUE"},
         "schema": {"-h/--help": None},
         "compare": {"-h/--help": None, "run_a": "RUN", "run_b": "RUN", "--rtol": "R"},
+        "report": {"-h/--help": None, "runs": "RUN", "-o/--output": "FILE"},
+        "suggest-threshold": {"-h/--help": None, "run": "RUN"},
         "bench": {
             "-h/--help": None,
             "workloads": "WORKLOAD",
@@ -106,7 +108,8 @@ def test_the_surface_is_frozen() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("train",), ("verify",), ("validate",), ("schema",), ("compare",), ("bench",)]
+    "command",
+    [(), ("train",), ("verify",), ("validate",), ("schema",), ("compare",), ("report",), ("bench",)],
 )
 def test_help_lists_every_option(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -136,7 +139,9 @@ def test_help_lists_every_option(command: tuple[str, ...], capsys: pytest.Captur
         ["bench", "nothing"],
         ["bench", "--rounds", "0"],
         ["bench", "--device", "tpu"],
-        ["report", "run"],
+        ["report"],
+        ["report", "-o", "page.html"],
+        ["suggest-threshold", "a", "b"],
     ],
 )
 def test_wrong_arguments_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,1 @@
+"""Watching a run: what its files say, and what becomes of them."""

@@ -1,0 +1,1 @@
+"""`distnorm report` and `distnorm suggest-threshold`: a run's files as a page, and as percentiles."""

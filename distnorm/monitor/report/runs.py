@@ -1,0 +1,111 @@
+"""A run's folder as the report reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distnorm.errors import RunError
+from distnorm.monitor.report.layers import LAYERS_FILE, Layers, read_layers
+from distnorm.monitor.report.lines import Broken, read
+from distnorm.monitor.report.numbers import number
+from distnorm.monitor.report.steps import Steps, read_steps
+
+_MAX_CELLS = 240_000  # of the grids of all runs together: a megabyte and a quarter of the page
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """One line of alerts.jsonl."""
+
+    step: int
+    kind: str
+    layer: str
+    ranks: str
+    value: float
+    bound: float
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """All that a run's folder holds; what is missing is empty."""
+
+    name: str
+    folder: Path
+    steps: Steps
+    layers: Layers
+    alerts: tuple[Alert, ...]
+    has_alerts: bool
+    config: str
+    notes: tuple[str, ...]
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[Run]:
+    """The runs in `paths`, each a folder or its metrics file; names are the shortest that tell them apart.
+
+    Raises:
+        RunError: a run has no metrics.
+    """
+    names = _names([Path(path) for path in paths])
+    cells = _MAX_CELLS // len(paths)
+    return [_read_run(Path(path), name, cells) for path, name in zip(paths, names, strict=True)]
+
+
+def _read_run(path: Path, name: str, max_cells: int) -> Run:
+    steps = read_steps(path)
+    folder = path if path.is_dir() else path.parent
+    layers = read_layers(folder / LAYERS_FILE, max_cells)
+    file = folder / "alerts.jsonl"
+    alerts, notes = _read_alerts(file) if file.is_file() else ((), ())
+    return Run(
+        name=name,
+        folder=folder,
+        steps=steps,
+        layers=layers,
+        alerts=alerts,
+        has_alerts=file.is_file(),
+        config=_text(folder / "config.yaml"),
+        notes=(*steps.notes, *layers.notes, *notes),
+    )
+
+
+def _read_alerts(file: Path) -> tuple[tuple[Alert, ...], tuple[str, ...]]:
+    broken = Broken(file.name)
+    alerts = []
+    for rows in read(file, broken):
+        for line, row in rows:
+            try:
+                alerts.append(
+                    Alert(
+                        step=int(row["step"]),
+                        kind=str(row["kind"]),
+                        layer=str(row.get("layer") or ""),
+                        ranks=", ".join(str(rank) for rank in row.get("ranks") or ()),
+                        value=number(row.get("value")),
+                        bound=number(row.get("bound")),
+                        message=str(row.get("message") or ""),
+                    )
+                )
+            except (KeyError, ValueError, TypeError):
+                broken.add(line)
+    return tuple(alerts), (str(broken),) if broken.count else ()
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    except OSError as error:
+        raise RunError(f"expected a run's {file.name}, found {error}") from error
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as it takes; a run that is given twice gets a number."""
+    parts = [(path if path.is_dir() else path.parent).resolve().parts for path in paths]
+    names: list[str] = []
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-depth:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} ({place})" for place, name in enumerate(names, 1)]
