@@ -2,73 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from contextlib import suppress
-from os import PathLike, fspath
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from distnorm.config.degrees import conflicts
-from distnorm.config.report import IN_CODE, Document, check
+from distnorm.config.monitoring import MonitorConfig
+from distnorm.config.section import Location, Order, PositiveInt, Section, Threshold
 from distnorm.config.writing import dump
-
-# What fits in a signed 32-bit integer: far more than any run needs, and no surprise in any framework.
-_LARGEST = 2**31 - 1
-
-_INF: dict[str, Any] = {"const": "inf"}
-
-
-def _infinity(value: object) -> object:
-    return math.inf if isinstance(value, str) and value == "inf" else value
-
-
-def _path_text(value: object) -> object:
-    return fspath(value) if isinstance(value, PathLike) else value
-
-
-PositiveInt = Annotated[int, Field(gt=0, le=_LARGEST)]
-Location = Annotated[str, Field(min_length=1), BeforeValidator(_path_text)]
-Order = Annotated[
-    float,
-    Field(gt=0),
-    BeforeValidator(_infinity),
-    WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, _INF]}),
-]
-Threshold = Annotated[
-    float | None,
-    Field(ge=0),
-    BeforeValidator(_infinity),
-    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, _INF, {"type": "null"}]}),
-]
-
-
-class Section(BaseModel):
-    """A frozen mapping of known keys, none of which is converted from another type."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    if not TYPE_CHECKING:
-
-        def __init__(self, /, **data: object) -> None:
-            with suppress(ValidationError):
-                super().__init__(**data)
-                return
-            check(type(self), Document(IN_CODE, data=data))
-
-        # Tells pydantic that sections inside others need not be made through this constructor: their errors
-        # then belong to the whole, with their paths.
-        __init__.__pydantic_base_init__ = True
-
 
 class NormConfig(Section):
     """The norm that is measured."""
@@ -101,10 +43,6 @@ class ClipConfig(Section):
         description="Whether each gradient is read as soon as backward has finished it, so that little of "
         "the norm's cost is left afterwards; on the CPU, under FSDP2, DDP, or neither.",
     )
-
-
-class MonitorConfig(Section):
-    """Per-layer norms and alerts; it has no keys yet."""
 
 
 class ModelConfig(Section):
@@ -223,7 +161,7 @@ class Config(Section):
 
     norm: NormConfig = Field(default_factory=NormConfig, description="The norm that is measured.")
     clip: ClipConfig = Field(default_factory=ClipConfig, description="When and how gradients are scaled.")
-    monitor: MonitorConfig = Field(default_factory=MonitorConfig, description="Per-layer norms and alerts.")
+    monitor: MonitorConfig = Field(default_factory=MonitorConfig, description="What is watched, and who is told.")
     train: TrainConfig = Field(default_factory=TrainConfig, description="The reference trainer's part.")
 
     def to_yaml(self) -> str:

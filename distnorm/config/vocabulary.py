@@ -12,8 +12,14 @@ Path = tuple[str, ...]
 JsonSchema = Mapping[str, Any]
 
 _LONGEST = 60
-_TYPES = {"number": "a number", "integer": "an integer", "boolean": "true or false", "string": "a string"}
-_BOUNDS = {"exclusiveMinimum": ">", "minimum": ">="}
+_TYPES = {
+    "number": "a number",
+    "integer": "an integer",
+    "boolean": "true or false",
+    "string": "a string",
+    "array": "a list",
+}
+_BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<"}
 
 
 class NoValue:
@@ -120,6 +126,8 @@ def _expected_one(schema: JsonSchema, found: object) -> str:
     text = _TYPES.get(str(kind), "another value")
     if schema.get("minLength") == 1:
         text += " that is not empty"
+    if "type" in schema.get("items", ()):
+        text += f", each {_expected_one(schema['items'], found)}"
     bounds = [f"{sign} {schema[bound]}" for bound, sign in _BOUNDS.items() if bound in schema]
     # The upper limits are far away: naming one helps only the person who passed it.
     if "maximum" in schema and isinstance(found, (int, float)) and not found <= schema["maximum"]:

@@ -1,0 +1,71 @@
+"""What is ordinary for a layer: the running mean and spread of its norm's logarithm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+# Weight of the past at each look: the average is over the last ten or so.
+_BETA = 0.9
+# Norms vary by a factor of three between steps until a layer has shown that its own vary less.
+_USUAL_VARIANCE = math.log(3.0) ** 2
+# So many standard deviations are still ordinary.
+_DEVIATIONS = 4.0
+
+
+class History:
+    """A layer's norms up to now. Logarithms, since norms differ by factors, and one spike is soon forgotten.
+
+    mean: m <- m + (1-b)/(1-b^n) (l - m), the bias-corrected average of l = ln(norm) over n looks, b = 0.9.
+    spread: v <- b v + (1-b) (l - m)^2, from (ln 3)^2 on, with the mean of before.
+    In both, l - m is cut to the reach, so that what was told as extraordinary doesn't become ordinary at once.
+
+    Attributes:
+        count: looks with a gradient: neither zero nor non-finite.
+        zeros: looks in a row up to now whose norm was exactly zero.
+        largest: the largest norm.
+    """
+
+    __slots__ = ("count", "largest", "mean", "variance", "zeros")
+
+    def __init__(self) -> None:
+        self.count = self.zeros = 0
+        self.mean, self.variance, self.largest = 0.0, _USUAL_VARIANCE, 0.0
+
+    @property
+    def average(self) -> float:
+        """The geometric average of the norm; what it is worth depends on the count."""
+        return math.exp(self.mean) if self.count else 0.0
+
+    def reach(self, factor: float) -> float:
+        """How many times the average is still ordinary: `factor`, and up to its square where norms vary much."""
+        widest = 2.0 * math.log(factor)
+        return math.exp(min(widest, max(math.log(factor), _DEVIATIONS * math.sqrt(self.variance))))
+
+    def add(self, norm: float, factor: float) -> None:
+        """Take in the norm of a look; a non-finite one says nothing, and a zero one only that it is zero."""
+        if not math.isfinite(norm):
+            return
+        if norm == 0.0:
+            self.zeros += 1
+            return
+        self.zeros = 0
+        self.largest = max(self.largest, norm)
+        self.count += 1
+        if self.count == 1:
+            self.mean = math.log(norm)
+            return
+        reach = math.log(self.reach(factor))
+        away = min(max(math.log(norm) - self.mean, -reach), reach)
+        self.variance = _BETA * self.variance + (1.0 - _BETA) * away * away
+        self.mean += away * (1.0 - _BETA) / (1.0 - _BETA**self.count)
+
+    def state(self) -> list[float]:
+        return [self.count, self.zeros, self.mean, self.variance, self.largest]
+
+    @classmethod
+    def of(cls, state: Sequence[float]) -> History:
+        made = cls()
+        made.count, made.zeros = int(state[0]), int(state[1])
+        made.mean, made.variance, made.largest = (float(number) for number in state[2:])
+        return made
