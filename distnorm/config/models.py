@@ -12,6 +12,7 @@ from distnorm.config.monitoring import MonitorConfig
 from distnorm.config.section import Location, Order, PositiveInt, Section, Threshold
 from distnorm.config.writing import dump
 
+
 class NormConfig(Section):
     """The norm that is measured."""
 
@@ -161,7 +162,9 @@ class Config(Section):
 
     norm: NormConfig = Field(default_factory=NormConfig, description="The norm that is measured.")
     clip: ClipConfig = Field(default_factory=ClipConfig, description="When and how gradients are scaled.")
-    monitor: MonitorConfig = Field(default_factory=MonitorConfig, description="What is watched, and who is told.")
+    monitor: MonitorConfig = Field(
+        default_factory=MonitorConfig, description="What is watched, and who is told."
+    )
     train: TrainConfig = Field(default_factory=TrainConfig, description="The reference trainer's part.")
 
     def to_yaml(self) -> str:

@@ -28,7 +28,12 @@ By = Annotated[
     Literal["parameter", "module", "depth"] | tuple[str, ...],
     PlainValidator(_layers),
     WithJsonSchema(
-        {"anyOf": [{"type": "string", "enum": list(_KINDS)}, {"type": "array", "items": _TEXT, "minItems": 1}]}
+        {
+            "anyOf": [
+                {"type": "string", "enum": list(_KINDS)},
+                {"type": "array", "items": _TEXT, "minItems": 1},
+            ]
+        }
     ),
 ]
 
@@ -51,13 +56,13 @@ class AlertsConfig(Section):
     )
     exploding: Factor | None = Field(
         10.0,
-        description="A layer explodes whose norm is more than so many times its own average; up to the square "
-        "of this for a layer whose norm varies much anyway.",
+        description="A layer explodes whose norm is more than so many times its own average; up to the "
+        "square of this for a layer whose norm varies much anyway.",
     )
     clip_rate: Share | None = Field(
         None,
-        description="The share of clipped steps in a full window over which an alert is given. Null by default: "
-        "many healthy runs clip on every step.",
+        description="An alert is given where more than this share of a full window's steps is clipped. Null "
+        "by default: many healthy runs clip on every step.",
     )
     non_finite: bool = Field(True, description="Whether a norm that is inf or NaN is told.")
     warmup: PositiveInt = Field(
@@ -65,7 +70,7 @@ class AlertsConfig(Section):
     )
     hysteresis: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
         2.0,
-        description="What was told is told again only after the value was better than its bound by this factor.",
+        description="What was told is told again only after it was better than the bound by this factor.",
     )
     cooldown: PositiveInt = Field(100, description="Steps between two alerts of one kind for one layer.")
 
@@ -78,8 +83,8 @@ class SinksConfig(Section):
     )
     wandb: bool = Field(
         False,
-        description="Weights & Biases: the run that is active, else one of its own, in WANDB_PROJECT or distnorm; "
-        "offline where WANDB_MODE says so; extra: wandb.",
+        description="Weights & Biases: the run that is active, else one of its own, in WANDB_PROJECT or "
+        "distnorm; offline where WANDB_MODE says so; extra: wandb.",
     )
     prometheus: Annotated[int, Field(ge=1, le=65535)] | None = Field(
         None, description="The port on which rank 0 serves metrics to Prometheus; extra: prometheus."
@@ -94,29 +99,29 @@ class MonitorConfig(Section):
     )
     by: By = Field(
         "parameter",
-        description="What a layer is: a parameter, a module, or what has one depth; or a list of patterns, such "
-        'as "*.attn.*", each of which is a layer that holds all parameters it matches.',
+        description="What a layer is: a parameter, a module, or what has one depth; or a list of patterns, "
+        'such as "*.attn.*", each of which is a layer that holds all parameters it matches.',
     )
     clip_rate_window: PositiveInt = Field(
         100, description="Steps over which clip_rate, the share of clipped steps, is taken."
     )
     stop_after: PositiveInt | None = Field(
         None,
-        description="So many steps in a row whose norm is inf or NaN raise NonFiniteGradientError on all ranks; "
-        "null never does.",
+        description="So many steps in a row whose norm is inf or NaN raise NonFiniteGradientError on all "
+        "ranks; null never does.",
     )
     replicas: bool = Field(
         False, description="Whether each look compares replicated gradients between replicas, bit by bit."
     )
     dir: Location | None = Field(
         None,
-        description="Folder for metrics.jsonl, layers.jsonl and alerts.jsonl where distnorm's trainer isn't used, "
-        "which has train.output_dir; rows there of later steps than the one that a run starts from are dropped.",
+        description="Folder for metrics.jsonl, layers.jsonl and alerts.jsonl where distnorm's trainer isn't "
+        "used, which has train.output_dir; rows that it holds of steps that are made again are dropped.",
     )
     alerts: AlertsConfig = Field(default_factory=AlertsConfig, description="When somebody is told.")
     sinks: SinksConfig = Field(default_factory=SinksConfig, description="Where rows go besides JSONL.")
     console: Literal["auto", "plain", "rich"] = Field(
         "auto",
-        description="What the trainer prints: a line a step (plain), or a progress bar (rich, an extra); auto is "
-        "a bar on a terminal that has rich.",
+        description="What the trainer prints: a line a step (plain), or a progress bar (rich, an extra); "
+        "auto is a bar on a terminal, where rich is installed.",
     )

@@ -33,9 +33,9 @@ class Trend:
 def trends(rows: Iterable[LayerRow]) -> list[Trend]:
     """The trend of every kind of blocks that has four or more with a gradient.
 
-    A block's norm is the root of the sum of squares over its rows. The trend is the line through ln(norm) over
-    the block's number whose slope is the median of the slopes between all pairs (Theil 1950, Sen 1968), of the
-    two middle ones the flatter: one block that vanished, or has no gradient, is no trend.
+    A block's norm is the root of the sum of squares over its rows. The trend is the line through ln(norm)
+    over the block's number whose slope is the median of the slopes between all pairs (Theil 1950, Sen 1968),
+    of the two middle ones the flatter: one block that vanished, or has no gradient, is no trend.
     """
     kinds: dict[str, dict[int, list[float]]] = {}
     for row in rows:

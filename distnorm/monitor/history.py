@@ -18,7 +18,7 @@ class History:
 
     mean: m <- m + (1-b)/(1-b^n) (l - m), the bias-corrected average of l = ln(norm) over n looks, b = 0.9.
     spread: v <- b v + (1-b) (l - m)^2, from (ln 3)^2 on, with the mean of before.
-    In both, l - m is cut to the reach, so that what was told as extraordinary doesn't become ordinary at once.
+    In both, l - m is cut to the reach, so that what is extraordinary doesn't become ordinary at once.
 
     Attributes:
         count: looks with a gradient: neither zero nor non-finite.
@@ -38,7 +38,7 @@ class History:
         return math.exp(self.mean) if self.count else 0.0
 
     def reach(self, factor: float) -> float:
-        """How many times the average is still ordinary: `factor`, and up to its square where norms vary much."""
+        """How many times the average is ordinary: `factor`, and up to its square where norms vary much."""
         widest = 2.0 * math.log(factor)
         return math.exp(min(widest, max(math.log(factor), _DEVIATIONS * math.sqrt(self.variance))))
 

@@ -20,7 +20,8 @@ _log = logging.getLogger("distnorm")
 class Monitor:
     """Takes a run's host values, and never stops it: rows go to sinks, and what rules find becomes alerts.
 
-    Every rank may hold one, and then has the same state; only one that writes opens files, logs and calls back.
+    Every rank may hold one, and then has the same state; only one that writes opens files, logs and calls
+    back.
     Sinks are opened by the first value, or by entering the monitor as a context.
 
     Args:
@@ -56,21 +57,22 @@ class Monitor:
         """Take in a step.
 
         Args:
-            row: at least `step`, `clipped` and `finite`; the numbers of metrics.jsonl, before and after clipping.
+            row: the keys of metrics.jsonl, of which `step`, `clipped` and `finite` must be there.
             parameter: where the norm isn't finite, the first whose gradient isn't.
             ranks: those on which it isn't.
 
         Returns:
-            The row with `skipped` (False where it says nothing), `clip_rate`, the share of clipped steps among the
-            last `clip_rate_window`, and `noise_scale` (None where it says nothing).
+            The row with `clip_rate`, the share of clipped steps among the last `clip_rate_window`, and with
+            `skipped`, False, and `noise_scale`, None, where it has none.
         """
         step, finite = int(row["step"]), bool(row["finite"])
         self._done = max(self._done, step)
         self._clipped.append(bool(row["clipped"]))
         rate = sum(self._clipped) / len(self._clipped)
         self.non_finite_in_a_row = 0 if finite else self.non_finite_in_a_row + 1
-        full = {"skipped": False, "noise_scale": None, **row, "clip_rate": rate}
-        full = {**row, **full}
+        full = {**row, "clip_rate": rate}
+        full.setdefault("skipped", False)
+        full.setdefault("noise_scale", None)
         if (sinks := self._open()) is not None:
             sinks.step(full)
         if len(self._clipped) == self._clipped.maxlen:
@@ -89,7 +91,7 @@ class Monitor:
         self._tell(self._rules.diverged(step, layer, ranks))
 
     def state_dict(self) -> dict[str, Any]:
-        """Windows, averages and what has been told, in numbers, strings, lists and dicts that JSON can hold."""
+        """Windows, averages and what has been told: numbers, strings, lists and dicts, as in JSON."""
         return {
             "step": self._done,
             "clipped": [int(clipped) for clipped in self._clipped],
@@ -98,7 +100,7 @@ class Monitor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, before the first value: rows of later steps are dropped from the run's files."""
+        """Go on from a state, before the first value; the run's files lose their rows of later steps."""
         self._done = int(state["step"])
         self._clipped.clear()
         self._clipped.extend(bool(clipped) for clipped in state["clipped"])
@@ -148,7 +150,7 @@ class Monitor:
                     self._failed.add(number)
                     name = getattr(callback, "__qualname__", repr(callback))
                     _log.warning(
-                        "callback %s failed: %s: %s; training goes on, and it is called again for the next alert",
+                        "callback %s failed: %s: %s; it is called again for the next alert",
                         name,
                         type(error).__name__,
                         error,

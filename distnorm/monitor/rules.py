@@ -12,8 +12,8 @@ from distnorm.monitor.history import History
 from distnorm.monitor.latch import Latch
 from distnorm.monitor.records import Alert, Kind, LayerRow
 
-# A layer can vanish under the bound only if it was so many times larger: a key's bias, whose gradient is zero but
-# for rounding, never was.
+# A layer can vanish under the bound only if it was so many times larger: a key's bias, whose gradient is zero
+# but for rounding, never was.
 _ALIVE = 1e3
 # An expert that got no token has no gradient on that step, and is as alive as before.
 _ZERO_LOOKS = 3
@@ -43,7 +43,7 @@ class Rules:
     def finite(
         self, step: int, finite: bool, norm: float | None, parameter: str | None, ranks: Sequence[int] | None
     ) -> Iterator[Alert]:
-        """What it says that the norm is inf or NaN, first in a parameter and on ranks where those are known."""
+        """What follows from a norm that is inf or NaN: where, so far as parameter and ranks are known."""
         if finite:
             self._latch.release("non_finite")
         elif self._config.non_finite:
@@ -101,7 +101,15 @@ class Rules:
             beyond, back = trend.ratio < bound, trend.ratio >= min(bound * self._config.hysteresis, 1.0)
             text = f"norms fall from {trend.high} to {trend.low} to {trend.ratio:.1e}, less than {bound:.1e}"
             yield from self._tell(
-                "vanishing", step, beyond, back, text, layer=trend.low, value=trend.ratio, bound=bound, of="depth "
+                "vanishing",
+                step,
+                beyond,
+                back,
+                text,
+                layer=trend.low,
+                value=trend.ratio,
+                bound=bound,
+                of="depth ",
             )
 
     def diverged(self, step: int, layer: str | None, ranks: Sequence[int] | None) -> Iterator[Alert]:

@@ -1,4 +1,4 @@
-"""Where rows and alerts go. Each sink imports its library when it is opened, and one that fails is dropped."""
+"""Where rows and alerts go. A sink imports its library when it is opened, and is dropped where it fails."""
 
 from __future__ import annotations
 

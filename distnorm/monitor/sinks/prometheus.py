@@ -12,9 +12,9 @@ from distnorm.monitor.records import Alert, LayerRow, scalars
 class PrometheusSink:
     """Gauges in a registry of its own, over HTTP.
 
-    `distnorm_<key>` for the numbers of the newest row, `distnorm_group_<key>{group}`, `distnorm_layer_<number>
-    {layer}`, `distnorm_alerts_total{kind}`, and `distnorm_last_step_timestamp_seconds`, which stands still where a
-    run hangs.
+    `distnorm_<key>` are the numbers of the newest row, `distnorm_group_<key>{group}` those of its groups,
+    `distnorm_layer_<number>{layer}` of the newest look; `distnorm_alerts_total{kind}` counts, and
+    `distnorm_last_step_timestamp_seconds` stands still where a run hangs.
 
     Args:
         port: where it is served.

@@ -37,7 +37,8 @@ class TensorBoardSink:
 
     def layers(self, step: int, rows: Sequence[LayerRow]) -> None:
         self._put(
-            step, ((f"layer {key}/{row.layer}", value) for row in rows for key, value in row.numbers().items())
+            step,
+            ((f"layer {key}/{row.layer}", value) for row in rows for key, value in row.numbers().items()),
         )
 
     def alert(self, alert: Alert) -> None:

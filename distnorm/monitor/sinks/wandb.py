@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ _LOGIN = 30
 
 
 class WandbSink:
-    """Metrics `step/<key>`, `<group>/<key>` and `layer <number>/<layer>` over `distnorm_step`, and its alerts.
+    """Metrics `distnorm/<key>`, `distnorm/groups/<group>/<key>`, `distnorm/layers/<number>/<layer>`; alerts.
 
     Args:
         folder: where a run of its own writes; None: where wandb does by itself.
@@ -23,28 +24,32 @@ class WandbSink:
         import wandb
 
         self._own = wandb.run is None
-        if wandb.run is None:
-            settings = wandb.Settings(login_timeout=_LOGIN)
-            where = None if folder is None else str(folder)
-            project = settings.project or "distnorm"
-            self._run: Any = wandb.init(project=project, dir=where, settings=settings)
-        else:
-            self._run = wandb.run
-        # A step of its own: the user's own logging may count otherwise, and W&B's must never go back.
-        self._run.define_metric("distnorm_step")
-        for section in ("step", *(f"layer {name}" for name in ("norm", "rms", "max"))):
-            self._run.define_metric(f"{section}/*", step_metric="distnorm_step")
+        self._run: Any = wandb.run or wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "distnorm"),
+            dir=None if folder is None else str(folder),
+            settings=wandb.Settings(login_timeout=_LOGIN),
+        )
+        # An axis of its own: the user's own logging may count steps otherwise, and W&B's must never go back.
+        self._run.define_metric("distnorm/*", step_metric="distnorm/step")
 
     def step(self, row: Mapping[str, Any]) -> None:
-        numbers = {f"{group or 'step'}/{key}": value for key, group, value in scalars(row)}
-        self._run.log({"distnorm_step": row["step"], **numbers})
+        self._log(
+            row["step"],
+            ((key if group is None else f"groups/{group}/{key}", v) for key, group, v in scalars(row)),
+        )
 
     def layers(self, step: int, rows: Sequence[LayerRow]) -> None:
-        numbers = {f"layer {key}/{row.layer}": value for row in rows for key, value in row.numbers().items()}
-        self._run.log({"distnorm_step": step, **numbers})
+        self._log(
+            step, ((f"layers/{key}/{row.layer}", v) for row in rows for key, v in row.numbers().items())
+        )
+
+    def _log(self, step: int, values: Iterable[tuple[str, float]]) -> None:
+        self._run.log({"distnorm/step": step, **{f"distnorm/{key}": value for key, value in values}})
 
     def alert(self, alert: Alert) -> None:
-        self._run.alert(title=f"distnorm: {alert.kind}", text=f"step {alert.step}: {alert.message}", level="WARN")
+        self._run.alert(
+            title=f"distnorm: {alert.kind}", text=f"step {alert.step}: {alert.message}", level="WARN"
+        )
 
     def close(self) -> None:
         if self._own:
