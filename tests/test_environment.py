@@ -29,7 +29,9 @@ def test_everything_that_the_package_and_its_extras_name_is_installed():
         for line in requirements
         if "extra ==" not in line or re.search(rf"extra == ['\"]({'|'.join(EXTRAS)})['\"]", line)
     ]
-    assert len(needed) >= 15, "torch, pyyaml, pydantic, numpy, six tools, deepspeed, three sinks and the console"
+    assert len(needed) >= 15, (
+        "torch, pyyaml, pydantic, numpy, six tools, deepspeed, three sinks and the console"
+    )
     assert [line for line in needed if not installed(line)] == []
 
 

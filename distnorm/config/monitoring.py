@@ -57,7 +57,7 @@ class AlertsConfig(Section):
     exploding: Factor | None = Field(
         10.0,
         description="A layer explodes whose norm is more than so many times its own average; up to the "
-        "square of this for a layer whose norm varies much anyway.",
+        "1.5th power of this for a layer whose norm varies much anyway.",
     )
     clip_rate: Share | None = Field(
         None,

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 
 # Weight of the past at each look: the average is over the last ten or so.
 _BETA = 0.9
-# Norms vary by a factor of three between steps until a layer has shown that its own vary less.
-_USUAL_VARIANCE = math.log(3.0) ** 2
-# So many standard deviations are still ordinary.
-_DEVIATIONS = 4.0
+# Norms vary by a factor of two between steps until a layer has shown that its own vary less.
+_USUAL_VARIANCE = math.log(2.0) ** 2
+# So many standard deviations are ordinary, but no more than this power of the factor.
+_DEVIATIONS, _WIDEST = 4.5, 1.5
 
 
 class History:
     """A layer's norms up to now. Logarithms, since norms differ by factors, and one spike is soon forgotten.
 
     mean: m <- m + (1-b)/(1-b^n) (l - m), the bias-corrected average of l = ln(norm) over n looks, b = 0.9.
-    spread: v <- b v + (1-b) (l - m)^2, from (ln 3)^2 on, with the mean of before.
+    spread: v <- b v + (1-b) (l - m)^2, from (ln 2)^2 on, with the mean of before.
     In both, l - m is cut to the reach, so that what is extraordinary doesn't become ordinary at once.
 
     Attributes:
@@ -38,9 +38,9 @@ class History:
         return math.exp(self.mean) if self.count else 0.0
 
     def reach(self, factor: float) -> float:
-        """How many times the average is ordinary: `factor`, and up to its square where norms vary much."""
-        widest = 2.0 * math.log(factor)
-        return math.exp(min(widest, max(math.log(factor), _DEVIATIONS * math.sqrt(self.variance))))
+        """How many times the average is ordinary: `factor`, and up to its 1.5th power if norms vary much."""
+        least = math.log(factor)
+        return math.exp(min(_WIDEST * least, max(least, _DEVIATIONS * math.sqrt(self.variance))))
 
     def add(self, norm: float, factor: float) -> None:
         """Take in the norm of a look; a non-finite one says nothing, and a zero one only that it is zero."""

@@ -31,7 +31,7 @@ class Latch:
         """
         if back:
             self._fired.discard(key)
-        if not beyond or key in self._fired or step - self._last.get(key, -self._cooldown) < self._cooldown:
+        if not beyond or key in self._fired or 0 <= step - self._last.get(key, step + 1) < self._cooldown:
             return False
         self._fired.add(key)
         self._last[key] = step

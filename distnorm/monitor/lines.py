@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from distnorm.monitor.records import plain
 
@@ -29,7 +31,8 @@ class LineWriter:
 
     def __init__(self, path: Path, last_kept: int) -> None:
         self.path = path
-        self._file: IO[bytes] | None = None
+        self._descriptor: int | None = None
+        self._close: Callable[[], object] = lambda: None
         self._size = 0
         if path.exists():
             draft = path.with_suffix(".partial")
@@ -43,28 +46,32 @@ class LineWriter:
         Raises:
             OSError: a row couldn't be written, and nothing of it was left.
         """
-        if self._file is None:
-            # Unbuffered: a line is one write, and nothing is left to fail once the file is given up.
-            self._file = self.path.open("ab", buffering=0)
-            self._size = self._file.tell()
+        if self._descriptor is None:
+            # No file object, whose buffer would have to be written yet when the disk is full.
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+            self._descriptor = os.open(self.path, flags, 0o666)
+            self._close = weakref.finalize(self, os.close, self._descriptor)
+            self._size = os.fstat(self._descriptor).st_size
         for row in rows:
             line = (json.dumps(plain(row), allow_nan=False) + "\n").encode()
             try:
-                self._put(self._file, line)
+                _put(self._descriptor, line)
             except OSError:
-                os.truncate(self.path, self._size)
+                with suppress(OSError):
+                    os.ftruncate(self._descriptor, self._size)
                 raise
             self._size += len(line)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        """Let go of the file; the next row opens it again."""
+        self._close()
+        self._descriptor = None
 
-    @staticmethod
-    def _put(file: IO[bytes], line: bytes) -> None:
-        # A disk that is all but full takes a part; the next write says why.
-        while line:
-            line = line[file.write(line) :]
+
+def _put(descriptor: int, line: bytes) -> None:
+    # A disk that is all but full takes a part; the next write says why.
+    while line:
+        line = line[os.write(descriptor, line) :]
 
 
 def _step(line: bytes) -> int:

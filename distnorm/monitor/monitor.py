@@ -65,6 +65,9 @@ class Monitor:
             The row with `clip_rate`, the share of clipped steps among the last `clip_rate_window`, and with
             `skipped`, False, and `noise_scale`, None, where it has none.
         """
+        sinks = (
+            self._open()
+        )  # before this step counts as done: rows of it that are there are of an earlier try
         step, finite = int(row["step"]), bool(row["finite"])
         self._done = max(self._done, step)
         self._clipped.append(bool(row["clipped"]))
@@ -73,7 +76,7 @@ class Monitor:
         full = {**row, "clip_rate": rate}
         full.setdefault("skipped", False)
         full.setdefault("noise_scale", None)
-        if (sinks := self._open()) is not None:
+        if sinks is not None:
             sinks.step(full)
         if len(self._clipped) == self._clipped.maxlen:
             self._tell(self._rules.clip_rate(step, rate))

@@ -49,9 +49,17 @@ def test_five_mistakes_are_five_problems_with_their_places(file: Path) -> None:
         ("parallel: {tp: 2}", (1, 1, "parallel"), "unknown key; did you mean 'train.parallel'?"),
         ("train: {lr: 1}", (1, 9, "train.lr"), "unknown key; did you mean 'train.optimizer.lr'?"),
         ("xyzzy: 1", (1, 1, "xyzzy"), "unknown key; expected one of norm, clip, monitor, train"),
-        ("monitor: {xyzzy: 1}", (1, 11, "monitor.xyzzy"), "unknown key; expected one of every, by, clip_rate"),
+        (
+            "monitor: {xyzzy: 1}",
+            (1, 11, "monitor.xyzzy"),
+            "unknown key; expected one of every, by, clip_rate",
+        ),
         ("monitor: {alerts: {explodin: 9}}", (1, 20, "monitor.alerts.explodin"), "did you mean 'exploding'?"),
-        ("monitor: {tensorboard: true}", (1, 11, "monitor.tensorboard"), "did you mean 'monitor.sinks.tensor"),
+        (
+            "monitor: {tensorboard: true}",
+            (1, 11, "monitor.tensorboard"),
+            "did you mean 'monitor.sinks.tensor",
+        ),
         (
             "clip.max_norm: 1",
             (1, 1, "clip.max_norm"),
@@ -99,8 +107,8 @@ def test_five_mistakes_are_five_problems_with_their_places(file: Path) -> None:
         (
             "monitor: {by: modul}",
             (1, 15, "monitor.by"),
-            "expected one of 'parameter', 'module', 'depth' or a list, each a string that is not empty, found the "
-            "string 'modul'; did you mean 'module'?",
+            "expected one of 'parameter', 'module', 'depth' or a list, each a string that is not empty, "
+            "found the string 'modul'; did you mean 'module'?",
         ),
         ("monitor: {by: [a, 1]}", (1, 15, "monitor.by"), "each a string that is not empty, found a list"),
         ("monitor: {by: []}", (1, 15, "monitor.by"), "each a string that is not empty, found a list"),
