@@ -47,20 +47,18 @@ class Bar(Console):
     """A bar of rich's, with the newest step's metrics and the time that is left."""
 
     def __init__(self, done: int, steps: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
 
         super().__init__(done, steps)
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[numbers]}", markup=False),
-            TimeRemainingColumn(compact=True),
-        )
-        self._task = self._progress.add_task("", completed=done, total=steps, numbers="")
+        # Where a terminal is narrow, the end of the text is cut, not the step or the loss.
+        text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True))
+        self._progress = Progress(text, BarColumn(bar_width=10), TimeRemainingColumn(compact=True))
+        self._task = self._progress.add_task(f"{done}/{steps}", completed=done, total=steps)
 
     def row(self, row: Mapping[str, Any]) -> None:
-        self._progress.update(self._task, completed=row["step"], numbers=_numbers(row))
+        text = f"{row['step']}/{self.steps}  {_numbers(row).replace('coefficient', 'coef')}"
+        self._progress.update(self._task, completed=row["step"], description=text)
 
     def say(self, text: str) -> None:
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)

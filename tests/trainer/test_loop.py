@@ -70,6 +70,25 @@ def test_skip_leaves_the_weights(policy: str, moves: bool, tmp_path: Path) -> No
     assert bool(moved) == moves
 
 
+def test_a_run_goes_on_though_it_is_watched_otherwise(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = "train.checkpoint.every=2"
+    code, printed = train(shipped("single", tmp_path, checkpoints))
+    watched = ("monitor={clip_rate_window: 2, console: rich, sinks: {tensorboard: true}}", "train.steps=4")
+    resumed, _ = train(shipped("single", tmp_path, checkpoints, *watched))
+    assert (code, resumed) == (0, 0)
+    keys = "step loss grad_norm clip_coef clipped_norm threshold clipped finite tokens_per_second"
+    written = rows(tmp_path)
+    assert [list(row) for row in written] == [[*keys.split(), "clip_rate", "skipped", "noise_scale"]] * 4
+    assert [row["step"] for row in written] == [1, 2, 3, 4]
+    assert [row["clip_rate"] for row in written] == [1.0, 1.0, 1.0, 1.0]
+    assert printed.splitlines()[1].startswith(f"step 1/3  loss {written[0]['loss']:.4f}  grad norm ")
+    assert len(printed.splitlines()) == 5
+    assert list((tmp_path / "tensorboard").iterdir()) != []
+    assert [record for record in caplog.records if record.name == "distnorm"] == []
+
+
 def test_raise_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteGradientError):
         train(shipped("single", tmp_path, "train.optimizer.lr=1e300", "train.steps=5"))
