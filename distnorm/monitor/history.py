@@ -18,7 +18,8 @@ class History:
 
     mean: m <- m + (1-b)/(1-b^n) (l - m), the bias-corrected average of l = ln(norm) over n looks, b = 0.9.
     spread: v <- b v + (1-b) (l - m)^2, from (ln 2)^2 on, with the mean of before.
-    In both, l - m is cut to the reach, so that what is extraordinary doesn't become ordinary at once.
+    In both, l - m is cut to the reach, so that what is extraordinary doesn't become ordinary at once. During
+    warm-up a norm beyond the reach begins all this anew: weights that are zero at first let little through.
 
     Attributes:
         count: looks with a gradient: neither zero nor non-finite.
@@ -42,8 +43,14 @@ class History:
         least = math.log(factor)
         return math.exp(min(_WIDEST * least, max(least, _DEVIATIONS * math.sqrt(self.variance))))
 
-    def add(self, norm: float, factor: float) -> None:
-        """Take in the norm of a look; a non-finite one says nothing, and a zero one only that it is zero."""
+    def add(self, norm: float, factor: float, warmup: int) -> None:
+        """Take in the norm of a look; a non-finite one says nothing, and a zero one only that it is zero.
+
+        Args:
+            norm: what was measured.
+            factor: what `reach` is asked with.
+            warmup: looks that warm-up takes.
+        """
         if not math.isfinite(norm):
             return
         if norm == 0.0:
@@ -51,12 +58,12 @@ class History:
             return
         self.zeros = 0
         self.largest = max(self.largest, norm)
-        self.count += 1
-        if self.count == 1:
-            self.mean = math.log(norm)
+        reach, away = math.log(self.reach(factor)), math.log(norm) - self.mean
+        if self.count == 0 or (self.count < warmup and abs(away) > reach):
+            self.count, self.mean, self.variance = 1, math.log(norm), _USUAL_VARIANCE
             return
-        reach = math.log(self.reach(factor))
-        away = min(max(math.log(norm) - self.mean, -reach), reach)
+        self.count += 1
+        away = min(max(away, -reach), reach)
         self.variance = _BETA * self.variance + (1.0 - _BETA) * away * away
         self.mean += away * (1.0 - _BETA) / (1.0 - _BETA**self.count)
 

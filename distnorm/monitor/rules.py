@@ -60,7 +60,7 @@ class Rules:
             if math.isfinite(row.norm):
                 yield from self._vanishing(step, row, history)
                 yield from self._exploding(step, row, history)
-            history.add(row.norm, factor)
+            history.add(row.norm, factor, self._config.warmup)
         yield from self._falling(step, rows)
 
     def _vanishing(self, step: int, row: LayerRow, history: History) -> Iterator[Alert]:

@@ -131,8 +131,10 @@ def test_a_file_that_may_not_grow_keeps_whole_rows_and_the_run_goes_on(tmp_path:
     assert done.stdout == "50\n"
     assert done.stderr.count("sink jsonl failed and is dropped: OSError") == 1
     assert done.stderr.count("make room on the disk") == 1
-    found = [row["step"] for row in rows(tmp_path / "layers.jsonl")]
-    assert len(found) > 5 and 2500 < (tmp_path / "layers.jsonl").stat().st_size <= 3000
+    steps = [row["step"] for row in rows(tmp_path / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1))
+    assert 2500 < (tmp_path / "metrics.jsonl").stat().st_size < 3000
+    assert [{row["step"] for row in rows(tmp_path / name)} for name in FILES[1:]] == [set(steps)] * 2
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

@@ -60,7 +60,7 @@ def test_history_is_the_weighted_mean_of_logarithms() -> None:
     norms = [0.3 * math.exp(rng.uniform(-0.5, 0.5)) for _ in range(40)]
     history = History()
     for norm in norms:
-        history.add(norm, 10.0)
+        history.add(norm, 10.0, 5)
     weights = [0.9 ** (len(norms) - 1 - i) for i in range(len(norms))]
     mean = sum(w * math.log(n) for w, n in zip(weights, norms, strict=True)) / sum(weights)
     assert history.average == pytest.approx(math.exp(mean), rel=1e-12)
@@ -79,17 +79,17 @@ def test_history_is_the_weighted_mean_of_logarithms() -> None:
 def test_history_takes_nothing_from_what_is_not_finite_or_zero() -> None:
     history, other = History(), History()
     for norm in (1.0, math.nan, 2.0, 0.0, math.inf, 3.0):
-        history.add(norm, 10.0)
+        history.add(norm, 10.0, 5)
         if norm in (1.0, 2.0, 3.0):
-            other.add(norm, 10.0)
+            other.add(norm, 10.0, 5)
     assert history.state() == other.state()
 
 
 def test_an_outlier_moves_the_average_by_its_reach_only() -> None:
     history = History()
     for _ in range(30):
-        history.add(1.0, 10.0)
-    history.add(1e-12, 10.0)
+        history.add(1.0, 10.0, 5)
+    history.add(1e-12, 10.0, 5)
     assert history.average == pytest.approx(10 ** (-0.1 / (1 - 0.9**31)), rel=1e-9)
 
 
@@ -120,7 +120,7 @@ def test_a_latch_is_hysteresis_and_cool_down(cooldown: int) -> None:
 
 def test_the_clip_rate_is_that_of_the_window_and_told_beyond_its_bound() -> None:
     rng = random.Random(5)
-    clipped = [rng.random() < (0.9 if step // 30 % 2 else 0.1) for step in range(240)]
+    clipped = [step < 3 or rng.random() < (0.5, 0.9, 0.1)[step // 40 % 3] for step in range(480)]
     bounds = {"clip_rate": 0.5, "hysteresis": 2.0, "cooldown": 20}
     monitor, alerts = watched({"clip_rate_window": 8, "alerts": bounds})
     rates = [monitor.step(step_row(step, hit))["clip_rate"] for step, hit in enumerate(clipped, start=1)]
@@ -129,6 +129,7 @@ def test_the_clip_rate_is_that_of_the_window_and_told_beyond_its_bound() -> None
     full = [rate if i >= 7 else 0.0 for i, rate in enumerate(expected)]
     assert [alert.step - 1 for alert in alerts] == told(full, 0.5, 0.25, 20)
     assert len(alerts) > 2
+    assert told(full, 0.5, 0.25, 20) != told(full, 0.5, 0.5, 20)
     assert {(alert.kind, alert.layer, alert.bound) for alert in alerts} == {("clip_rate", None, 0.5)}
 
 
@@ -194,6 +195,25 @@ def test_non_finite_is_told_once_for_each_place_and_counted() -> None:
     assert alerts[1].message == "the norm is inf"
 
 
+def test_non_finite_is_told_again_after_a_finite_step_and_the_cool_down() -> None:
+    monitor, alerts = watched({"alerts": {"cooldown": 5}})
+    for step in range(1, 30):
+        monitor.step(step_row(step, norm=math.nan if step < 10 or step in (12, 13, 15, 20) else 1.0))
+    assert [alert.step for alert in alerts] == [1, 12, 20]
+
+
+def test_a_layer_that_grows_from_nothing_or_is_not_finite_does_not_explode() -> None:
+    monitor, alerts = watched({})
+    growing = [0.0, 1e-6, 1e-3, 0.1, 0.2, 0.3, 0.4, 0.5, *[0.5] * 20]
+    for step, norm in enumerate(growing, start=1):
+        look(
+            monitor,
+            step,
+            {"a": norm, "b": math.inf if step > 20 else 1.0, "c": 1.0 if step % 9 else math.nan},
+        )
+    assert alerts == []
+
+
 def test_diverged_replicas_are_told_again_after_the_cool_down() -> None:
     monitor, alerts = watched({"alerts": {"cooldown": 20}})
     for step in range(10, 50, 10):
@@ -254,6 +274,7 @@ def test_resumed_in_mid_run_the_same_is_told() -> None:
                     monitor.step(step_row(step, clipped[step - 1], math.nan if 98 < step < 103 else 1))
                 )
                 look(monitor, step, norms)
+                rows[-1]["in a row"] = monitor.non_finite_in_a_row
         return rows
 
     straight, expected = watched(bounds)

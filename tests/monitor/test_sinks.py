@@ -112,11 +112,13 @@ def wandb_records(content: bytes) -> Iterator[Any]:
     from wandb.proto.wandb_internal_pb2 import Record
 
     at, data = 7, b""
-    while at < len(content):
+    while at + 7 <= len(content):
         if 32768 - at % 32768 < 7:
             at += 32768 - at % 32768  # no header fits in what is left of a block
             continue
         _, length, kind = struct.unpack_from("<IHB", content, at)
+        if len(content) < at + 7 + length:
+            return  # it is being written
         data += content[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # the whole record, or its last part
@@ -134,8 +136,14 @@ def test_wandb_offline_has_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyP
     run(monitor)
     monitor.close()
     (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    history, told = [], []
-    for record in wandb_records(file.read_bytes()):
+    history, told, until = [], [], time.monotonic() + 30
+    records: list[Any] = []
+    # The process that writes it is wandb's own, and `finish` may be back before it is done.
+    while "exit" not in [record.WhichOneof("record_type") for record in records]:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+        records = list(wandb_records(file.read_bytes()))
+    for record in records:
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
             history.append(
