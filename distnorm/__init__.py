@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     )
     from distnorm.functional import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
     from distnorm.hooks import Handle, attach
+    from distnorm.monitor import Alert, LayerRow, Monitor
     from distnorm.verification import VerifyReport, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Alert",
     "ClipResult",
     "Config",
     "ConfigError",
@@ -36,6 +38,8 @@ __all__ = [
     "DistnormError",
     "GradClipper",
     "Handle",
+    "LayerRow",
+    "Monitor",
     "NonFiniteGradientError",
     "ReplicaError",
     "RunError",
@@ -64,6 +68,7 @@ _HOMES = {
     ),
     "functional": ("clip_grad_norm_", "clip_grads_with_norm_", "get_total_norm"),
     "hooks": ("Handle", "attach"),
+    "monitor": ("Alert", "LayerRow", "Monitor"),
     "verification": ("VerifyReport", "verify"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -366,7 +366,7 @@ def public_surface() -> dict[str, str]:
             surface[name] = f"({', '.join(value.model_fields)})"
         else:
             surface[name] = str(inspect.signature(value)).replace("'", "")
-        if name in ("GradClipper", "ClipResult", "VerifyReport"):
+        if name in ("GradClipper", "ClipResult", "Monitor", "VerifyReport"):
             for member, attribute in sorted(vars(value).items()):
                 if not member.startswith("_"):
                     shown = (

@@ -7,15 +7,16 @@ from distnorm.config.models import (
     Config,
     DataConfig,
     ModelConfig,
-    MonitorConfig,
     NormConfig,
     OptimizerConfig,
     ParallelConfig,
     TrainConfig,
     json_schema,
 )
+from distnorm.config.monitoring import AlertsConfig, MonitorConfig, SinksConfig
 
 __all__ = [
+    "AlertsConfig",
     "CheckpointConfig",
     "ClipConfig",
     "Config",
@@ -26,6 +27,7 @@ __all__ = [
     "NormConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "SinksConfig",
     "TrainConfig",
     "json_schema",
     "load_config",

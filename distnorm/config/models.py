@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from distnorm.config.clip_models import ClipConfig
 from distnorm.config.degrees import conflicts
+from distnorm.config.monitoring import MonitorConfig
 from distnorm.config.section import Location, Order, PositiveInt, Section
 from distnorm.config.writing import dump
 
@@ -19,10 +20,6 @@ class NormConfig(Section):
     type: Order = Field(
         2.0, description="The p of the p-norm: any number > 0, or inf for the largest element."
     )
-
-
-class MonitorConfig(Section):
-    """Per-layer norms and alerts; it has no keys yet."""
 
 
 class ModelConfig(Section):
@@ -141,7 +138,9 @@ class Config(Section):
 
     norm: NormConfig = Field(default_factory=NormConfig, description="The norm that is measured.")
     clip: ClipConfig = Field(default_factory=ClipConfig, description="When and how gradients are scaled.")
-    monitor: MonitorConfig = Field(default_factory=MonitorConfig, description="Per-layer norms and alerts.")
+    monitor: MonitorConfig = Field(
+        default_factory=MonitorConfig, description="What is watched, and who is told."
+    )
     train: TrainConfig = Field(default_factory=TrainConfig, description="The reference trainer's part.")
 
     def to_yaml(self) -> str:

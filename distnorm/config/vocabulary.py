@@ -13,7 +13,7 @@ JsonSchema = Mapping[str, Any]
 
 _LONGEST = 60
 _TYPES = {"number": "a number", "integer": "an integer", "boolean": "true or false", "string": "a string"}
-_BOUNDS = {"exclusiveMinimum": ">", "minimum": ">="}
+_BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<"}
 
 
 class NoValue:
@@ -153,7 +153,11 @@ class Vocabulary:
 
 
 def _message(schema: JsonSchema, found: object) -> str:
-    shown = "an empty list" if found in ([], ()) and schema.get("minItems") else _shown(found)
+    shown = (
+        "an empty list"
+        if found in ([], ()) and any(part.get("minItems") for part in _alternatives(schema))
+        else _shown(found)
+    )
     return f"expected {_expected(schema, found)}, found {shown}{_hint(schema, found)}"
 
 
@@ -177,7 +181,10 @@ def _expected_one(schema: JsonSchema, found: object) -> str:
     if "discriminator" in schema:
         return f"a mapping with the key {schema['discriminator']['propertyName']}"
     if kind == "array":
-        return "a list that is not empty" if schema.get("minItems") else "a list"
+        text = "a list that is not empty" if schema.get("minItems") else "a list"
+        # A list is refused as a whole only where another kind of value could stand in its place.
+        items = found if isinstance(found, (list, tuple)) else ()
+        return f"{text}, each {_expected_one(schema['items'], found)}" if items else text
     if kind == "object":
         keys = list(schema.get("properties", ()))
         return f"a mapping with the keys {', '.join(keys)}" if keys else "a mapping, {} while it has no keys"

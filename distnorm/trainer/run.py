@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from distnorm import Config
+from distnorm import Config, Monitor
+from distnorm.trainer.console import open_console
 from distnorm.trainer.interrupt import Interrupt
 from distnorm.trainer.job import Job, Trainer, make_job
-from distnorm.trainer.metrics import METRICS_FILE, MetricsWriter, Row
 from distnorm.trainer.model import build_model, parameter_count
 from distnorm.trainer.rundir import find_start, write_config
 from distnorm.trainer.torch_trainer import TorchTrainer
@@ -37,7 +37,7 @@ def main(config: Config) -> int:
         done = trainer.load(start.checkpoint) if start.checkpoint is not None else 0
         code = _train(trainer, done)
         if code == 0:
-            _say(world, str(Path(config.train.output_dir, METRICS_FILE)))
+            _say(world, str(Path(config.train.output_dir, "metrics.jsonl")))
         return code
 
 
@@ -60,30 +60,29 @@ def _train(trainer: Trainer, done: int) -> int:
     config, world = trainer.job.config, trainer.job.world
     steps, every = config.train.steps, config.train.checkpoint.every
     _say(world, _headline(trainer.job, done))
-    opened = world.together("train.output_dir", lambda: _open_run(config, world, done))
-    with opened as metrics, Interrupt() as interrupt:
+    monitor = world.together("train.output_dir", lambda: _open_run(config, world, done))
+    console = open_console(config.monitor.console, done, steps, quiet=world.rank != 0)
+    with monitor, console, Interrupt() as interrupt:
         for step in range(done + 1, steps + 1):
             row, stop = _one_step(trainer, step, interrupt)
-            if metrics is not None:
-                metrics.write(row)
-            _say(world, _progress(row, steps))
+            console.row(monitor.step(row))
             if every is not None and step % every == 0:
                 trainer.save(step)
             if stop and step < steps:
-                _say(world, f"stopped by a signal after step {step} of {steps}")
+                console.say(f"stopped by a signal after step {step} of {steps}")
                 return INTERRUPTED
     return 0
 
 
-def _open_run(config: Config, world: World, done: int) -> AbstractContextManager[MetricsWriter | None]:
-    """Make the run's folder and open its metrics, on rank 0; the others write nothing."""
-    if world.rank != 0:
-        return nullcontext()
-    write_config(config)
-    return MetricsWriter(Path(config.train.output_dir), done)
+def _open_run(config: Config, world: World, done: int) -> Monitor:
+    """Make the run's folder, on rank 0; the others write nothing."""
+    if world.rank == 0:
+        write_config(config)
+    folder = Path(config.train.output_dir)
+    return Monitor(config.monitor, folder, writes=world.rank == 0, done=done)
 
 
-def _one_step(trainer: Trainer, step: int, interrupt: Interrupt) -> tuple[Row, bool]:
+def _one_step(trainer: Trainer, step: int, interrupt: Interrupt) -> tuple[dict[str, Any], bool]:
     """Make a step on all ranks; the metrics row, and whether any rank was told to stop."""
     job = trainer.job
     began = time.perf_counter()
@@ -121,14 +120,6 @@ def _headline(job: Job, done: int) -> str:
     return (
         f"{ranks}: {backend}, {layout}; {parameter_count(job.config):,} parameters, {train.dtype}; "
         f"text: {job.text.source}{resumed}"
-    )
-
-
-def _progress(row: Row, steps: int) -> str:
-    return (
-        f"step {row['step']:>{len(str(steps))}}/{steps}  loss {row['loss']:.4f}  "
-        f"grad norm {row['grad_norm']:.4f}  coefficient {row['clip_coef']:.4f}  "
-        f"{row['tokens_per_second']:,.0f} tokens/s"
     )
 
 

@@ -49,7 +49,17 @@ def test_five_mistakes_are_five_problems_with_their_places(file: Path) -> None:
         ("parallel: {tp: 2}", (1, 1, "parallel"), "unknown key; did you mean 'train.parallel'?"),
         ("train: {lr: 1}", (1, 9, "train.lr"), "unknown key; did you mean 'train.optimizer.lr'?"),
         ("xyzzy: 1", (1, 1, "xyzzy"), "unknown key; expected one of norm, clip, monitor, train"),
-        ("monitor: {xyzzy: 1}", (1, 11, "monitor.xyzzy"), "unknown key; this section has no keys"),
+        (
+            "monitor: {xyzzy: 1}",
+            (1, 11, "monitor.xyzzy"),
+            "unknown key; expected one of every, by, clip_rate",
+        ),
+        ("monitor: {alerts: {explodin: 9}}", (1, 20, "monitor.alerts.explodin"), "did you mean 'exploding'?"),
+        (
+            "monitor: {tensorboard: true}",
+            (1, 11, "monitor.tensorboard"),
+            "did you mean 'monitor.sinks.tensor",
+        ),
         (
             "clip.max_norm: 1",
             (1, 1, "clip.max_norm"),
@@ -93,7 +103,16 @@ def test_five_mistakes_are_five_problems_with_their_places(file: Path) -> None:
             (1, 7, "clip"),
             "expected a mapping with the keys max_norm, nonfinite, apply, overlap, policy, groups, found 1",
         ),
-        ("monitor: []", (1, 10, "monitor"), "expected a mapping, {} while it has no keys, found a list"),
+        ("monitor: []", (1, 10, "monitor"), "expected a mapping with the keys every, by, clip_rate_window"),
+        (
+            "monitor: {by: modul}",
+            (1, 15, "monitor.by"),
+            "expected one of 'parameter', 'module', 'depth' or a list that is not empty, "
+            "found the string 'modul'; did you mean 'module'?",
+        ),
+        ("monitor: {by: [a, 1]}", (1, 15, "monitor.by"), "each a string that is not empty, found a list"),
+        ("monitor: {by: []}", (1, 15, "monitor.by"), "a list that is not empty, found an empty list"),
+        ("monitor: {by: ['']}", (1, 15, "monitor.by"), "each a string that is not empty, found a list"),
         # Nothing after the colon is not null: that would turn clipping off unnoticed.
         ("clip:\n  max_norm:\n", (2, 12, "clip.max_norm"), "or null, found no value; write null"),
         ("clip:\n", (1, 6, "clip"), "found no value; write {} for an empty section"),
@@ -118,6 +137,21 @@ def test_five_mistakes_are_five_problems_with_their_places(file: Path) -> None:
             "train: {optimizer: {lr: .nan}}",
             (1, 25, "train.optimizer.lr"),
             "expected a number >= 0, found nan",
+        ),
+        (
+            "monitor: {alerts: {drop: 2}}",
+            (1, 26, "monitor.alerts.drop"),
+            "expected a number > 0 and < 1 or null, found 2",
+        ),
+        (
+            "monitor: {sinks: {prometheus: 70000}}",
+            (1, 31, "monitor.sinks.prometheus"),
+            "expected an integer >= 1 and <= 65535 or null, found 70000",
+        ),
+        (
+            "monitor: {alerts: {hysteresis: 0.5}}",
+            (1, 32, "monitor.alerts.hysteresis"),
+            "expected a number >= 1, found 0.5",
         ),
         ("train: {seed: -1}", (1, 15, "train.seed"), "expected an integer >= 0, found -1"),
         ("train: {parallel: {tp: 0}}", (1, 24, "train.parallel.tp"), "expected an integer > 0, found 0"),

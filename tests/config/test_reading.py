@@ -126,6 +126,14 @@ def test_a_mapping_may_be_any_mapping_and_hold_paths_and_sections() -> None:
     assert load_config(dict(given_), ["clip.nonfinite=zero"]).clip == ClipConfig(max_norm=2, nonfinite="zero")
 
 
+def test_what_a_layer_is_may_be_a_list_of_patterns(file: Path) -> None:
+    config = load(file, 'monitor: {every: 10, by: ["*.attn.*", "head"]}')
+    assert config.monitor.by == ("*.attn.*", "head")
+    assert load(file, config.to_yaml()) == config
+    assert {config: 1}[load_config({"monitor": {"every": 10, "by": ["*.attn.*", "head"]}})] == 1
+    assert load_config(None, ["monitor.by=depth"]).monitor.by == "depth"
+
+
 def test_a_mapping_is_left_as_it_is() -> None:
     source: dict[str, Any] = {"clip": {"max_norm": 1.0}, "train": {"parallel": {}}}
     load_config(source, ["clip.max_norm=2", "train.parallel.tp=2"])

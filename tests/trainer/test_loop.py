@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -18,7 +17,6 @@ import torch.distributed as dist
 
 from distnorm import Config, NonFiniteGradientError
 from distnorm.trainer.data import Text
-from distnorm.trainer.metrics import MetricsWriter
 from distnorm.trainer.run import build
 from distnorm.trainer.torch_trainer import TorchTrainer
 from distnorm.trainer.world import open_world
@@ -55,15 +53,6 @@ def test_folder_of_text(tmp_path: Path) -> None:
     assert bytes(text.content.tolist()) == b"a" * 20 + b"b" * 20
 
 
-def test_metrics_read_back_to_the_same_bits(tmp_path: Path) -> None:
-    numbers = {"a": 0.1 + 0.2, "b": 5e-324, "c": math.inf, "d": -math.inf, "e": math.nan}
-    with MetricsWriter(tmp_path, 0) as metrics:
-        metrics.write({"step": 1, **numbers})
-        read = json.loads((tmp_path / "metrics.jsonl").read_text())  # before it is closed
-    assert read.pop("step") == 1
-    assert [repr(float(value)) for value in read.values()] == [repr(value) for value in numbers.values()]
-
-
 @pytest.mark.parametrize(("policy", "moves"), [("skip", False), ("propagate", True)])
 def test_skip_leaves_the_weights(policy: str, moves: bool, tmp_path: Path) -> None:
     config = shipped("single", tmp_path, f"clip.nonfinite={policy}")
@@ -79,6 +68,25 @@ def test_skip_leaves_the_weights(policy: str, moves: bool, tmp_path: Path) -> No
         assert not trainer.update().is_finite
     moved = [name for name, parameter in parameters.items() if not torch.equal(parameter, before[name])]
     assert bool(moved) == moves
+
+
+def test_a_run_goes_on_though_it_is_watched_otherwise(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = "train.checkpoint.every=2"
+    code, printed = train(shipped("single", tmp_path, checkpoints))
+    watched = ("monitor={clip_rate_window: 2, console: rich, sinks: {tensorboard: true}}", "train.steps=4")
+    resumed, _ = train(shipped("single", tmp_path, checkpoints, *watched))
+    assert (code, resumed) == (0, 0)
+    keys = "step loss grad_norm clip_coef clipped_norm threshold clipped finite tokens_per_second"
+    written = rows(tmp_path)
+    assert [list(row) for row in written] == [[*keys.split(), "clip_rate", "skipped", "noise_scale"]] * 4
+    assert [row["step"] for row in written] == [1, 2, 3, 4]
+    assert [row["clip_rate"] for row in written] == [1.0, 1.0, 1.0, 1.0]
+    assert printed.splitlines()[1].startswith(f"step 1/3  loss {written[0]['loss']:.4f}  grad norm ")
+    assert len(printed.splitlines()) == 5
+    assert list((tmp_path / "tensorboard").iterdir()) != []
+    assert [record for record in caplog.records if record.name == "distnorm"] == []
 
 
 def test_raise_ends_the_run(tmp_path: Path) -> None:

@@ -1,0 +1,160 @@
+"""What a run says about itself, turned into rows, alerts and sinks."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from distnorm.config import MonitorConfig
+from distnorm.monitor.records import Alert, LayerRow
+from distnorm.monitor.rules import Rules
+from distnorm.monitor.sinks import Sinks, openers
+
+_log = logging.getLogger("distnorm")
+
+
+class Monitor:
+    """Takes a run's host values, and never stops it: rows go to sinks, and what rules find becomes alerts.
+
+    Every rank may hold one, and then has the same state; only one that writes opens files, logs and calls
+    back.
+    Sinks are opened by the first value, or by entering the monitor as a context.
+
+    Args:
+        config: what is watched, and who is told.
+        folder: for the run's files; None: `config.dir`, and where that is None too, no files.
+        writes: whether this rank is the one that tells.
+        done: the step after which the run goes on: rows of later steps are dropped from files that are there.
+
+    Attributes:
+        non_finite_in_a_row: steps up to now whose norm was inf or NaN, without a finite one between.
+    """
+
+    def __init__(
+        self, config: MonitorConfig, folder: Path | None = None, *, writes: bool = True, done: int = 0
+    ) -> None:
+        self._config, self._writes, self._done = config, writes, done
+        self._folder = Path(config.dir) if folder is None and config.dir is not None else folder
+        self._rules = Rules(config.alerts)
+        self._clipped: deque[bool] = deque(maxlen=config.clip_rate_window)
+        self._callbacks: list[Callable[[Alert], object]] = []
+        self._failed: set[int] = set()
+        self._sinks: Sinks | None = None
+        self._closed = False
+        self.non_finite_in_a_row = 0
+
+    def on_alert(self, callback: Callable[[Alert], object]) -> None:
+        """Have `callback` called with each alert, where this rank writes; what it raises is logged once."""
+        self._callbacks.append(callback)
+
+    def step(
+        self, row: Mapping[str, Any], *, parameter: str | None = None, ranks: Sequence[int] | None = None
+    ) -> dict[str, Any]:
+        """Take in a step.
+
+        Args:
+            row: the keys of metrics.jsonl, of which `step`, `clipped` and `finite` must be there.
+            parameter: where the norm isn't finite, the first whose gradient isn't.
+            ranks: those on which it isn't.
+
+        Returns:
+            The row with `clip_rate`, the share of clipped steps among the last `clip_rate_window`, and with
+            `skipped`, False, and `noise_scale`, None, where it has none.
+        """
+        sinks = (
+            self._open()
+        )  # before this step counts as done: rows of it that are there are of an earlier try
+        step, finite = int(row["step"]), bool(row["finite"])
+        self._done = max(self._done, step)
+        self._clipped.append(bool(row["clipped"]))
+        rate = sum(self._clipped) / len(self._clipped)
+        self.non_finite_in_a_row = 0 if finite else self.non_finite_in_a_row + 1
+        full = {**row, "clip_rate": rate}
+        full.setdefault("skipped", False)
+        full.setdefault("noise_scale", None)
+        if sinks is not None:
+            sinks.step(full)
+        if len(self._clipped) == self._clipped.maxlen:
+            self._tell(self._rules.clip_rate(step, rate))
+        self._tell(self._rules.finite(step, finite, row.get("grad_norm"), parameter, ranks))
+        return full
+
+    def layers(self, step: int, rows: Sequence[LayerRow]) -> None:
+        """Take in a look at all layers, in model order."""
+        if (sinks := self._open()) is not None:
+            sinks.layers(step, rows)
+        self._tell(self._rules.layers(step, rows))
+
+    def diverged(self, step: int, layer: str | None, ranks: Sequence[int] | None) -> None:
+        """Take in that replicas of a layer's gradient differ: which ranks hold another than most."""
+        self._tell(self._rules.diverged(step, layer, ranks))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Windows, averages and what has been told: numbers, strings, lists and dicts, as in JSON."""
+        return {
+            "step": self._done,
+            "clipped": [int(clipped) for clipped in self._clipped],
+            "non_finite_in_a_row": self.non_finite_in_a_row,
+            "rules": self._rules.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, before the first value; the run's files lose their rows of later steps."""
+        self._done = int(state["step"])
+        self._clipped.clear()
+        self._clipped.extend(bool(clipped) for clipped in state["clipped"])
+        self.non_finite_in_a_row = int(state["non_finite_in_a_row"])
+        self._rules.load_state_dict(state["rules"])
+
+    def close(self) -> None:
+        """Close all sinks; what comes later is judged, and written nowhere."""
+        self._closed = True
+        if self._sinks is not None:
+            self._sinks.close()
+
+    def __enter__(self) -> Monitor:
+        self._open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self) -> Sinks | None:
+        if self._sinks is None and self._writes and not self._closed:
+            self._sinks = Sinks(openers(self._config.sinks, self._folder, self._done))
+        return self._sinks
+
+    def _tell(self, found: Iterable[Alert]) -> None:
+        alerts = list(found)
+        if not self._writes or not alerts:
+            return
+        for alert in alerts:
+            if (sinks := self._open()) is not None:
+                sinks.alert(alert)
+            self._call_back(alert)
+        # A spike is in all layers at once: one line for each kind, whichever number of layers.
+        for kind in dict.fromkeys(alert.kind for alert in alerts):
+            first, *others = [alert for alert in alerts if alert.kind == kind]
+            more = f" (and {len(others)} more like it)" if others else ""
+            _log.warning("step %d: %s: %s%s", first.step, kind, first.message, more)
+
+    def _call_back(self, alert: Alert) -> None:
+        for number, callback in enumerate(self._callbacks):
+            try:
+                callback(alert)
+            except Exception as error:
+                if number not in self._failed:
+                    self._failed.add(number)
+                    name = getattr(callback, "__qualname__", repr(callback))
+                    _log.warning(
+                        "callback %s failed: %s: %s; it is called again for the next alert",
+                        name,
+                        type(error).__name__,
+                        error,
+                    )
