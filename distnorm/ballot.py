@@ -91,9 +91,9 @@ class Ballot:
 class Brief:
     """A ballot in one number, of which the sum over all ranks is exact in fp64.
 
-    The lower part adds up to zero modulo a power of two if all ranks that measure have the same terms, and
-    each shard's replicas a gradient all or none; it misses a difference as seldom as the power is large. The
-    upper part counts the ranks that measure and read nothing.
+    The lower part adds up to zero modulo a power of two if all ranks that measure have the same terms, each
+    shard's replicas have a gradient all or none, and no rank refused one; it misses a difference as seldom as
+    the power is large. The upper part counts the ranks that measure and read nothing.
 
     Args:
         rank, size: this rank, and how many there are.
@@ -117,7 +117,7 @@ class Brief:
         """The number."""
         if ballot.stage != "measure":
             return 0
-        zero_sum = (ballot.presence + self._weight * ballot.terms) % self._modulus
+        zero_sum = (ballot.presence + self._weight * ballot.terms + ballot.refused) % self._modulus
         return zero_sum + (0 if ballot.raises else self._unit)
 
     def well(self, marks: Tensor) -> Tensor:

@@ -16,13 +16,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from distnorm import kernels, policies
 from distnorm.collectives import Ranks
 from distnorm.config import Config, load_config
-from distnorm.errors import DistnormError
+from distnorm.errors import DistnormError, NonFiniteGradientError
 from distnorm.measurement import Meter
+from distnorm.monitor import Monitor
 from distnorm.norms import norm
 from distnorm.policies import Decision
 from distnorm.readings import Measured
 from distnorm.shards import GradShard, of_grad
 from distnorm.sources import Inventory, Target, Tied, checked_tied, modules_of, read_once, shards_of, stage_of
+from distnorm.watching import Watch, alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +114,12 @@ class GradClipper:
         terms = {
             "norm.type": order.order,
             **{f"clip.{key}": value for key, value in clip.items()},
+            **alike(self.config.monitor),
             "tied": self._tied,
         }
         self._meter = Meter(ranks, order, terms, self._tied, raises=self.config.clip.nonfinite == "raise")
-        self._shards = self._meter.prepare(self._read_target)
-        self._overlap_backward()
+        self._watch = Watch.of(self.config.monitor, ranks, order)
+        self._prepared(self._meter.prepare(self._read_target))
 
     def clip(self) -> ClipResult:
         """Measure this step's gradient and scale it, in place, so that its norm is the threshold at most.
@@ -170,9 +173,43 @@ class GradClipper:
             decision = replace(unclipped, threshold=torch.full_like(total_norm, self._max_norm))
         return clip_result(total_norm, decision)
 
+    @property
+    def monitor(self) -> Monitor | None:
+        """What is told of every step, and gives alerts; `None` where nothing is set under `monitor`."""
+        return None if self._watch is None else self._watch.monitor
+
+    def note(self, *, loss: float | Tensor | None = None, tokens: int | None = None) -> None:
+        """Say what else belongs to the step that is clipped next. Not collective.
+
+        Args:
+            loss: the whole batch's; a 0-d tensor isn't waited for.
+            tokens: of the whole batch, from which tokens a second follow.
+        """
+        if self._watch is not None:
+            self._watch.note(loss, tokens)
+
+    def flush(self, **facts: Any) -> dict[str, Any] | None:
+        """Write the rows of all steps up to now. Not collective.
+
+        A step's row is written when the next step is clipped, or here, which waits for the device.
+
+        Args:
+            facts: what else stands in the newest step's row, where it hasn't been written yet.
+
+        Returns:
+            That row, as in metrics.jsonl; `None` before the first step, or without a monitor.
+        """
+        return None if self._watch is None else self._watch.flush(facts)
+
+    def close(self) -> None:
+        """Write what isn't written yet, and close the monitor's files. Not collective."""
+        if self._watch is not None:
+            self._watch.close()
+
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on: plain numbers. Not collective."""
-        return {"version": 1, "steps": self._steps}
+        """What a checkpoint needs to go on: plain numbers, alike on all ranks. Not collective."""
+        state = {"version": 1, "steps": self._steps}
+        return state if self._watch is None else {**state, "monitor": self._watch.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`. Not collective.
@@ -184,12 +221,16 @@ class GradClipper:
         if version != 1 or not isinstance(steps, int) or steps < 0:
             raise DistnormError(f"expected a clipper's state of version 1, found {dict(state)!r}")
         self._steps = steps
+        if self._watch is not None:
+            self._watch.load_state_dict(state.get("monitor"), steps)
 
     def _decide(self) -> tuple[Decision, Measured]:
         measured = self._measure(store=True)
         decision = policies.constant(measured.total_norm, self._max_norm, self.config.clip.nonfinite)
         self._steps += 1
         self.last = clip_result(measured.total_norm, decision)
+        if self._watch is not None:
+            self._watch.made(self._steps, self.last, measured, self._shards)
         return decision, measured
 
     def _read_target(self) -> tuple[list[GradShard], list[str]]:
@@ -208,11 +249,24 @@ class GradClipper:
             error = caught
         self._meter.ranks.raise_together(error)
 
+    def _prepared(self, shards: list[GradShard]) -> None:
+        self._shards = shards
+        self._overlap_backward()
+        if self._watch is not None:
+            self._watch.prepare(shards, self._meter.shares)
+
     def _measure(self, *, store: bool) -> Measured:
+        watch, step = self._watch if store else None, self._steps + 1
         if not self._meter.has_plan or not self._inventory.is_current:
-            self._shards = self._meter.prepare_anew(self._read_target)
-            self._overlap_backward()
-        return self._meter.measure(self._inventory.holders, lambda: self._shards, store=store)
+            more = watch.look(step) if watch is not None else None
+            self._prepared(self._meter.prepare_anew(self._read_target, 0 if more is None else more.length))
+        more = watch.look(step) if watch is not None else None
+        try:
+            return self._meter.measure(self._inventory.holders, lambda: self._shards, store=store, more=more)
+        except NonFiniteGradientError as error:
+            if watch is not None:
+                watch.failed(step, error)
+            raise
 
 
 def apply(decision: Decision, measured: Measured) -> None:

@@ -95,15 +95,22 @@ def raise_not_finite(
     Raises:
         NonFiniteGradientError: on every rank.
     """
+    where = found_not_finite(ranks, shards, gradients)
+    found = [f"'{name}' on rank {rank}" for name, rank in where]
+    text = ", ".join(found[:_MOST_NAMED]) or "no single gradient; their norm leaves fp64's range"
+    raise NonFiniteGradientError(
+        f"expected a finite total norm of order {order:g}, found {total_norm}: {text}", total_norm, where
+    )
+
+
+def found_not_finite(
+    ranks: Ranks, shards: Sequence[GradShard], gradients: Sequence[Tensor | None]
+) -> tuple[tuple[str, int], ...]:
+    """The first few parameters of each rank whose gradient isn't finite, with that rank, by rank."""
     mine = [
         shard.name
         for shard, gradient in zip(shards, gradients, strict=True)
         if gradient is not None and not gradient.isfinite().all()
     ]
     brief = [ranks.shortened(name, _MOST_NAMED) for name in mine[:_MOST_NAMED]]
-    everywhere = enumerate(ranks.gather(brief))
-    found = [f"'{name}' on rank {rank}" for rank, names in everywhere for name in names]
-    where = ", ".join(found[:_MOST_NAMED]) or "no single gradient; their norm leaves fp64's range"
-    raise NonFiniteGradientError(
-        f"expected a finite total norm of order {order:g}, found {total_norm}: {where}", total_norm
-    )
+    return tuple((name, rank) for rank, names in enumerate(ranks.gather(brief)) for name in names)

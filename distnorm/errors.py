@@ -79,13 +79,19 @@ class UnsupportedGradientError(DistnormError):
 
 
 class NonFiniteGradientError(DistnormError, RuntimeError):
-    """The total norm is inf or NaN and the configuration asks to raise; `total_norm` says which."""
+    """The total norm is inf or NaN and the configuration asks to raise; `total_norm` says which.
+
+    `where` has the first few parameters of each rank whose gradient isn't finite, with that rank.
+    """
 
     total_norm: float
+    where: tuple[tuple[str, int], ...]
 
-    def __init__(self, message: str, total_norm: float = math.nan) -> None:
+    def __init__(
+        self, message: str, total_norm: float = math.nan, where: tuple[tuple[str, int], ...] = ()
+    ) -> None:
         super().__init__(message)
-        self.total_norm = total_norm
+        self.total_norm, self.where = total_norm, where
 
 
 class RunError(DistnormError):

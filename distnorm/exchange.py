@@ -50,12 +50,14 @@ class Reply:
         count: the votes, read on the host. In the brief form every rank must call it that reads a total norm
             which is not finite, and every rank that measures nothing.
         is_brief: in which form it came.
+        well: 0-d bool; whether all ranks measured, and the same.
     """
 
     total_norm: Tensor
     more: Tensor
     count: Callable[[], Count]
     is_brief: bool
+    well: Tensor
 
 
 class Exchange:
@@ -102,7 +104,7 @@ class Exchange:
         well = self._brief.well(marks[0])
         finalised = self._norm.finalise(statistic) if self.fits else statistic[0]
         total_norm = torch.where(well, finalised, math.nan)
-        return Reply(total_norm, more, lambda: self._second_count(marks, ballot), True)
+        return Reply(total_norm, more, lambda: self._second_count(marks, ballot), True, well)
 
     def _second_count(self, marks: Tensor, ballot: Ballot) -> Count:
         deaf = self._brief.deaf(marks.item())
@@ -127,4 +129,4 @@ class Exchange:
         lanes, statistic, more = vector[: len(LANES)], vector[end - norm.width : end], vector[end:]
         well = ballot.well(norm.op, self._ranks.size, lanes)
         total_norm = torch.where(well, norm.finalise(statistic), math.nan)
-        return Reply(total_norm, more, lambda: Count.of(lanes.tolist()), False)
+        return Reply(total_norm, more, lambda: Count.of(lanes.tolist()), False, well)

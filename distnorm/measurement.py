@@ -27,7 +27,7 @@ from distnorm.exchange import Exchange, Lanes, Reply
 from distnorm.norms import Norm
 from distnorm.overlap import Overlap
 from distnorm.partials import Batch, agree_on_partials
-from distnorm.plan import Plan, check_tied, make_plan, stable_hash
+from distnorm.plan import Plan, Share, check_tied, make_plan, stable_hash
 from distnorm.readings import Measured, Reading, completed, read_gradients
 from distnorm.shards import GradShard
 from distnorm.sources import Tied
@@ -84,6 +84,11 @@ class Meter:
     def has_plan(self) -> bool:
         """Whether `prepare` succeeded."""
         return self._plan is not None
+
+    @property
+    def shares(self) -> tuple[Share, ...]:
+        """What this rank counts of each of its shards, by the plan."""
+        return self._plan.shares if self._plan is not None else ()
 
     def prepare(self, read: Reader) -> list[GradShard]:
         """Read a set of shards and make its plan. Collective: every rank must call it.
@@ -206,6 +211,7 @@ class Meter:
             lambda: [gradient for gradient in gradients() if gradient is not None],
             lambda coef: steady.scale_(spans, coef, holders),
             reply.more,
+            reply.well,
         )
 
     def _measure_with_care(
@@ -234,7 +240,7 @@ class Meter:
             self._raise_if_wrong(reply, reply.count(), here, shards, gradients, problems)
         if problems:
             raise problems[0]
-        return Measured.of(reply.total_norm, gradients, reply.more)
+        return Measured.of(reply.total_norm, gradients, reply.more, reply.well)
 
     def _here(self, terms: Mapping[str, object]) -> Mapping[str, object]:
         assert self._plan is not None
@@ -251,8 +257,7 @@ class Meter:
         problems: Sequence[DistnormError],
     ) -> None:
         self.ranks.raise_together(problems[0] if problems else None)
-        shares = self._plan.shares if self._plan else ()
-        self._batches = agree_on_partials(self.ranks, shares, shards, readings)
+        self._batches = agree_on_partials(self.ranks, self.shares, shards, readings)
 
     def _statistic(self, gradients: Sequence[Tensor | None]) -> Tensor:
         assert self._plan is not None

@@ -27,20 +27,26 @@ class Measured:
         gradients: gives this rank's local gradients, after partial ones were reduced.
         scale_: multiplies them, in place, by a 0-d coefficient.
         more: what all ranks' further lanes were reduced to; `None` where there were none.
+        well: 0-d bool; whether all ranks measured, and the same; `None` where that was seen otherwise.
     """
 
     total_norm: Tensor
     gradients: Callable[[], list[Tensor]]
     scale_: Callable[[Tensor], None]
     more: Tensor | None = None
+    well: Tensor | None = None
 
     @classmethod
     def of(
-        cls, total_norm: Tensor, gradients: Iterable[Tensor | None], more: Tensor | None = None
+        cls,
+        total_norm: Tensor,
+        gradients: Iterable[Tensor | None],
+        more: Tensor | None = None,
+        well: Tensor | None = None,
     ) -> Measured:
         """Of gradients that are at hand."""
         present = [gradient for gradient in gradients if gradient is not None]
-        return cls(total_norm, lambda: present, lambda coef: kernels.scale_(present, coef), more)
+        return cls(total_norm, lambda: present, lambda coef: kernels.scale_(present, coef), more, well)
 
 
 def read_gradients(shards: Sequence[GradShard]) -> tuple[list[Reading], list[DistnormError]]:

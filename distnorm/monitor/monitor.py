@@ -83,6 +83,18 @@ class Monitor:
         self._tell(self._rules.finite(step, finite, row.get("grad_norm"), parameter, ranks))
         return full
 
+    def not_finite(
+        self,
+        step: int,
+        norm: float,
+        *,
+        parameter: str | None = None,
+        ranks: Sequence[int] | None = None,
+    ) -> None:
+        """Take in a step that isn't made, since its norm isn't finite; it has no row."""
+        self.non_finite_in_a_row += 1
+        self._tell(self._rules.finite(step, False, norm, parameter, ranks))
+
     def layers(self, step: int, rows: Sequence[LayerRow]) -> None:
         """Take in a look at all layers, in model order."""
         if (sinks := self._open()) is not None:

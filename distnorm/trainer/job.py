@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from distnorm import ClipResult, Config, RunError
+from distnorm import ClipResult, Config, GradClipper, RunError
 from distnorm.trainer.data import Text
 from distnorm.trainer.topology import Topology, make_topology
 from distnorm.trainer.world import World
@@ -36,6 +36,10 @@ class Trainer(Protocol):
     @property
     def job(self) -> Job:
         """What it trains."""
+
+    @property
+    def clipper(self) -> GradClipper:
+        """What clips its gradients."""
 
     def step(self, step: int) -> tuple[Tensor, ClipResult]:
         """Make step `step`.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from distnorm import Config, Monitor
+from distnorm import Config
 from distnorm.trainer.console import open_console
 from distnorm.trainer.interrupt import Interrupt
 from distnorm.trainer.job import Job, Trainer, make_job
@@ -33,9 +34,9 @@ def main(config: Config) -> int:
     """
     with open_world(config) as world:
         start = find_start(config, world)
-        trainer = build(config, world)
+        trainer = build(_watched(config), world)
         done = trainer.load(start.checkpoint) if start.checkpoint is not None else 0
-        code = _train(trainer, done)
+        code = _train(trainer, config, done)
         if code == 0:
             _say(world, str(Path(config.train.output_dir, "metrics.jsonl")))
         return code
@@ -56,16 +57,17 @@ def build(config: Config, world: World) -> Trainer:
     return TorchTrainer(job, model)
 
 
-def _train(trainer: Trainer, done: int) -> int:
-    config, world = trainer.job.config, trainer.job.world
+def _train(trainer: Trainer, config: Config, done: int) -> int:
+    world, clipper = trainer.job.world, trainer.clipper
     steps, every = config.train.steps, config.train.checkpoint.every
     _say(world, _headline(trainer.job, done))
-    monitor = world.together("train.output_dir", lambda: _open_run(config, world, done))
+    world.together("train.output_dir", lambda: write_config(config) if world.rank == 0 else None)
     console = open_console(config.monitor.console, done, steps, quiet=world.rank != 0)
-    with monitor, console, Interrupt() as interrupt:
+    assert clipper.monitor is not None
+    with closing(clipper), clipper.monitor, console, Interrupt() as interrupt:
         for step in range(done + 1, steps + 1):
             row, stop = _one_step(trainer, step, interrupt)
-            console.row(monitor.step(row))
+            console.row(row)
             if every is not None and step % every == 0:
                 trainer.save(step)
             if stop and step < steps:
@@ -74,37 +76,26 @@ def _train(trainer: Trainer, done: int) -> int:
     return 0
 
 
-def _open_run(config: Config, world: World, done: int) -> Monitor:
-    """Make the run's folder, on rank 0; the others write nothing."""
-    if world.rank == 0:
-        write_config(config)
-    folder = Path(config.train.output_dir)
-    return Monitor(config.monitor, folder, writes=world.rank == 0, done=done)
+def _watched(config: Config) -> Config:
+    """The config of a run whose clipper writes what it finds into the run's folder."""
+    monitor = config.monitor.model_copy(update={"dir": config.train.output_dir})
+    return config.model_copy(update={"monitor": monitor})
 
 
 def _one_step(trainer: Trainer, step: int, interrupt: Interrupt) -> tuple[dict[str, Any], bool]:
     """Make a step on all ranks; the metrics row, and whether any rank was told to stop."""
     job = trainer.job
     began = time.perf_counter()
-    share, result = trainer.step(step)
+    share, _ = trainer.step(step)
     totals = torch.stack([share, share.new_tensor(float(interrupt.requested))])
     if dist.is_initialized():
         dist.all_reduce(totals)
     loss, stops = totals.tolist()
-    facts = result.to_dict()
     job.world.synchronize()
     train = job.config.train
-    row = {
-        "step": step,
-        "loss": loss,
-        "grad_norm": facts["total_norm"],
-        "clip_coef": facts["clip_coef"],
-        "clipped_norm": facts["clipped_norm"],
-        "threshold": facts["threshold"],
-        "clipped": facts["was_clipped"],
-        "finite": facts["is_finite"],
-        "tokens_per_second": train.data.batch_size * train.model.context / (time.perf_counter() - began),
-    }
+    rate = train.data.batch_size * train.model.context / (time.perf_counter() - began)
+    row = trainer.clipper.flush(loss=loss, tokens_per_second=rate)
+    assert row is not None
     return row, stops > 0
 
 

@@ -35,7 +35,7 @@ def main(config: Config) -> int:
     if config.train.parallel.backend == "deepspeed":
         return _against_the_whole_model(config)
     with open_world(config) as world:
-        trainer = build(config, world)
+        trainer = build(_unwatched(config), world)
         assert isinstance(trainer, TorchTrainer)
         for step in range(1, _WARM_UP_STEPS + 1):
             trainer.step(step)
@@ -47,7 +47,7 @@ def main(config: Config) -> int:
 
 
 def _against_the_whole_model(config: Config) -> int:
-    values = config.model_dump()
+    values = _unwatched(config).model_dump()
     values["train"]["optimizer"] |= {"lr": 0.0, "weight_decay": 0.0}
     tolerance, order = _TOLERANCES[config.train.dtype], config.norm.type
     with open_world(config) as world:
@@ -72,6 +72,10 @@ def _against_the_whole_model(config: Config) -> int:
             for ok, text in checks:
                 print(f"  {'ok  ' if ok else 'FAIL'}  {text}", flush=True)
         return 0 if all(all(theirs) for theirs in world.gather(verdicts)) else 1
+
+
+def _unwatched(config: Config) -> Config:
+    return config.model_copy(update={"monitor": type(config.monitor)()})
 
 
 def _whole_norm(batch: tuple[torch.Tensor, torch.Tensor], config: Config) -> float:

@@ -1,0 +1,103 @@
+"""A look at single layers: what it adds to one step's all-reduce, and what the reply says of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distnorm.collectives import Ranks
+from distnorm.config import MonitorConfig
+from distnorm.detail import Detail
+from distnorm.monitor import LayerRow
+from distnorm.norms import Norm
+from distnorm.plan import Share
+from distnorm.replicas import Divergence, Replicas
+from distnorm.shards import GradShard
+from distnorm.table import make_table
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What one look found.
+
+    Args:
+        rows: of all layers, in model order.
+        first_bad: the first parameter with an element that isn't finite, and a rank that counted one.
+        diverged: parameters whose replicas differ.
+    """
+
+    rows: tuple[LayerRow, ...]
+    first_bad: tuple[str, int | None] | None
+    diverged: tuple[Divergence, ...]
+
+
+class Look:
+    """The lanes of a monitored step, for one set of shards; the same number on every rank.
+
+    Collective: every rank must make one, with the shards of one plan.
+
+    Args:
+        config: what a layer is, and whether replicas are compared.
+        ranks: who takes part.
+        norm: the configured norm.
+        shards: what this rank holds.
+        shares: what it counts of each.
+
+    Raises:
+        ConfigError: on every rank; see `Detail` and `Replicas`.
+    """
+
+    def __init__(
+        self,
+        config: MonitorConfig,
+        ranks: Ranks,
+        norm: Norm,
+        shards: Sequence[GradShard],
+        shares: Sequence[Share],
+    ) -> None:
+        table = make_table(ranks, shards, shares)
+        self._detail = Detail(table, shares, norm, by=config.by, weights=True)
+        self._replicas = Replicas(table) if config.replicas else None
+        self._shards = tuple(shards)
+
+    @property
+    def length(self) -> int:
+        """Number of lanes."""
+        return self._detail.length + (self._replicas.length if self._replicas is not None else 0)
+
+    def local(self, gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
+        """This rank's lanes, [length] fp64."""
+        lanes = self._detail.local(gradients, [shard.witness() for shard in self._shards], device)
+        if self._replicas is None:
+            return lanes
+        return torch.cat([lanes, self._replicas.local(gradients, device)])
+
+    def read(self, reduced: Tensor) -> Findings:
+        """What the reduced lanes say, [length] fp64 in the host's memory."""
+        lanes, checksums = reduced[: self._detail.length], reduced[self._detail.length :]
+        stats = self._detail.read(lanes)
+        nothing = [None] * len(self._detail.layer_names)
+        columns = (
+            stats.norm.tolist(),
+            stats.rms.tolist(),
+            nothing if stats.max is None else stats.max.tolist(),
+            stats.zero_fraction.tolist(),
+            nothing if stats.grad_to_weight is None else stats.grad_to_weight.tolist(),
+        )
+        rows = tuple(
+            LayerRow(layer, norm, rms, largest, zeros, _known(ratio, norm))
+            for layer, norm, rms, largest, zeros, ratio in zip(
+                self._detail.layer_names, *columns, strict=True
+            )
+        )
+        diverged = () if self._replicas is None else self._replicas.diverged(checksums)
+        return Findings(rows, self._detail.first_bad(lanes), diverged)
+
+
+def _known(ratio: float | None, norm: float) -> float | None:
+    """The ratio to weights; `None` where these are all zero, and so there is none."""
+    return None if ratio is not None and math.isnan(ratio) and not math.isnan(norm) else ratio
