@@ -64,7 +64,7 @@ def _train(trainer: Trainer, config: Config, done: int) -> int:
     world.together("train.output_dir", lambda: write_config(config) if world.rank == 0 else None)
     console = open_console(config.monitor.console, done, steps, quiet=world.rank != 0)
     assert clipper.monitor is not None
-    with closing(clipper), clipper.monitor, console, Interrupt() as interrupt:
+    with clipper.monitor, closing(clipper), console, Interrupt() as interrupt:
         for step in range(done + 1, steps + 1):
             row, stop = _one_step(trainer, step, interrupt)
             console.row(row)

@@ -1,0 +1,296 @@
+"""A clipper that is watched: planted faults are told in time, and steps cost what they cost."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import distnorm
+from tests.counting import collectives_and_reads
+from tests.refusals import heard
+
+EVERY = 3
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class Model:
+    """Sharded, copied and half-copied parameters, and the gradient of each step."""
+
+    def __init__(self) -> None:
+        size = dist.get_world_size() if dist.is_initialized() else 1
+        self.named: dict[str, nn.Parameter] = {}
+        layouts: dict[str, Any] = {f"blocks.{i}.copied": None for i in range(3)}
+        if size > 1:
+            mesh = init_device_mesh("cpu", (2, size // 2))
+            layouts |= {"sharded": (mesh, [Shard(0), Shard(0)]), "hybrid": (mesh, [Replicate(), Shard(0)])}
+        for i, (name, layout) in enumerate(layouts.items()):
+            value = torch.randn(8, 4, generator=torch.Generator().manual_seed(i))
+            parameter = nn.Parameter(value if layout is None else distribute_tensor(value, *layout))
+            self.named[name] = parameter
+
+    def backward(self, step: int) -> None:
+        for i, parameter in enumerate(self.named.values()):
+            gradient = torch.randn(8, 4, generator=torch.Generator().manual_seed(100 * step + i))
+            if isinstance(parameter, DTensor):
+                gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
+            parameter.grad = gradient
+
+    def local(self, name: str) -> Tensor:
+        gradient = self.named[name].grad
+        assert gradient is not None
+        return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def config(folder: Path | None, nonfinite: str = "propagate", **monitor: Any) -> dict[str, Any]:
+    return {
+        "clip": {"max_norm": 1.0, "nonfinite": nonfinite},
+        "monitor": {"every": EVERY, "replicas": True, "dir": folder, **monitor},
+    }
+
+
+# ---- what a step costs
+
+
+def costs_of_steps(folder: Path) -> list[Any]:
+    model = Model()
+    clipper = distnorm.GradClipper(list(model.named.items()), config(folder))
+    unwatched = distnorm.GradClipper(list(model.named.items()), {"clip": config(None)["clip"]})
+    seen = []
+    for step in range(1, 3 * EVERY + 1):
+        model.backward(step)
+        plain = collectives_and_reads(unwatched.measure)
+        clipper.note(loss=torch.tensor(0.5), tokens=100)
+        seen.append((plain, collectives_and_reads(clipper.clip)))
+    return seen
+
+
+def test_every_step_has_one_collective_and_no_host_read(
+    ranks: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    for costs in ranks(4, costs_of_steps, tmp_path):
+        one = ({"c10d::allreduce_": 1}, {})
+        assert costs[1:] == [(one, one)] * (3 * EVERY - 1)  # the first also agrees on partial gradients
+    rows = lines(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["loss"]) for row in rows] == [(step, 0.5) for step in range(1, 3 * EVERY + 1)]
+    assert rows[0]["tokens_per_second"] is None and rows[1]["tokens_per_second"] > 0
+    layers = lines(tmp_path / "layers.jsonl")
+    assert [(row["step"], row["layer"]) for row in layers] == [
+        (step, name)
+        for step in (EVERY, 2 * EVERY, 3 * EVERY)  # the last by the clipper's own end
+        for name in ("blocks.0.copied", "blocks.1.copied", "blocks.2.copied", "hybrid", "sharded")
+    ]
+
+
+# ---- planted faults
+
+
+def scaled(name: str, factor: float) -> Callable[[Model, int], None]:
+    def scale(model: Model, rank: int) -> None:
+        model.local(name).mul_(factor)
+
+    return scale
+
+
+def not_a_number(model: Model, rank: int) -> None:
+    if rank == 1:
+        model.local("sharded")[0, 0] = math.nan
+
+
+def flipped(name: str) -> Callable[[Model, int], None]:
+    def flip(model: Model, rank: int) -> None:
+        if rank == 2:
+            bits = model.local(name).view(torch.int32)
+            bits[0, 1] ^= 1  # the lowest bit of the mantissa
+
+    return flip
+
+
+FAULTS: dict[str, Callable[[Model, int], None]] = {
+    "vanishing": scaled("blocks.1.copied", 1e-6),
+    "exploding": scaled("sharded", 1e4),
+    "non_finite": not_a_number,
+    "flipped copy": flipped("blocks.2.copied"),
+    "flipped half": flipped("hybrid"),
+}
+EXPECTED = {
+    "vanishing": ("vanishing", "blocks.1.copied", None),
+    "exploding": ("exploding", "sharded", None),
+    "non_finite": ("non_finite", "sharded", [1]),
+    "flipped copy": ("divergence", "blocks.2.copied", [2]),
+    "flipped half": ("divergence", "hybrid", [0, 2]),  # of two, who knows which
+}
+PLANTED = (6 * EVERY, 6 * EVERY + 1, 6 * EVERY + 2)
+
+
+def run_with_fault(folder: Path, kind: str, planted: int) -> list[Any]:
+    """The alerts that callbacks got on this rank, with the step that had been made then."""
+    model, told, made = Model(), [], [0]
+    clipper = distnorm.GradClipper(list(model.named.items()), config(folder))
+    assert clipper.monitor is not None
+    clipper.monitor.on_alert(lambda alert: told.append((made[0], alert)))
+    for step in range(1, planted + EVERY + 1):
+        model.backward(step)
+        if step >= planted:
+            FAULTS[kind](model, dist.get_rank())
+        clipper.clip()
+        made[0] = step
+    clipper.flush()
+    return told
+
+
+def runs_with_faults(folder: Path) -> list[Any]:
+    return [
+        run_with_fault(folder / kind / str(planted), kind, planted) for kind in FAULTS for planted in PLANTED
+    ]
+
+
+def test_a_planted_fault_is_told_within_one_interval(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    told, *others = ranks(4, runs_with_faults, tmp_path)
+    assert all(alerts == [] for other in others for alerts in other)
+    for kind in FAULTS:
+        for planted in PLANTED:
+            found = told.pop(0)
+            looked = planted if kind == "non_finite" else -(-planted // EVERY) * EVERY
+            alerts = lines(tmp_path / kind / str(planted) / "alerts.jsonl")
+            assert [(a["kind"], a["layer"], a["ranks"]) for a in alerts] == [EXPECTED[kind]]
+            assert [a["step"] for a in alerts] == [looked]
+            ((made, alert),) = found
+            assert (alert.step, alert.layer) == (looked, EXPECTED[kind][1])
+            assert made <= planted + EVERY
+
+
+def clean(folder: Path) -> int:
+    model = Model()
+    clipper = distnorm.GradClipper(list(model.named.items()), config(folder))
+    for step in range(1, 41):
+        model.backward(step)
+        clipper.clip()
+    clipper.close()
+    return len(lines(folder / "metrics.jsonl"))
+
+
+def test_without_a_fault_nothing_is_told(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    ranks(4, clean, tmp_path)
+    assert len(lines(tmp_path / "metrics.jsonl")) == 40
+    assert lines(tmp_path / "alerts.jsonl") == []
+
+
+# ---- steps that are not finite
+
+
+def stops(most: int, bad: set[int]) -> Any:
+    model = Model()
+    clipper = distnorm.GradClipper(
+        list(model.named.items()), {"clip": {"nonfinite": "skip"}, "monitor": {"stop_after": most}}
+    )
+    for step in range(1, 12):
+        model.backward(step)
+        if step in bad and dist.get_rank() == 1:
+            model.local("sharded")[0, 0] = math.inf
+        if (said := heard(clipper.clip))[0]:
+            return step, said
+    return None
+
+
+def test_stop_after_raises_on_all_ranks_at_the_same_step(ranks: Callable[..., list[Any]]) -> None:
+    assert ranks(4, stops, 3, {2, 3, 5, 6, 8}) == [None] * 4
+    for step, (kind, message) in ranks(4, stops, 3, {2, 3, 5, 6, 7, 8}):
+        assert (step, kind) == (7, "NonFiniteGradientError")
+        assert "expected fewer than 3 steps in a row whose norm is not finite, found 3" in message
+
+
+def refusing(folder: Path) -> Any:
+    """One rank has a gradient that can't be measured, so nobody may wait for it to name anything."""
+    model = Model()
+    clipper = distnorm.GradClipper(list(model.named.items()), config(folder, every=None, replicas=False))
+    model.backward(1)
+    clipper.clip()
+    if dist.get_rank() == 1:
+        model.named["blocks.0.copied"].grad = torch.zeros(8, 4).to_sparse()
+    said = heard(clipper.clip)
+    return said[0], clipper.flush()
+
+
+def test_a_refused_gradient_leaves_nobody_waiting(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    found = ranks(4, refusing, tmp_path, timeout=30)
+    assert [kind for kind, _ in found] == ["", "UnsupportedGradientError", "", ""]
+    assert [row["finite"] for _, row in found] == [False, True, False, False]
+
+
+# ---- other sets of parameters, and state
+
+
+def changing(folder: Path) -> None:
+    model = Model()
+    module = nn.Module()
+    for name, parameter in model.named.items():
+        module.register_parameter(name.replace(".", "_"), parameter)
+    clipper = distnorm.GradClipper(module, config(folder))
+    for step in range(1, 2 * EVERY + 1):
+        if step == 2 * EVERY:
+            module.added = nn.Parameter(torch.ones(3))  # in a step that looks at layers
+        model.backward(step)
+        clipper.clip()
+    clipper.close()
+
+
+def test_parameters_may_change_in_a_monitored_step(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    ranks(4, changing, tmp_path)
+    layers = lines(tmp_path / "layers.jsonl")
+    assert [len([row for row in layers if row["step"] == step]) for step in (EVERY, 2 * EVERY)] == [5, 6]
+    assert [row["norm"] for row in layers if row["layer"] == "added"] == [0.0]
+
+
+def test_the_monitors_state_goes_along(tmp_path: Path) -> None:
+    def run(clipper: distnorm.GradClipper, first: int, last: int) -> None:
+        for step in range(first, last + 1):
+            model.backward(step)
+            clipper.clip()
+
+    model = Model()
+    named = list(model.named.items())
+    straight = distnorm.GradClipper(named, config(tmp_path / "a"))
+    run(straight, 1, 20)
+    before = distnorm.GradClipper(named, config(tmp_path / "b"))
+    run(before, 1, 13)
+    state = before.state_dict()
+    run(before, 14, 15)  # lost
+    before.close()
+    after = distnorm.GradClipper(named, config(tmp_path / "b"))
+    after.load_state_dict(state)
+    run(after, 14, 20)
+    assert after.state_dict() == straight.state_dict()
+    for name in ("metrics.jsonl", "layers.jsonl"):
+        assert lines(tmp_path / "a" / name) == lines(tmp_path / "b" / name)
+    later = distnorm.GradClipper(named, config(tmp_path / "b"))
+    later.load_state_dict({"version": 1, "steps": 20})
+    later.close()
+    assert len(lines(tmp_path / "b" / "metrics.jsonl")) == 20
+
+
+def test_without_a_monitor_there_is_nothing_to_flush() -> None:
+    model = Model()
+    clipper = distnorm.GradClipper(list(model.named.items()), {"clip": {"max_norm": 1.0}})
+    model.backward(1)
+    clipper.note(loss=1.0)
+    clipper.clip()
+    assert (clipper.monitor, clipper.flush()) == (None, None)
+    assert "monitor" not in clipper.state_dict()
+
+
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(distnorm.ConfigError, match=r"monitor\.by.*nothing"):
+        distnorm.GradClipper(list(Model().named.items()), config(None, by=["blocks.*", "nothing"]))
