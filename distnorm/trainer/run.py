@@ -103,8 +103,14 @@ def _one_step(trainer: Trainer, step: int, interrupt: Interrupt) -> tuple[dict[s
         "threshold": facts["threshold"],
         "clipped": facts["was_clipped"],
         "finite": facts["is_finite"],
+        "skipped": facts["skipped"],
         "tokens_per_second": train.data.batch_size * train.model.context / (time.perf_counter() - began),
     }
+    if result.groups:
+        row["groups"] = {
+            name: {"grad_norm": of["total_norm"], **{key: of[key] for key in ("clip_coef", "threshold")}}
+            for name, of in facts["groups"].items()
+        }
     return row, stops > 0
 
 
