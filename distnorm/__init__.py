@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from distnorm.clipper import ClipResult, GradClipper
+    from distnorm.clipper import GradClipper
     from distnorm.config import Config, load_config
     from distnorm.errors import (
         ConfigError,
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from distnorm.functional import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
     from distnorm.hooks import Handle, attach
     from distnorm.monitor import Alert, LayerRow, Monitor
+    from distnorm.results import ClipResult, GroupResult
     from distnorm.verification import VerifyReport, verify
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "DisagreementError",
     "DistnormError",
     "GradClipper",
+    "GroupResult",
     "Handle",
     "LayerRow",
     "Monitor",
@@ -54,7 +56,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "clipper": ("ClipResult", "GradClipper"),
+    "clipper": ("GradClipper",),
     "config": ("Config", "load_config"),
     "errors": (
         "ConfigError",
@@ -69,6 +71,7 @@ _HOMES = {
     "functional": ("clip_grad_norm_", "clip_grads_with_norm_", "get_total_norm"),
     "hooks": ("Handle", "attach"),
     "monitor": ("Alert", "LayerRow", "Monitor"),
+    "results": ("ClipResult", "GroupResult"),
     "verification": ("VerifyReport", "verify"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

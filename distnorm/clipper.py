@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,46 +11,22 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from distnorm import kernels, policies
 from distnorm.collectives import Ranks
 from distnorm.config import Config, load_config
+from distnorm.deciding import Decider, Outcome
 from distnorm.errors import DistnormError, NonFiniteGradientError
+from distnorm.exchange import Lanes
+from distnorm.lanes import Joined
+from distnorm.looks import Look
 from distnorm.measurement import Meter
 from distnorm.monitor import Monitor
 from distnorm.norms import norm
-from distnorm.policies import Decision
 from distnorm.readings import Measured
+from distnorm.results import ClipResult
+from distnorm.rules import Rules
 from distnorm.shards import GradShard, of_grad
 from distnorm.sources import Inventory, Target, Tied, checked_tied, modules_of, read_once, shards_of, stage_of
 from distnorm.watching import Watch, alike
-
-
-@dataclass(frozen=True, slots=True)
-class ClipResult:
-    """What one `GradClipper.clip` or `GradClipper.measure` found and did.
-
-    All fields are 0-d tensors on the gradients' device, the same bits on every rank; nothing has been
-    read on the host.
-
-    Args:
-        total_norm: fp64; the norm of the whole model's gradient before clipping.
-        clip_coef: fp64; what every gradient was multiplied by (by `measure`: 1).
-        clipped_norm: fp64; the norm after clipping.
-        threshold: fp64; the max norm in force, inf where none is.
-        is_finite: bool; whether the total norm is finite.
-        was_clipped: bool; whether the coefficient is below 1.
-    """
-
-    total_norm: Tensor
-    clip_coef: Tensor
-    clipped_norm: Tensor
-    threshold: Tensor
-    is_finite: Tensor
-    was_clipped: Tensor
-
-    def to_dict(self) -> dict[str, float | bool]:
-        """The fields as Python floats and bools. Waits for the device."""
-        return {field.name: getattr(self, field.name).item() for field in fields(self)}
 
 
 class GradClipper:
@@ -75,7 +49,7 @@ class GradClipper:
         last: what the newest `clip` returned, or `None`.
 
     Raises:
-        ConfigError: the configuration, or a tied name, is wrong.
+        ConfigError: the configuration, or a tied name, is wrong; or a pattern of `clip.groups` doesn't fit.
         DisagreementError: configuration or tied names differ between ranks.
         CoverageError: pieces of a parameter are missing or overlap.
         ReplicaError: shards that claim to be replicas hold other parameter values.
@@ -101,14 +75,15 @@ class GradClipper:
         error: DistnormError | None = None
         try:
             self.config = load_config(config)
+            self._check()
             order = norm(self.config.norm.type)
+            self._rules = Rules(self.config.clip, order, ranks)
             self._target = read_once(target)
             self._stage, self._tied = stage_of(pp_mesh), checked_tied(tied)
         except DistnormError as caught:
             error = caught
         ranks.raise_together(error)
-        self._max_norm = policies.check_max_norm(self.config.clip.max_norm)
-        self._steps = 0
+        self._decider, self._steps = Decider(self._rules), 0
         self.last: ClipResult | None = None
         clip = self.config.clip.model_dump()
         terms = {
@@ -119,16 +94,19 @@ class GradClipper:
         }
         self._meter = Meter(ranks, order, terms, self._tied, raises=self.config.clip.nonfinite == "raise")
         self._watch = Watch.of(self.config.monitor, ranks, order)
-        self._prepared(self._meter.prepare(self._read_target))
+        self._begin(self._meter.prepare(self._read_target))
 
     def clip(self) -> ClipResult:
-        """Measure this step's gradient and scale it, in place, so that its norm is the threshold at most.
+        """Measure this step's gradient and clip it, in place, as the policies decide.
 
-        Collective: every rank must call it, after the backward pass and before ``optimizer.step()``,
-        whether it has gradients or not. Partial DTensor gradients are stored back reduced.
+        By the default policy it is scaled so that its norm is the threshold at most. Collective: every rank
+        must call it, after the backward pass and before ``optimizer.step()``, whether it has gradients or
+        not. Partial DTensor gradients are stored back reduced. Policy value alone measures nothing, and meets
+        no other rank once it is known which gradients may be partial.
 
         Returns:
-            The norm before, the coefficient, and what follows from them, as 0-d tensors on the device.
+            The norm before, the coefficient, and what follows from them, as 0-d tensors on the device. Where
+            `skipped` is true the optimizer's step must not happen.
 
         Raises:
             NonFiniteGradientError: the norm is not finite and ``clip.nonfinite`` is ``raise``; gradients
@@ -136,25 +114,46 @@ class GradClipper:
             UnsupportedGradientError: a gradient that can't be measured, such as a sparse one.
             ReplicaError: replicas hold different gradients.
             DisagreementError: ranks measure different sets of parameters.
+            DistnormError: a policy looks at the loss, and no rank gave one.
         """
         with torch.no_grad():
-            decision, measured = self._decide()
-            apply(decision, measured)
-        assert self.last is not None
-        return self.last
+            outcome, measured = self._decide()
+            self._decider.apply(outcome, measured)
+        return outcome.result
 
     def decide(self) -> ClipResult:
         """Do as `clip` does, but leave the gradients for the caller to multiply by the coefficient.
 
-        Collective, as `clip` is. Partial DTensor gradients are stored back reduced here too.
+        Collective, as `clip` is. Partial DTensor gradients are stored back reduced here too. Where there are
+        many coefficients, the caller doesn't learn them.
 
         Raises:
             DistnormError: as `clip`.
         """
         with torch.no_grad():
-            self._decide()
-        assert self.last is not None
-        return self.last
+            return self._decide()[0].result
+
+    def note(self, *, loss: Tensor | float | None = None, tokens: int | None = None) -> None:
+        """Say what belongs to the step that is clipped next. Not collective.
+
+        Policies that look at a loss take the mean over the ranks that hand one in, which travels with the
+        norm, and only if it is wanted. The monitor's row has that of rank 0.
+
+        Args:
+            loss: this rank's own, 0-d, or a number; `None` where it has none.
+            tokens: of the whole batch, from which the row's tokens a second follow.
+
+        Raises:
+            DistnormError: the loss is no single number.
+        """
+        self._rules.loss.note(loss)
+        if self._watch is not None:
+            self._watch.note(loss, tokens)
+
+    @property
+    def rules(self) -> Rules:
+        """What decides."""
+        return self._rules
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -168,25 +167,13 @@ class GradClipper:
             DistnormError: as `clip`.
         """
         with torch.no_grad():
-            total_norm = self._measure(store=False).total_norm
-            unclipped = policies.constant(total_norm, math.inf)
-            decision = replace(unclipped, threshold=torch.full_like(total_norm, self._max_norm))
-        return clip_result(total_norm, decision)
+            measured = self._measure(store=False)
+            return self._decider.measured(measured.total_norm, measured.more)
 
     @property
     def monitor(self) -> Monitor | None:
         """What is told of every step, and gives alerts; `None` where nothing is set under `monitor`."""
         return None if self._watch is None else self._watch.monitor
-
-    def note(self, *, loss: float | Tensor | None = None, tokens: int | None = None) -> None:
-        """Say what else belongs to the step that is clipped next. Not collective.
-
-        Args:
-            loss: the whole batch's; a 0-d tensor isn't waited for.
-            tokens: of the whole batch, from which tokens a second follow.
-        """
-        if self._watch is not None:
-            self._watch.note(loss, tokens)
 
     def flush(self, **facts: Any) -> dict[str, Any] | None:
         """Write the rows of all steps up to now. Not collective.
@@ -207,37 +194,67 @@ class GradClipper:
             self._watch.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on: plain numbers, alike on all ranks. Not collective."""
-        state = {"version": 1, "steps": self._steps}
+        """What a checkpoint needs to go on, on any topology: plain numbers, strings and lists.
+
+        Not collective. Waits for the device where a policy has a history, or there is a monitor.
+        """
+        state = {"version": 2, "steps": self._steps, **self._rules.state_dict()}
         return state if self._watch is None else {**state, "monitor": self._watch.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`. Not collective.
+        """Go on from a `state_dict`. Not collective. One of version 1 has no policies: theirs begin anew.
 
         Raises:
-            DistnormError: the state is of another version, or no state of a clipper.
+            DistnormError: the state is of another version, of other policies or groups, or no state of a
+                clipper; nothing has changed then.
         """
         version, steps = state.get("version"), state.get("steps")
-        if version != 1 or not isinstance(steps, int) or steps < 0:
-            raise DistnormError(f"expected a clipper's state of version 1, found {dict(state)!r}")
+        if version not in (1, 2) or not isinstance(steps, int) or steps < 0:
+            raise DistnormError(f"expected a clipper's state of version 1 or 2, found {dict(state)!r}")
+        self._rules.load_state_dict(state if version == 2 else None)
         self._steps = steps
         if self._watch is not None:
             self._watch.load_state_dict(state.get("monitor"), steps)
 
-    def _decide(self) -> tuple[Decision, Measured]:
-        measured = self._measure(store=True)
-        decision = policies.constant(measured.total_norm, self._max_norm, self.config.clip.nonfinite)
+    def _check(self) -> None:
+        """Refuse a configuration that this clipper can't do; what one rank refuses, all refuse."""
+
+    def _decide(self) -> tuple[Outcome, Measured]:
+        self._plan_if_changed(store=True)
+        measured = self._measured()
+        ours = 0 if self._rules.lanes is None else self._rules.lanes.length
+        outcome = self._decider.decide(
+            measured.total_norm, None if measured.more is None else measured.more[:ours]
+        )
         self._steps += 1
-        self.last = clip_result(measured.total_norm, decision)
+        self.last = outcome.result
         if self._watch is not None:
-            self._watch.made(self._steps, self.last, measured, self._shards)
-        return decision, measured
+            self._watch.made(self._steps, outcome.result, measured, self._shards, ours)
+        return outcome, measured
+
+    def _measured(self) -> Measured:
+        if not self._rules.measures and self._look() is None:
+            return self._meter.settle(self._shards)
+        try:
+            return self._measure(store=True)
+        except NonFiniteGradientError as error:
+            if self._watch is not None:
+                self._watch.failed(self._steps + 1, error)
+            raise
 
     def _read_target(self) -> tuple[list[GradShard], list[str]]:
         self._inventory = Inventory(self._target)
         named = self._inventory.named
         shards = shards_of(named, of_grad, target=self._target, stage=self._stage, tied=self._tied)
         return shards, [name for name, _ in named]
+
+    def _begin(self, shards: list[GradShard]) -> None:
+        """Take over the shards of a new plan. Collective."""
+        self._shards = shards
+        self._rules.bind(self._meter, shards)
+        if self._watch is not None:
+            self._watch.prepare(shards, self._meter.shares)
+        self._overlap_backward()
 
     def _overlap_backward(self) -> None:
         if not self.config.clip.overlap:
@@ -249,40 +266,23 @@ class GradClipper:
             error = caught
         self._meter.ranks.raise_together(error)
 
-    def _prepared(self, shards: list[GradShard]) -> None:
-        self._shards = shards
-        self._overlap_backward()
-        if self._watch is not None:
-            self._watch.prepare(shards, self._meter.shares)
-
     def _measure(self, *, store: bool) -> Measured:
-        watch, step = self._watch if store else None, self._steps + 1
+        self._plan_if_changed(store=store)
+        lanes = self._lanes(store=store)
+        return self._meter.measure(self._inventory.holders, lambda: self._shards, store=store, more=lanes)
+
+    def _plan_if_changed(self, *, store: bool) -> None:
         if not self._meter.has_plan or not self._inventory.is_current:
-            more = watch.look(step) if watch is not None else None
-            self._prepared(self._meter.prepare_anew(self._read_target, 0 if more is None else more.length))
-        more = watch.look(step) if watch is not None else None
-        try:
-            return self._meter.measure(self._inventory.holders, lambda: self._shards, store=store, more=more)
-        except NonFiniteGradientError as error:
-            if watch is not None:
-                watch.failed(step, error)
-            raise
+            lanes = self._lanes(store=store)
+            self._begin(self._meter.prepare_anew(self._read_target, 0 if lanes is None else lanes.length))
 
+    def _look(self) -> Look | None:
+        """What looks at layers in the step that is clipped next."""
+        return None if self._watch is None else self._watch.look(self._steps + 1)
 
-def apply(decision: Decision, measured: Measured) -> None:
-    """Scale the local gradients in place, without a host read."""
-    if decision.may_clip:
-        measured.scale_(decision.coef)
-    if decision.zero:
-        kernels.zero_unless_(measured.gradients(), measured.total_norm.isfinite())
-
-
-def clip_result(total_norm: Tensor, decision: Decision) -> ClipResult:
-    """What a decision makes of a norm."""
-    is_finite = total_norm.isfinite()
-    clipped_norm = total_norm * decision.coef
-    if decision.zero:
-        clipped_norm = clipped_norm.where(is_finite, 0.0)
-    return ClipResult(
-        total_norm, decision.coef, clipped_norm, decision.threshold, is_finite, was_clipped=decision.coef < 1
-    )
+    def _lanes(self, *, store: bool) -> Joined | None:
+        """What travels with the total norm: what policies need, and in some steps that are clipped a look."""
+        parts: list[Lanes] = [] if self._rules.lanes is None else [self._rules.lanes]
+        if store and (look := self._look()) is not None:
+            parts.append(look)
+        return Joined(parts) if parts else None

@@ -15,8 +15,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from distnorm import policies
-from distnorm.clipper import apply
 from distnorm.collectives import Ranks
+from distnorm.deciding import apply
 from distnorm.errors import DistnormError
 from distnorm.measurement import Meter
 from distnorm.norms import norm

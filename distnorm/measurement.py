@@ -8,10 +8,10 @@ reads the result anyway (`raises`) gets a typed error that says who did what.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import NoReturn
 
@@ -28,7 +28,7 @@ from distnorm.norms import Norm
 from distnorm.overlap import Overlap
 from distnorm.partials import Batch, agree_on_partials
 from distnorm.plan import Plan, Share, check_tied, make_plan, stable_hash
-from distnorm.readings import Measured, Reading, completed, read_gradients
+from distnorm.readings import Measured, Reading, completed, read_gradients, statistic_of
 from distnorm.shards import GradShard
 from distnorm.sources import Tied
 from distnorm.steady import Steady
@@ -86,8 +86,8 @@ class Meter:
         return self._plan is not None
 
     @property
-    def shares(self) -> tuple[Share, ...]:
-        """What this rank counts of each of its shards, by the plan."""
+    def shares(self) -> Sequence[Share]:
+        """What this rank counts of each shard of the plan."""
         return self._plan.shares if self._plan is not None else ()
 
     def prepare(self, read: Reader) -> list[GradShard]:
@@ -206,34 +206,18 @@ class Meter:
         reply = self._exchange(statistic, self._ballot(self._presence, here), lanes)
         if self.raises and not math.isfinite(reply.total_norm):
             self._raise_if_wrong(reply, reply.count(), here, describe(), gradients(), [])
-        return Measured(
-            reply.total_norm,
-            lambda: [gradient for gradient in gradients() if gradient is not None],
-            lambda coef: steady.scale_(spans, coef, holders),
-            reply.more,
-            reply.well,
-        )
+        scale_ = partial(steady.scale_, spans, holders=holders)
+        return Measured(reply.total_norm, gradients, scale_, reply.more, reply.well)
 
     def _measure_with_care(
         self, shards: Sequence[GradShard], store: bool, terms: Mapping[str, object], more: Lanes | None
     ) -> Measured:
-        assert self._plan is not None
         here = self._here(terms)
-        readings, problems = read_gradients(shards)
-        if self._batches is None:
-            self._poll("agree", {}, 0 if more is None else more.length)
-            self._agree(shards, readings, problems)
-        steady = None
-        if self._batches == () and not problems and self.norm.kernel is not None:
-            steady = Steady.of(shards, self._plan.shares, readings)
-        for batch in self._batches or ():
-            batch.reduce(shards, readings, store=store)
-        gradients, late = completed(shards, readings, store=store)
-        problems += late
+        gradients, problems = self._complete(shards, store, 0 if more is None else more.length)
         presence = sum(weight for i, weight in self._weights.items() if gradients[i] is not None)
-        self._steady, self._presence = steady, presence
+        self._presence = presence
         ballot = self._ballot(presence, here, refused=bool(problems))
-        statistic = self._statistic(gradients)
+        statistic = statistic_of(self.norm, self.ranks, self.shares, gradients)
         lanes = 0 if more is None else more.local(gradients, statistic.device)
         reply = self._exchange(statistic, ballot, lanes)
         if self.raises and not math.isfinite(reply.total_norm):
@@ -241,6 +225,37 @@ class Meter:
         if problems:
             raise problems[0]
         return Measured.of(reply.total_norm, gradients, reply.more, reply.well)
+
+    def settle(self, shards: Sequence[GradShard]) -> Measured:
+        """Reduce and store partial gradients, and measure nothing: the total norm is NaN.
+
+        Collective where a gradient may be partial, and until some rank has a gradient.
+
+        Raises:
+            UnsupportedGradientError: a gradient of this rank's can't be reduced.
+        """
+        gradients, problems = self._complete(shards, True, 0)
+        self._steady = None  # which goes with the presence that a measurement found
+        if problems:
+            raise problems[0]
+        device = next((g.device for g in gradients if g is not None), self.ranks.device())
+        return Measured.of(torch.full((), math.nan, dtype=torch.float64, device=device), gradients)
+
+    def _complete(
+        self, shards: Sequence[GradShard], store: bool, more: int
+    ) -> tuple[list[Tensor | None], list[DistnormError]]:
+        """This step's gradients, read with care, partial ones reduced; and what is wrong with others."""
+        readings, problems = read_gradients(shards)
+        if self._batches is None:
+            self._poll("agree", {}, more)
+            self._agree(shards, readings, problems)
+        self._steady = None
+        if self._batches == () and not problems and self.norm.kernel is not None:
+            self._steady = Steady.of(shards, self.shares, readings)
+        for batch in self._batches or ():
+            batch.reduce(shards, readings, store=store)
+        gradients, late = completed(shards, readings, store=store)
+        return gradients, problems + late
 
     def _here(self, terms: Mapping[str, object]) -> Mapping[str, object]:
         assert self._plan is not None
@@ -251,26 +266,10 @@ class Meter:
         return Ballot("measure", self.raises, refused=refused, presence=presence, terms=terms)
 
     def _agree(
-        self,
-        shards: Sequence[GradShard],
-        readings: Sequence[Reading],
-        problems: Sequence[DistnormError],
+        self, shards: Sequence[GradShard], readings: Sequence[Reading], problems: Sequence[DistnormError]
     ) -> None:
         self.ranks.raise_together(problems[0] if problems else None)
         self._batches = agree_on_partials(self.ranks, self.shares, shards, readings)
-
-    def _statistic(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        assert self._plan is not None
-        by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
-        for gradient, share in zip(gradients, self._plan.shares, strict=True):
-            if gradient is not None and share.start < share.stop:
-                all_of_it = share.stop - share.start == gradient.numel()
-                counted = gradient if all_of_it else gradient.reshape(-1)[share.start : share.stop]
-                by_device[gradient.device].append(counted)
-        devices = list(by_device) or [self.ranks.device()]
-        device = self.ranks.device(devices[0])
-        statistics = [self.norm.statistic(by_device[d], d).to(device, non_blocking=True) for d in devices]
-        return self.norm.reduce(torch.stack(statistics))
 
     def _poll(self, stage: Stage, here: Mapping[str, object], more: int = 0) -> Count:
         """Vote without a statistic, and raise if any rank is in another stage."""

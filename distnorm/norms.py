@@ -72,6 +72,11 @@ class Norm(ABC):
             return statistics[0]
         return self.reduce(torch.stack(statistics)) if statistics else self.zeros(device)
 
+    def together(self, norms: Tensor) -> Tensor:
+        """The norm, 0-d fp64, of what has parts of these norms, [n] fp64; only for a `width` of 1."""
+        assert self.width == 1
+        return self.finalise(self.of_block(norms.clone()) if norms.numel() else self.zeros(norms.device))
+
     def statistic_of_spans(self, spans: kernels.Spans) -> Tensor:
         """The statistic, [width] fp64, of the CPU's memory; only where there is a `kernel`."""
         assert self.kernel is not None

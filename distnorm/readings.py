@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor
 
 from distnorm import kernels
+from distnorm.collectives import Ranks
 from distnorm.errors import DistnormError, UnsupportedGradientError
+from distnorm.norms import Norm
+from distnorm.plan import Share
 from distnorm.shards import GradShard, PartialGrad
 
 Reading = Tensor | PartialGrad | None
@@ -24,14 +28,15 @@ class Measured:
     Args:
         total_norm: 0-d fp64, the same bits on every rank; NaN if a gradient is NaN, or if the ranks did
             not measure the same thing.
-        gradients: gives this rank's local gradients, after partial ones were reduced.
+        gradients: gives this rank's local gradients, after partial ones were reduced, of all its shards in
+            their order; `None` where there is none.
         scale_: multiplies them, in place, by a 0-d coefficient.
         more: what all ranks' further lanes were reduced to; `None` where there were none.
         well: 0-d bool; whether all ranks measured, and the same; `None` where that was seen otherwise.
     """
 
     total_norm: Tensor
-    gradients: Callable[[], list[Tensor]]
+    gradients: Callable[[], list[Tensor | None]]
     scale_: Callable[[Tensor], None]
     more: Tensor | None = None
     well: Tensor | None = None
@@ -45,8 +50,29 @@ class Measured:
         well: Tensor | None = None,
     ) -> Measured:
         """Of gradients that are at hand."""
-        present = [gradient for gradient in gradients if gradient is not None]
-        return cls(total_norm, lambda: present, lambda coef: kernels.scale_(present, coef), more, well)
+        every = list(gradients)
+        return cls(total_norm, lambda: every, lambda coef: kernels.scale_(present(every), coef), more, well)
+
+
+def present(gradients: Iterable[Tensor | None]) -> list[Tensor]:
+    """The gradients that are there."""
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def statistic_of(
+    norm: Norm, ranks: Ranks, shares: Sequence[Share], gradients: Sequence[Tensor | None]
+) -> Tensor:
+    """The statistic, [width] fp64, of what this rank counts of its gradients, wherever they are."""
+    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for gradient, share in zip(gradients, shares, strict=True):
+        if gradient is not None and share.start < share.stop:
+            all_of_it = share.stop - share.start == gradient.numel()
+            counted = gradient if all_of_it else gradient.reshape(-1)[share.start : share.stop]
+            by_device[gradient.device].append(counted)
+    devices = list(by_device) or [ranks.device()]
+    device = ranks.device(devices[0])
+    statistics = [norm.statistic(by_device[d], d).to(device, non_blocking=True) for d in devices]
+    return norm.reduce(torch.stack(statistics))
 
 
 def read_gradients(shards: Sequence[GradShard]) -> tuple[list[Reading], list[DistnormError]]:

@@ -76,12 +76,16 @@ class Watch:
 
     def note(self, loss: float | Tensor | None, tokens: int | None) -> None:
         """Take in what is told of the coming step."""
-        self._loss = loss.detach() if isinstance(loss, Tensor) else None
-        self._facts = {} if loss is None or isinstance(loss, Tensor) else {"loss": float(loss)}
+        if isinstance(loss, Tensor):
+            self._loss = loss.detach()
+        elif loss is not None:
+            self._facts["loss"] = float(loss)
         if tokens is not None:
             self._facts["tokens"] = tokens
 
-    def made(self, step: int, result: object, measured: Measured, shards: Sequence[GradShard]) -> None:
+    def made(
+        self, step: int, result: object, measured: Measured, shards: Sequence[GradShard], start: int
+    ) -> None:
         """Take in a step, before anything is done to its gradients.
 
         Args:
@@ -89,6 +93,7 @@ class Watch:
             result: a dataclass of 0-d tensors, whose names are the row's keys.
             measured: what it is from.
             shards: whose gradients.
+            start: where the look's lanes begin among all further ones.
 
         Raises:
             NonFiniteGradientError: it is the last of `stop_after` steps in a row that aren't finite; on every
@@ -101,7 +106,7 @@ class Watch:
             device = measured.total_norm.device
             numbers = {("loss",): self._loss.double().reshape(()).to(device, non_blocking=True), **numbers}
         look = None if measured.more is None else self.look(step)
-        lanes = None if look is None or measured.more is None else measured.more[: look.length]
+        lanes = None if look is None or measured.more is None else measured.more[start:]
         entry = Entry(step, numbers, lanes, look, self._timed(), self._where(measured, shards, look))
         self._journal.add(entry)
         self._loss, self._facts = None, {}

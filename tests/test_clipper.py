@@ -15,7 +15,8 @@ import distnorm
 from tests import oracle
 from tests.refusals import TIMEOUT, Heard, clipper, heard, rank, with_gradient, with_ones
 
-FIELDS = ("total_norm", "clip_coef", "clipped_norm", "threshold", "is_finite", "was_clipped")
+FLAGS = ("is_finite", "was_clipped", "skipped")
+FIELDS = ("total_norm", "clip_coef", "clipped_norm", "threshold", *FLAGS)
 
 
 # ---- one process, no process group
@@ -26,11 +27,12 @@ def test_hand_chosen_numbers():
     clipping = clipper(tensors, max_norm=2.0)
     coef = 2.0 / (5.0 + 1e-6)
     unchanged = {"total_norm": 5.0, "clip_coef": 1.0, "clipped_norm": 5.0, "threshold": 2.0}
-    flags = {"is_finite": True, "was_clipped": False}
+    flags = {"is_finite": True, "was_clipped": False, "skipped": False}
     assert clipping.measure().to_dict() == {**unchanged, **flags}
     result = clipping.clip()
     clipped = {"total_norm": 5.0, "clip_coef": coef, "clipped_norm": 5.0 * coef, "threshold": 2.0}
-    assert result.to_dict() == pytest.approx({**clipped, "is_finite": True, "was_clipped": True}, rel=1e-15)
+    flags = {"is_finite": True, "was_clipped": True, "skipped": False}
+    assert result.to_dict() == pytest.approx({**clipped, **flags}, rel=1e-15)
     assert tensors[1].grad.item() == -4.0 * result.clip_coef.item()
     assert tensors[0].grad.tolist() == [float(torch.tensor(3.0) * torch.tensor(coef)), 0.0]
     assert clipping.clip().total_norm.item() == pytest.approx(5.0 * coef, rel=1e-7)
@@ -42,8 +44,8 @@ def test_results_are_0d_tensors_on_the_gradients_device():
         value = getattr(result, name)
         assert value.shape == ()
         assert value.device.type == "cpu"
-        assert value.dtype == (torch.bool if name in ("is_finite", "was_clipped") else torch.float64), name
-    assert [type(value) for value in result.to_dict().values()] == [float] * 4 + [bool] * 2
+        assert value.dtype == (torch.bool if name in FLAGS else torch.float64), name
+    assert [type(value) for value in result.to_dict().values()] == [float] * 4 + [bool] * 3
     assert tuple(result.to_dict()) == FIELDS
 
 

@@ -6,16 +6,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from distnorm.clipper import ClipResult, GradClipper
+from distnorm.clipper import GradClipper
 from distnorm.collectives import Ranks
 from distnorm.config import Config
 from distnorm.errors import DistnormError
 from distnorm.hooks.deepspeed import DeepSpeedHook, is_engine
 from distnorm.hooks.optimizers import OptimizerHook, refuse_other_clippers
+from distnorm.results import ClipResult
 from distnorm.sources import Target, Tied
 
 
@@ -42,6 +44,10 @@ class Handle:
         """The newest result, or `None` before the first step."""
         return self.clipper.last
 
+    def note(self, *, loss: Tensor | float | None = None, tokens: int | None = None) -> None:
+        """Hand in this step's loss and tokens, as `GradClipper.note` does, before the optimizer's step."""
+        self.clipper.note(loss=loss, tokens=tokens)
+
     def remove(self) -> None:
         """Put everything back as it was before `attach`; again does nothing. Not collective."""
         hook, self._hook = self._hook, None
@@ -64,10 +70,10 @@ def attach(
     whole target, measured and clipped once when the first of its optimizers steps; with a closure, after
     every evaluation of it. Under `torch.amp.GradScaler` the norm is that of unscaled gradients, whether
     ``unscale_`` was called or not, and all ranks find an overflow together. ``clip.nonfinite: skip``
-    skips the step: parameters and optimizer state stay bit for bit.
+    skips the step, and so does policy skip_spikes: parameters and optimizer state stay bit for bit.
 
-    With fused optimizers of all that is clipped, ``clip.apply: auto`` lets their own step multiply by the
-    coefficient, and skip: gradients are as they were until that step, and no pass over them is left.
+    With fused optimizers of all that is clipped, ``clip.apply: auto`` lets their own step multiply by a
+    policy's one coefficient, and skip: gradients stay as they were until then, and no pass over them is left.
 
     A DeepSpeed engine clips by distnorm's norm inside its own step, once; its own clipping is retired,
     and ``engine.get_global_grad_norm()`` tells distnorm's number.

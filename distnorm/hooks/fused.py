@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from distnorm.clipper import ClipResult
+from distnorm.results import ClipResult
 
 
 def obstacles(optimizers: Sequence[Optimizer], clipped: Sequence[Tensor]) -> Iterator[str]:
@@ -41,12 +41,22 @@ def obstacles(optimizers: Sequence[Optimizer], clipped: Sequence[Tensor]) -> Ite
 
 
 def hand_over(optimizer: Optimizer, result: ClipResult, *, skips: bool) -> None:
-    """Let the next step divide by the coefficient's inverse; with `skips`, only if the norm is finite."""
+    """Let the next step divide by the coefficient's inverse; with `skips`, unless it must be skipped."""
     coef = result.clip_coef
-    optimizer.found_inf = (~result.is_finite).float() if skips else None  # type: ignore[attr-defined]
+    optimizer.found_inf = result.skipped.float() if skips else None  # type: ignore[attr-defined]
     # In the host's memory a coefficient of 1 is seen at once.
     leaves = coef.is_cpu and coef.numpy() == 1
     optimizer.grad_scale = None if leaves else coef.reciprocal().float()  # type: ignore[attr-defined]
+
+
+def skip_too(optimizer: Optimizer, result: ClipResult) -> bool:
+    """Have a step that a `GradScaler` has prepared skipped where the result says so; whether it can be."""
+    found = getattr(optimizer, "found_inf", None)
+    if found is None:
+        return False
+    skipped = result.skipped.to(found.device, found.dtype, non_blocking=True)
+    optimizer.found_inf = torch.maximum(found, skipped)  # type: ignore[attr-defined]
+    return True
 
 
 def take_back(optimizer: Optimizer) -> None:

@@ -50,15 +50,18 @@ class OptimizerHook:
 
     def __init__(self, clipper: GradClipper, optimizers: Sequence[Optimizer]) -> None:
         self._clipper, self._optimizers = clipper, optimizers
-        self._skips = clipper.config.clip.nonfinite == "skip"
+        self._skips = clipper.rules.may_skip
         # Zeroing gradients that are not finite is no division.
-        self._may_hand_over = clipper.config.clip.apply != "scale" and clipper.config.clip.nonfinite != "zero"
+        obstacle = clipper.rules.obstacle
+        if obstacle is None and clipper.config.clip.nonfinite == "zero":
+            obstacle = "nonfinite: zero, which no optimizer can do"
+        self._may_hand_over = clipper.config.clip.apply != "scale" and obstacle is None
         self._members: list[Tensor] = []
         self._obstacle: str | None = None
         self._in_step = False  # whether the optimizers multiply by this round's coefficient
         self._handed: set[int] = set()
         if clipper.config.clip.apply == "optimizer" and not self._can_hand_over():
-            found = self._obstacle or "nonfinite: zero, which no optimizer can do"
+            found = obstacle or self._obstacle
             raise ConfigError(f"clip.apply: expected fused optimizers of all that is clipped, found {found}")
         self._round: set[int] = set()
         self._by_scaler: set[int] = set()
@@ -152,7 +155,8 @@ class OptimizerHook:
 
     def _hide_if_skipped(self, optimizer: Optimizer) -> None:
         """Read the result on the host: only a fused optimizer can skip a step on the device."""
-        if not self._skips or self._last_is_finite():
+        assert self._clipper.last is not None
+        if not self._skips or fused.skip_too(optimizer, self._clipper.last) or not self._clipper.last.skipped:
             return
         for group in optimizer.param_groups:
             for parameter in group["params"]:

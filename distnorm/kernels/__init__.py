@@ -8,10 +8,11 @@ from distnorm.kernels.dispatch import (
     measure_spans,
     row_squares,
     scale_,
+    scale_each_,
     scale_spans_,
     summaries,
 )
-from distnorm.kernels.eager import blocks, zero_unless_
+from distnorm.kernels.eager import blocks, clamp_, zero_unless_
 from distnorm.kernels.native import Kernel, Spans, SpanTable, addresses_of, split
 from distnorm.kernels.walking import Walker, walker
 
@@ -23,10 +24,12 @@ __all__ = [
     "addresses_of",
     "blocks",
     "checksum",
+    "clamp_",
     "measure",
     "measure_spans",
     "row_squares",
     "scale_",
+    "scale_each_",
     "scale_spans_",
     "split",
     "summaries",

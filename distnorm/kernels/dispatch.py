@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -83,6 +84,27 @@ def scale_spans_(spans: native.Spans, coef: Tensor) -> bool:
     if factor != 1:
         native.scale_(spans, factor)
     return factor != 1
+
+
+def scale_each_(tensors: Sequence[Tensor], coefs: Tensor) -> None:
+    """Multiply every tensor in place by its own coefficient.
+
+    The roundings are those of `scale_`. No device is waited for; coefficients in the host's memory of 1 cost
+    nothing, and leave every bit alone.
+
+    Args:
+        tensors: on any devices.
+        coefs: [tensors], on one device.
+    """
+    if coefs.device.type != "cpu":
+        eager.scale_each_(tensors, coefs)
+        return
+    by_coef: dict[float, list[Tensor]] = defaultdict(list)
+    for tensor, factor in zip(tensors, coefs.numpy().tolist(), strict=True):
+        if factor != 1 and tensor.numel():
+            by_coef[factor if factor == factor else math.nan].append(tensor)
+    for factor, members in by_coef.items():
+        scale_(members, torch.tensor(factor, dtype=torch.float64))
 
 
 def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:

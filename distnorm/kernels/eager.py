@@ -128,6 +128,26 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
         torch._foreach_mul_(members, factor)
 
 
+def scale_each_(tensors: Sequence[Tensor], coefs: Tensor) -> None:
+    """Multiply every tensor in place by its own of [tensors] coefficients, with the roundings of `scale_`."""
+    on: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
+    for i, tensor in enumerate(tensors):
+        exact = tensor.dtype in (torch.float64, torch.complex128)
+        kind = (tensor.device, torch.float64 if exact else torch.float32)
+        if kind not in on:
+            on[kind] = coefs.to(*kind, non_blocking=True).unbind()
+        factor = on[kind][i]
+        # Beside a tensor with dims one without any would be rounded to that one's dtype first.
+        tensor.mul_(factor.view(1) if tensor.dim() else factor)
+
+
+def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
+    """Put every element within plus and minus `bound`, in place; NaN stays. Of complex ones both parts."""
+    for members in _by_kind([torch.view_as_real(t) if t.is_complex() else t for t in tensors]).values():
+        torch._foreach_clamp_max_(members, bound)
+        torch._foreach_clamp_min_(members, -bound)
+
+
 def zero_unless_(tensors: Sequence[Tensor], keep: Tensor) -> None:
     """Set every element to zero, NaN and inf too, unless the 0-d bool tensor `keep` is true."""
     for (device, _), members in _by_kind(tensors).items():

@@ -32,6 +32,7 @@ class Constant(Policy):
     """Clip to ``clip.max_norm``; see `constant`."""
 
     name = "constant"
+    looks_back = False
 
     def decide(self, seen: Seen) -> Decision:
         return constant(seen.total_norm, self._max_norm, self._nonfinite)

@@ -60,10 +60,14 @@ class Policy(ABC):
     Attributes:
         name: as in ``clip.policy``.
         reads: what has to be measured for it.
+        looks_back: whether it needs `Seen.history_norm`.
+        wants_loss: whether it needs `Seen.loss`.
     """
 
     name: ClassVar[str]
     reads: ClassVar[Reads] = "total"
+    looks_back: ClassVar[bool] = True
+    wants_loss: bool = False
 
     def __init__(self, max_norm: float = math.inf, nonfinite: str = "propagate") -> None:
         self._max_norm, self._nonfinite = max_norm, nonfinite

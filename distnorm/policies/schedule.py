@@ -43,6 +43,7 @@ class Schedule(Policy):
     """
 
     name = "schedule"
+    looks_back = False
 
     def __init__(
         self,

@@ -57,6 +57,7 @@ class SkipSpikes(Policy):
         super().__init__(max_norm, nonfinite)
         self._k, self._size, self._after, self._on = k, window, after, on
         self._above = math.inf if above is None else above
+        self.wants_loss = on == "loss"
         self._load({"on": on, "history": ()})
 
     def decide(self, seen: Seen) -> Decision:

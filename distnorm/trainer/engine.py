@@ -77,11 +77,20 @@ class Engine:
             # Both ends get the gradient of the one embedding that their two weights stand for.
             dist.all_reduce(_local_gradient(parameters[TIED_NAMES[0]]), group=self._ends)
         share = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        if losses and self.topology.index("tp") == 0:  # tensor parallel ranks all hold this loss
+        if self._has_loss:
             share += (
                 torch.stack([loss.detach().double() for loss in losses]).mean() / self.topology.data_degree
             )
         return share
+
+    @property
+    def _has_loss(self) -> bool:
+        """Tensor parallel ranks all hold the same loss, of which one counts; other stages hold none."""
+        return self.topology.is_last_stage and self.topology.index("tp") == 0
+
+    def loss_of(self, share: Tensor) -> Tensor | None:
+        """From what `backward` returned to the mean loss of this rank's sequences, if it has it."""
+        return share * self.topology.data_degree if self._has_loss else None
 
     def _run_schedule(self, schedule: Schedule1F1B, inputs: Tensor, targets: Tensor) -> list[Tensor]:
         losses: list[Tensor] = []

@@ -30,7 +30,7 @@ class TorchTrainer:
 
     def step(self, step: int) -> tuple[Tensor, ClipResult]:
         share = self.compute_gradient(step)
-        return share, self.update()
+        return share, self.update(self.engine.loss_of(share))
 
     def compute_gradient(self, step: int) -> Tensor:
         """Fill the gradients of step `step`, unclipped. Collective.
@@ -41,10 +41,15 @@ class TorchTrainer:
         self.optimizer.zero_grad()
         return self.engine.backward(step)
 
-    def update(self) -> ClipResult:
-        """Clip the gradients and apply them. Collective."""
+    def update(self, loss: Tensor | None = None) -> ClipResult:
+        """Clip the gradients and apply them. Collective.
+
+        Args:
+            loss: of this rank's part of the batch; `None` where it has none.
+        """
+        self.clipper.note(loss=loss)
         result = self.clipper.clip()
-        if self.job.config.clip.nonfinite != "skip" or bool(result.is_finite):
+        if not result.skipped:
             self.optimizer.step()
         return result
 

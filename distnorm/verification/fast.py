@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from distnorm.clipper import ClipResult, GradClipper
-from distnorm.config import Config
+from distnorm.clipper import GradClipper
+from distnorm.config import ClipConfig, Config
 from distnorm.errors import DistnormError, NonFiniteGradientError
+from distnorm.results import ClipResult
 from distnorm.verification.oracle import Truth, gather_truth
 from distnorm.verification.pieces import Layout
 from distnorm.verification.ranks import Ranks, rank_list
@@ -37,7 +38,7 @@ class Arguments:
 
     def clipper(self, max_norm: float | None) -> GradClipper:
         """Make a clipper with this max norm that raises wherever it can't measure. Collective."""
-        clip = self.config.clip.model_copy(update={"max_norm": max_norm, "nonfinite": "raise"})
+        clip = ClipConfig(max_norm=max_norm, overlap=self.config.clip.overlap)
         config = self.config.model_copy(update={"clip": clip})
         return GradClipper(self.target, config, group=self.group, pp_mesh=self.pp_mesh, tied=self.tied)
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from distnorm import kernels, policies
-from distnorm.clipper import ClipResult, GradClipper, clip_result
+from distnorm import kernels
+from distnorm.clipper import GradClipper
 from distnorm.config import Config
 from distnorm.errors import ConfigError, DistnormError, NonFiniteGradientError
-from distnorm.policies import Decision
+from distnorm.policies import Decision, policy_of
+from distnorm.results import ClipResult
 from distnorm.shards import GradShard
 
 
@@ -52,6 +53,9 @@ class EngineClipper(GradClipper):
         shards: what this rank holds.
         config: as for `GradClipper`.
         group: as for `GradClipper`.
+
+    Raises:
+        ConfigError: the configuration asks for what an engine's step can't do; the key is named.
     """
 
     def __init__(
@@ -62,11 +66,24 @@ class EngineClipper(GradClipper):
     ) -> None:
         self._given = shards
         super().__init__([], config, group=group)
-        if self.config.clip.apply == "optimizer" or self.config.clip.overlap:
+
+    def _check(self) -> None:
+        clip = self.config.clip
+        if clip.apply == "optimizer" or clip.overlap:
             raise ConfigError(
                 "clip: expected apply auto or scale, and overlap false, with a DeepSpeed engine, whose step "
-                f"holds and scales the gradients; found apply {self.config.clip.apply} and overlap "
-                f"{str(self.config.clip.overlap).lower()}"
+                f"holds and scales the gradients; found apply {clip.apply} and overlap "
+                f"{str(clip.overlap).lower()}"
+            )
+        if clip.groups:
+            raise ConfigError(
+                "clip.groups: expected none with a DeepSpeed engine, whose step scales all gradients alike; "
+                f"found {len(clip.groups)}"
+            )
+        if (policy := policy_of(clip)).reads != "total":
+            raise ConfigError(
+                "clip.policy: expected one that goes by the total norm with a DeepSpeed engine, whose step "
+                f"scales all gradients alike; found {policy.name}"
             )
 
     def judge(self, loss_scale: float, *, is_scaled: bool) -> Verdict:
@@ -77,22 +94,25 @@ class EngineClipper(GradClipper):
             is_scaled: whether the loss is scaled at all: then a step whose norm is not finite never happens,
                 whatever `clip.nonfinite` says, since it is the scale that has to change.
         """
-        mode = self.config.clip.nonfinite
+        mode, lanes = self.config.clip.nonfinite, self._rules.lanes
         error: NonFiniteGradientError | None = None
+        more: Tensor | None = None
         with torch.no_grad():
             try:
-                scaled_norm = self._meter.measure((), lambda: self._shards).total_norm
+                measured = self._meter.measure((), lambda: self._shards, more=lanes)
+                scaled_norm, more = measured.total_norm, measured.more
             except NonFiniteGradientError as caught:
-                error = caught
-                found = caught.total_norm
-                scaled_norm = torch.tensor(found, dtype=torch.float64, device=self._meter.ranks.device())
-            total_norm = scaled_norm / loss_scale
-            decision = policies.constant(total_norm, self._max_norm, mode)
-            result = clip_result(total_norm, decision)
+                error, device = caught, self._meter.ranks.device()
+                scaled_norm = torch.tensor(caught.total_norm, dtype=torch.float64, device=device)
+                if lanes is not None:  # a loss, which doesn't count in such a step
+                    more = torch.ones(lanes.length, dtype=torch.float64, device=device)
+            outcome = self._decider.decide(scaled_norm / loss_scale, more)
         self._steps += 1
-        self.last = result
+        self.last = result = outcome.result
+        assert outcome.decision is not None
         skips = (is_scaled or mode in ("skip", "raise")) and not bool(result.is_finite)
-        return Verdict(result, decision, loss_scale, skips, error)
+        skips = skips or (self._rules.may_skip and bool(result.skipped))
+        return Verdict(result, outcome.decision, loss_scale, skips, error)
 
     def clip(self) -> NoReturn:
         """Refused: the engine clips in its own step."""
