@@ -229,6 +229,7 @@ class GradClipper:
         self._steps += 1
         self.last = outcome.result
         if self._watch is not None:
+            self._expect()
             self._watch.made(self._steps, outcome.result, measured, self._shards, ours)
         return outcome, measured
 
@@ -252,9 +253,10 @@ class GradClipper:
         """Take over the shards of a new plan. Collective."""
         self._shards = shards
         self._rules.bind(self._meter, shards)
-        if self._watch is not None:
-            self._watch.prepare(shards, self._meter.shares)
         self._overlap_backward()
+        if self._watch is not None:
+            self._watch.prepare(shards, self._meter.shares, self._meter.overlap)
+            self._expect()
 
     def _overlap_backward(self) -> None:
         if not self.config.clip.overlap:
@@ -275,6 +277,11 @@ class GradClipper:
         if not self._meter.has_plan or not self._inventory.is_current:
             lanes = self._lanes(store=store)
             self._begin(self._meter.prepare_anew(self._read_target, 0 if lanes is None else lanes.length))
+
+    def _expect(self) -> None:
+        """Tell what reads gradients during backward whether the next step is looked at."""
+        if self._meter.overlap is not None:
+            self._meter.overlap.looks_before = self._look() is not None
 
     def _look(self) -> Look | None:
         """What looks at layers in the step that is clipped next."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from distnorm.fetching import Fetch
 from distnorm.looks import Look
 from distnorm.monitor import Monitor
+from distnorm.noise import NoiseScale
 from distnorm.table import natural
 
 Path = tuple[str, ...]
@@ -94,7 +95,7 @@ class Journal:
         self.monitor = monitor
         self._entries: deque[Entry] = deque()
         self._newest: dict[str, Any] | None = None
-        self.in_a_row = 0
+        self.in_a_row, self.noise = 0, NoiseScale()
 
     def add(self, entry: Entry) -> None:
         """Note a step, and tell what has arrived of those before."""
@@ -131,10 +132,16 @@ class Journal:
             self.flush({})
         self.monitor.close()
 
+    def state_dict(self) -> dict[str, Any]:
+        """The monitor's state after all steps up to now. Waits for the device."""
+        self.flush({})
+        return {**self.monitor.state_dict(), "noise": self.noise.state()}
+
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from the monitor's state."""
+        """Go on from a state."""
         self._entries.clear()
         self.monitor.load_state_dict(state)
+        self.noise.load(state.get("noise", (0.0, 0.0)))
         self.in_a_row = self.monitor.non_finite_in_a_row
 
     def _count(self, entry: Entry) -> None:
@@ -144,11 +151,15 @@ class Journal:
 
     def _tell(self, entry: Entry) -> None:
         self._count(entry)
-        row = entry.row()
-        found = None
+        row, found = entry.row(), None
         if entry.look is not None:
             found = entry.look.read(entry.values()[len(entry.numbers) :])
         name, ranks = _named(entry.where, None if found is None else found.first_bad)
+        if found is not None and found.small is not None and entry.look is not None:
+            assert entry.look.noise is not None
+            self.noise.add(entry.look.noise.replicas, found.small, row["grad_norm"] ** 2)
+        if (scale := self.noise.value) is not None:
+            row["noise_scale"] = scale
         self._newest = self.monitor.step(row, parameter=name, ranks=ranks)
         if found is not None:
             self.monitor.layers(entry.step, found.rows)

@@ -12,7 +12,10 @@ from torch import Tensor
 from distnorm.collectives import Ranks
 from distnorm.config import MonitorConfig
 from distnorm.detail import Detail
+from distnorm.exchange import Lanes
+from distnorm.lanes import Joined, Part
 from distnorm.monitor import LayerRow
+from distnorm.noise import Noise
 from distnorm.norms import Norm
 from distnorm.plan import Share
 from distnorm.replicas import Divergence, Replicas
@@ -28,11 +31,13 @@ class Findings:
         rows: of all layers, in model order.
         first_bad: the first parameter with an element that isn't finite, and a rank that counted one.
         diverged: parameters whose replicas differ.
+        small: the mean over ranks of the squared norm of their own gradients, before these were reduced.
     """
 
     rows: tuple[LayerRow, ...]
     first_bad: tuple[str, int | None] | None
     diverged: tuple[Divergence, ...]
+    small: float | None
 
 
 class Look:
@@ -46,6 +51,7 @@ class Look:
         norm: the configured norm.
         shards: what this rank holds.
         shares: what it counts of each.
+        noise: a lane of its own, or `None` on all ranks.
 
     Raises:
         ConfigError: on every rank; see `Detail` and `Replicas`.
@@ -58,27 +64,32 @@ class Look:
         norm: Norm,
         shards: Sequence[GradShard],
         shares: Sequence[Share],
+        noise: Noise | None = None,
     ) -> None:
         table = make_table(ranks, shards, shares)
         self._detail = Detail(table, shares, norm, by=config.by, weights=True)
         self._replicas = Replicas(table) if config.replicas else None
+        self.noise = noise
+        parts: list[Lanes] = [Part(self._detail.length, self._of_layers)]
+        parts += [part for part in (self._replicas, noise) if part is not None]
+        self._lanes = Joined(parts)
         self._shards = tuple(shards)
 
     @property
     def length(self) -> int:
         """Number of lanes."""
-        return self._detail.length + (self._replicas.length if self._replicas is not None else 0)
+        return self._lanes.length
 
     def local(self, gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
         """This rank's lanes, [length] fp64."""
-        lanes = self._detail.local(gradients, [shard.witness() for shard in self._shards], device)
-        if self._replicas is None:
-            return lanes
-        return torch.cat([lanes, self._replicas.local(gradients, device)])
+        return self._lanes.local(gradients, device)
+
+    def _of_layers(self, gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
+        return self._detail.local(gradients, [shard.witness() for shard in self._shards], device)
 
     def read(self, reduced: Tensor) -> Findings:
         """What the reduced lanes say, [length] fp64 in the host's memory."""
-        lanes, checksums = reduced[: self._detail.length], reduced[self._detail.length :]
+        lanes, *others = self._lanes.split(reduced)
         stats = self._detail.read(lanes)
         nothing = [None] * len(self._detail.layer_names)
         columns = (
@@ -94,8 +105,9 @@ class Look:
                 self._detail.layer_names, *columns, strict=True
             )
         )
-        diverged = () if self._replicas is None else self._replicas.diverged(checksums)
-        return Findings(rows, self._detail.first_bad(lanes), diverged)
+        diverged = () if self._replicas is None else self._replicas.diverged(others[0])
+        small = None if self.noise is None else float(others[-1].numpy()[0])
+        return Findings(rows, self._detail.first_bad(lanes), diverged, small)
 
 
 def _known(ratio: float | None, norm: float) -> float | None:

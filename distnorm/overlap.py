@@ -50,6 +50,12 @@ class Overlap:
         shares: what it counts of each.
         modules: those of the target, which tell whose gradients DDP reduces.
 
+    Attributes:
+        replicas: ranks over which DDP reduces every gradient; 0 where some gradient goes another way.
+        looks_before: whether the next backward also looks at gradients before DDP reduces them.
+        before: the sum of squares, [1] fp64, that it saw then of the gradients that were taken last; `None`
+            where it saw not all of them just once, or they have changed since.
+
     Raises:
         ConfigError: a DDP module has a communication hook already.
     """
@@ -66,9 +72,16 @@ class Overlap:
         index = {id(shard.holder): i for i, shard in enumerate(shards) if _can_be_taken(shard)}
         this = weakref.ref(self)
         self._handles = []
+        self.looks_before = False
+        self.before: Tensor | None = None
+        self._buckets: dict[int, Tensor | None] = {}
+        sizes = set()
         for replicated in _replicated(modules):
             mine = {id(p): index.pop(id(p)) for p in replicated.parameters() if id(p) in index}
+            sizes.add(replicated.process_group.size())
             _Relay.of(replicated).listen(this, mine)
+        whole = len(sizes) == 1 and not index and all(map(_can_be_taken, shards))
+        self.replicas: int = sizes.pop() if whole else 0
         for i in index.values():
             hook = partial(_when_accumulated, this, i)
             holder: Any = shards[i].holder
@@ -84,6 +97,7 @@ class Overlap:
         Every slot is empty afterwards: gradients that were measured once may be scaled unseen.
         """
         slots, self._slots = self._slots, {}
+        buckets, self._buckets, self.before = self._buckets, {}, None
         statistics = []
         for i, shard in enumerate(self._shards):
             gradient = shard.holder.grad
@@ -96,6 +110,9 @@ class Overlap:
             if shard.route.mark_of(gradient) != slot.mark:
                 return None
             statistics.append(slot.statistic)
+        squares = [one for one in buckets.values() if one is not None]
+        if squares and len(squares) == len(buckets):
+            self.before = torch.stack(squares).sum(dim=0)
         return self._norm.reduce(torch.stack(statistics)) if statistics else None
 
     def read(self, i: int) -> None:
@@ -107,6 +124,12 @@ class Overlap:
         if isinstance(reading, Tensor) and reading.is_contiguous():
             self.read_local(i, reading.reshape(-1))
             self.mark([i])
+
+    def look_before(self, bucket: int, flat: Tensor) -> None:
+        """See this rank's own gradients, before others' are added; once in a step."""
+        if self.looks_before:
+            seen = bucket in self._buckets
+            self._buckets[bucket] = None if seen else self._norm.statistic([flat], flat.device)
 
     def read_local(self, i: int, flat: Tensor) -> None:
         """Take the statistic of elements that will be a gradient; `mark` makes it count."""
@@ -157,11 +180,13 @@ class _Relay:
         self._state, self._inner = state, hook
 
     def _hook(self, bucket: Bucket) -> Future[Any]:
+        listener = self._listener() if self._listener is not None else None
+        if listener is not None:
+            listener.look_before(bucket.index(), bucket.buffer())
         if self._inner is not None:
             reduced = self._inner(self._state, bucket)
         else:
             reduced = average_bucket(self._group, bucket)
-        listener = self._listener() if self._listener is not None else None
         if listener is None:
             return reduced
         pieces = [(self._index.get(id(p)), p.numel(), p.is_contiguous()) for p in bucket.parameters()]

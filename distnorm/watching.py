@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,14 @@ from distnorm.errors import NonFiniteGradientError
 from distnorm.journal import Entry, Journal, first_of, numbers_of
 from distnorm.looks import Look
 from distnorm.monitor import Monitor
+from distnorm.noise import noise_of
 from distnorm.norms import Norm
+from distnorm.overlap import Overlap
 from distnorm.plan import Share
 from distnorm.readings import Measured, completed, read_gradients
 from distnorm.shards import GradShard
 
+_log = logging.getLogger("distnorm")
 _ALIKE = ("every", "by", "replicas", "stop_after")
 
 
@@ -59,7 +63,7 @@ class Watch:
         """Who is told."""
         return self._journal.monitor
 
-    def prepare(self, shards: Sequence[GradShard], shares: Sequence[Share]) -> None:
+    def prepare(self, shards: Sequence[GradShard], shares: Sequence[Share], overlap: Overlap | None) -> None:
         """Get ready for a set of shards. Collective.
 
         Raises:
@@ -67,7 +71,10 @@ class Watch:
         """
         self._look = None
         if self._config.every is not None:
-            self._look = Look(self._config, self._ranks, self._norm, shards, shares)
+            noise = noise_of(self._ranks, self._norm, shares, overlap)
+            if noise is None and self._ranks.rank == 0:
+                _log.info("noise_scale is not available: it needs clip.overlap, norm.type 2, and DDP alone")
+            self._look = Look(self._config, self._ranks, self._norm, shards, shares, noise)
 
     def look(self, step: int) -> Look | None:
         """The lanes of a step; `None` in those that look at no layers."""
@@ -124,8 +131,7 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         """The monitor's state after all steps up to now. Waits for the device."""
-        self._journal.flush({})
-        return self.monitor.state_dict()
+        return self._journal.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any] | None, steps: int) -> None:
         """Go on from a state, or without one after so many steps."""

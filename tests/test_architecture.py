@@ -45,6 +45,7 @@ ORDER = [
     "lanes",
     "policies",
     "monitor",
+    "noise",
     "fetching",
     "looks",
     "journal",

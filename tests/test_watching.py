@@ -294,3 +294,71 @@ def test_without_a_monitor_there_is_nothing_to_flush() -> None:
 def test_a_pattern_that_matches_nothing_is_refused() -> None:
     with pytest.raises(distnorm.ConfigError, match=r"monitor\.by.*nothing"):
         distnorm.GradClipper(list(Model().named.items()), config(None, by=["blocks.*", "nothing"]))
+
+
+# ---- noise
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        out: Tensor = self.second(torch.tanh(self.first(rows)))
+        return out
+
+
+def rows_of(step: int, rank: int) -> Tensor:
+    return torch.randn(2, 5, generator=torch.Generator().manual_seed(10 * step + rank)).double()
+
+
+def under_ddp(folder: Path) -> None:
+    replicated = nn.parallel.DistributedDataParallel(Linear().double(), bucket_cap_mb=1e-4)
+    watched = config(folder, every=2)
+    watched["clip"]["overlap"] = True
+    clipper = distnorm.GradClipper(replicated, watched)
+    for step in range(1, 7):
+        replicated.zero_grad()
+        replicated(rows_of(step, dist.get_rank())).square().sum().backward()
+        if step == 4:  # what is measured isn't what was reduced
+            next(iter(replicated.parameters())).grad.mul_(2)
+        clipper.clip()
+    clipper.close()
+
+
+def test_the_noise_scale_is_that_of_its_formula(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    ranks(4, under_ddp, tmp_path)
+    signal = noise = 0.0
+    expected = []
+    for step in range(1, 7):
+        own = []
+        for rank in range(4):
+            model = Linear().double()
+            model(rows_of(step, rank)).square().sum().backward()
+            own.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        small = sum(float(gradient.square().sum()) for gradient in own) / 4
+        big = float((sum(own) / 4).square().sum())  # type: ignore[union-attr]
+        if step in (2, 6):
+            signal = 0.9 * signal + 0.1 * (4 * big - small) / 3
+            noise = 0.9 * noise + 0.1 * (small - big) / (1 - 1 / 4)
+        expected.append(noise / signal if signal > 0 else None)
+    found = [row["noise_scale"] for row in lines(tmp_path / "metrics.jsonl")]
+    assert [scale is None for scale in found] == [scale is None for scale in expected]
+    assert found[-1] == pytest.approx(expected[-1], rel=1e-9)
+    assert found[1:5] == pytest.approx(expected[1:5], rel=1e-9)
+
+
+def without_noise() -> Any:
+    model = Model()
+    clipper = distnorm.GradClipper(list(model.named.items()), config(None))
+    model.backward(1)
+    clipper.clip()
+    row = clipper.flush()
+    assert row is not None
+    return row["noise_scale"]
+
+
+def test_without_ddp_there_is_no_noise_scale(ranks: Callable[..., list[Any]]) -> None:
+    assert ranks(2, without_noise) == [None, None]

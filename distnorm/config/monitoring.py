@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, WithJsonSchema
+from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
 
+from distnorm.config.degrees import Conflict
 from distnorm.config.section import Location, PositiveInt, Section
 
 _KINDS = ("parameter", "module", "depth")
@@ -125,3 +127,11 @@ class MonitorConfig(Section):
         description="What the trainer prints: a line a step (plain), or a progress bar (rich, an extra); "
         "auto is a bar on a terminal, where rich is installed.",
     )
+
+    @model_validator(mode="after")
+    def _possible(self) -> MonitorConfig:
+        if self.replicas and self.every is None:
+            text = "expected monitor.every, which says when replicas are compared, found null"
+            found = (Conflict(("replicas", "every"), text),)
+            raise PydanticCustomError("conflict", "{text}", {"text": text, "conflicts": found})
+        return self
