@@ -72,9 +72,8 @@ def attach(
     ``unscale_`` was called or not, and all ranks find an overflow together. ``clip.nonfinite: skip``
     skips the step, and so does policy skip_spikes: parameters and optimizer state stay bit for bit.
 
-    With fused optimizers of all that is clipped, ``clip.apply: auto`` lets their own step multiply by the
-    coefficient, where the policy has one for all, and skip: gradients are as they were until that step, and no
-    pass over them is left.
+    With fused optimizers of all that is clipped, and one coefficient, ``clip.apply: auto`` lets their own
+    step multiply by it, and skip: gradients are as they were until that step, and no pass over them is left.
 
     A DeepSpeed engine clips by distnorm's norm inside its own step, once; its own clipping is retired,
     and ``engine.get_global_grad_norm()`` tells distnorm's number.
