@@ -281,5 +281,7 @@ def _few(facts: Sequence[str]) -> str:
 
 def max_norm_of(rule: Rule, clip: ClipConfig) -> float:
     """The configured max norm of a rule, inf where there is none."""
+    if rule.policy.reads == "nothing":  # its bound is that of elements
+        return math.inf
     value = clip.max_norm if rule.group is None else rule.group.max_norm
     return math.inf if value is None else value

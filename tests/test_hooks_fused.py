@@ -70,8 +70,8 @@ def train(
 
 
 @pytest.fixture(autouse=True)
-def removed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever a test attaches is removed at its end."""
+def removed() -> Iterator[None]:
+    """Whatever a test attaches is removed at its end, also after its own `monkeypatch.undo()`."""
     handles: list[distnorm.Handle] = []
     attach = distnorm.attach
 
@@ -79,8 +79,9 @@ def removed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         handles.append(attach(*args, **kwargs))
         return handles[-1]
 
-    monkeypatch.setattr(distnorm, "attach", attach_for_a_while)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distnorm, "attach", attach_for_a_while)
+        yield
     for handle in handles:
         handle.remove()
 
