@@ -66,37 +66,37 @@ def attach(
 ) -> Handle:
     """Clip by itself, in every step of a torch optimizer, of several over one model, or of an engine.
 
-        Collective: every rank of `group` must call it, and must step as often. The gradient is that of the
-        whole target, measured and clipped once when the first of its optimizers steps; with a closure, after
-        every evaluation of it. Under `torch.amp.GradScaler` the norm is that of unscaled gradients, whether
-        ``unscale_`` was called or not, and all ranks find an overflow together. ``clip.nonfinite: skip``
-        skips the step, and so does policy skip_spikes: parameters and optimizer state stay bit for bit.
+    Collective: every rank of `group` must call it, and must step as often. The gradient is that of the
+    whole target, measured and clipped once when the first of its optimizers steps; with a closure, after
+    every evaluation of it. Under `torch.amp.GradScaler` the norm is that of unscaled gradients, whether
+    ``unscale_`` was called or not, and all ranks find an overflow together. ``clip.nonfinite: skip``
+    skips the step, and so does policy skip_spikes: parameters and optimizer state stay bit for bit.
 
-            With fused optimizers of all that is clipped, and one coefficient, ``clip.apply: auto`` lets their own
-        step multiply by it, and skip: gradients are as they were until that step, and no pass over them is left.
-    
-        A DeepSpeed engine clips by distnorm's norm inside its own step, once; its own clipping is retired,
-        and ``engine.get_global_grad_norm()`` tells distnorm's number.
+    With fused optimizers of all that is clipped, and one coefficient, ``clip.apply: auto`` lets their own
+    step multiply by it, and skip: gradients are as they were until that step, and no pass over them is left.
 
-        Args:
-            target: what holds the gradients, as for `GradClipper`; or a `DeepSpeedEngine`.
-            optimizer: the optimizer, or all of those that step the target; none beside an engine.
-            config, group, pp_mesh, tied: as for `GradClipper`.
+    A DeepSpeed engine clips by distnorm's norm inside its own step, once; its own clipping is retired,
+    and ``engine.get_global_grad_norm()`` tells distnorm's number.
 
-        Returns:
-            A handle whose `last` is the newest `ClipResult`.
+    Args:
+        target: what holds the gradients, as for `GradClipper`; or a `DeepSpeedEngine`.
+        optimizer: the optimizer, or all of those that step the target; none beside an engine.
+        config, group, pp_mesh, tied: as for `GradClipper`.
 
-        Raises:
-            ConfigError, CoverageError, ReplicaError, DisagreementError, UnsupportedGradientError: as
-                `GradClipper` raises.
-            ConfigError: the optimizer clips inside its own step as well; the key is named.
-            DistnormError: no optimizer, or something else, was given, or one that is attached to already.
+    Returns:
+        A handle whose `last` is the newest `ClipResult`.
 
-        Example:
-            >>> handle = distnorm.attach(model, optimizer, {"clip": {"max_norm": 1.0}})
-            >>> loss.backward()
-            >>> optimizer.step()
-            >>> handle.last.total_norm
+    Raises:
+        ConfigError, CoverageError, ReplicaError, DisagreementError, UnsupportedGradientError: as
+            `GradClipper` raises.
+        ConfigError: the optimizer clips inside its own step as well; the key is named.
+        DistnormError: no optimizer, or something else, was given, or one that is attached to already.
+
+    Example:
+        >>> handle = distnorm.attach(model, optimizer, {"clip": {"max_norm": 1.0}})
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> handle.last.total_norm
     """
     if is_engine(target):
         _refuse_beside_engine(optimizer, pp_mesh)
