@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import distnorm
+from distnorm.fetching import Fetch
 from tests.counting import collectives_and_reads
 from tests.refusals import heard
 
@@ -228,6 +231,60 @@ def test_a_refused_gradient_leaves_nobody_waiting(ranks: Callable[..., list[Any]
     found = ranks(4, refusing, tmp_path, timeout=30)
     assert [kind for kind, _ in found] == ["", "UnsupportedGradientError", "", ""]
     assert [row["finite"] for _, row in found] == [False, True, False, False]
+
+
+class Late(Fetch):
+    """Values that take two steps to arrive, as a device's may."""
+
+    waits = 0
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__(values)
+        self.asked = 0
+
+    @property
+    def has_arrived(self) -> bool:
+        self.asked += 1
+        return self.asked > 1
+
+    def values(self) -> Tensor:
+        Late.waits += self.asked < 2
+        return super().values()
+
+
+def test_no_step_waits_for_values_on_their_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distnorm.journal.Fetch", Late)
+    monkeypatch.setattr(Late, "waits", 0)
+    model = Model()
+    clipper = distnorm.GradClipper(list(model.named.items()), config(tmp_path))
+    for step in range(1, 8):
+        model.backward(step)
+        clipper.clip()
+        assert len(lines(tmp_path / "metrics.jsonl")) == max(0, step - 2)
+    assert Late.waits == 0
+    row = clipper.flush(loss=0.25)
+    assert Late.waits > 0
+    rows = lines(tmp_path / "metrics.jsonl")
+    assert row is not None and (row["step"], row["loss"]) == (7, 0.25)
+    assert [(each["step"], each["loss"]) for each in rows] == [*((s, None) for s in range(1, 7)), (7, 0.25)]
+
+
+UNFLUSHED = """
+import sys, torch, distnorm
+weight = torch.nn.Parameter(torch.ones(3))
+clipper = distnorm.GradClipper([("w", weight)], {"monitor": {"every": 1, "dir": sys.argv[1]}})
+for _ in range(3):
+    weight.grad = torch.ones(3)
+    clipper.clip()
+"""
+
+
+def test_the_last_row_is_written_at_the_interpreters_end(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", UNFLUSHED, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stderr == ""
+    assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [row["step"] for row in lines(tmp_path / "layers.jsonl")] == [1, 2, 3]
 
 
 # ---- other sets of parameters, and state

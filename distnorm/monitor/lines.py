@@ -50,7 +50,8 @@ class LineWriter:
             # No file object, whose buffer would have to be written yet when the disk is full.
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
             self._descriptor = os.open(self.path, flags, 0o666)
-            self._close = weakref.finalize(self, os.close, self._descriptor)
+            self._close = finalizer = weakref.finalize(self, os.close, self._descriptor)
+            finalizer.atexit = False  # the interpreter's end may bring a last row yet
             self._size = os.fstat(self._descriptor).st_size
         for row in rows:
             line = (json.dumps(plain(row), allow_nan=False) + "\n").encode()

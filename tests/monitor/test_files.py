@@ -33,7 +33,7 @@ def run(monitor: Monitor, first: int, last: int) -> None:
 
 
 def test_each_file_has_what_it_is_documented_to_have_at_once(tmp_path: Path) -> None:
-    monitor, alerts = watched({"replicas": True, "dir": str(tmp_path / "made")})
+    monitor, alerts = watched({"every": 1, "dir": str(tmp_path / "made")})
     groups = {"experts": {"grad_norm": 2.0, "clip_coef": math.nan, "threshold": 1.0}}
     row = monitor.step(step_row(1, norm=math.inf, groups=groups), parameter="b", ranks=[0])
     monitor.layers(1, [layer_row("b", 0.1 + 0.2), layer_row("a", math.nan)])
