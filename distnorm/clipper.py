@@ -215,6 +215,7 @@ class GradClipper:
         self._steps = steps
         if self._watch is not None:
             self._watch.load_state_dict(state.get("monitor"), steps)
+            self._expect()
 
     def _check(self) -> None:
         """Refuse a configuration that this clipper can't do; what one rank refuses, all refuse."""
@@ -222,16 +223,20 @@ class GradClipper:
     def _decide(self) -> tuple[Outcome, Measured]:
         self._plan_if_changed(store=True)
         measured = self._measured()
-        ours = 0 if self._rules.lanes is None else self._rules.lanes.length
-        outcome = self._decider.decide(
-            measured.total_norm, None if measured.more is None else measured.more[:ours]
-        )
+        outcome = self._decider.decide(measured.total_norm, self._of_rules(measured.more))
+        self._made(measured, outcome.result)
+        return outcome, measured
+
+    def _of_rules(self, more: Tensor | None) -> Tensor | None:
+        return None if more is None or self._rules.lanes is None else more[: self._rules.lanes.length]
+
+    def _made(self, measured: Measured, result: ClipResult, loss_scale: float = 1.0) -> None:
+        """Count a step, and have it told."""
         self._steps += 1
-        self.last = outcome.result
+        self.last = result
         if self._watch is not None:
             self._expect()
-            self._watch.made(self._steps, outcome.result, measured, self._shards, ours)
-        return outcome, measured
+            self._watch.made(self._steps, result, measured, self._shards, loss_scale)
 
     def _measured(self) -> Measured:
         if not self._rules.measures and self._look() is None:

@@ -44,6 +44,7 @@ class Entry:
         look: which reads them.
         facts: what else stands in the row.
         where: the parameters that aren't finite, with a rank of each, so far as they are known.
+        loss_scale: what the look's gradients are multiplied by.
     """
 
     step: int
@@ -52,6 +53,7 @@ class Entry:
     look: Look | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     where: Sequence[tuple[str, int]] = ()
+    loss_scale: float = 1.0
     is_counted: bool = False
     _flags: frozenset[Path] = frozenset()
     _fetch: Fetch | None = None
@@ -153,7 +155,7 @@ class Journal:
         self._count(entry)
         row, found = entry.row(), None
         if entry.look is not None:
-            found = entry.look.read(entry.values()[len(entry.numbers) :])
+            found = entry.look.read(entry.values()[len(entry.numbers) :], entry.loss_scale)
         name, ranks = _named(entry.where, None if found is None else found.first_bad)
         if found is not None and found.small is not None and entry.look is not None:
             assert entry.look.noise is not None

@@ -87,17 +87,17 @@ class Look:
     def _of_layers(self, gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
         return self._detail.local(gradients, [shard.witness() for shard in self._shards], device)
 
-    def read(self, reduced: Tensor) -> Findings:
-        """What the reduced lanes say, [length] fp64 in the host's memory."""
+    def read(self, reduced: Tensor, loss_scale: float = 1.0) -> Findings:
+        """What the reduced lanes say, [length] fp64 in the host's memory, of gradients without the scale."""
         lanes, *others = self._lanes.split(reduced)
         stats = self._detail.read(lanes)
         nothing = [None] * len(self._detail.layer_names)
         columns = (
-            stats.norm.tolist(),
-            stats.rms.tolist(),
-            nothing if stats.max is None else stats.max.tolist(),
+            (stats.norm / loss_scale).tolist(),
+            (stats.rms / loss_scale).tolist(),
+            nothing if stats.max is None else (stats.max / loss_scale).tolist(),
             stats.zero_fraction.tolist(),
-            nothing if stats.grad_to_weight is None else stats.grad_to_weight.tolist(),
+            nothing if stats.grad_to_weight is None else (stats.grad_to_weight / loss_scale).tolist(),
         )
         rows = tuple(
             LayerRow(layer, norm, rms, largest, zeros, _known(ratio, norm))

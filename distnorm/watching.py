@@ -91,7 +91,7 @@ class Watch:
             self._facts["tokens"] = tokens
 
     def made(
-        self, step: int, result: object, measured: Measured, shards: Sequence[GradShard], start: int
+        self, step: int, result: object, measured: Measured, shards: Sequence[GradShard], loss_scale: float
     ) -> None:
         """Take in a step, before anything is done to its gradients.
 
@@ -100,7 +100,7 @@ class Watch:
             result: a dataclass of 0-d tensors, whose names are the row's keys.
             measured: what it is from.
             shards: whose gradients.
-            start: where the look's lanes begin among all further ones.
+            loss_scale: what gradients are multiplied by; the result is without it.
 
         Raises:
             NonFiniteGradientError: it is the last of `stop_after` steps in a row that aren't finite; on every
@@ -113,8 +113,9 @@ class Watch:
             device = measured.total_norm.device
             numbers = {("loss",): self._loss.double().reshape(()).to(device, non_blocking=True), **numbers}
         look = None if measured.more is None else self.look(step)
-        lanes = None if look is None or measured.more is None else measured.more[start:]
-        entry = Entry(step, numbers, lanes, look, self._timed(), self._where(measured, shards, look))
+        lanes = None if look is None or measured.more is None else measured.more[-look.length :]
+        where = self._where(measured, shards, look)
+        entry = Entry(step, numbers, lanes, look, self._timed(), where, loss_scale)
         self._journal.add(entry)
         self._loss, self._facts = None, {}
         self._stop(step, measured)

@@ -16,6 +16,7 @@ from distnorm.clipper import GradClipper
 from distnorm.config import Config
 from distnorm.errors import ConfigError, DistnormError, NonFiniteGradientError
 from distnorm.policies import Decision, policy_of
+from distnorm.readings import Measured
 from distnorm.results import ClipResult
 from distnorm.shards import GradShard
 
@@ -94,25 +95,35 @@ class EngineClipper(GradClipper):
             is_scaled: whether the loss is scaled at all: then a step whose norm is not finite never happens,
                 whatever `clip.nonfinite` says, since it is the scale that has to change.
         """
-        mode, lanes = self.config.clip.nonfinite, self._rules.lanes
+        mode, lanes = self.config.clip.nonfinite, self._lanes(store=True)
         error: NonFiniteGradientError | None = None
-        more: Tensor | None = None
         with torch.no_grad():
             try:
                 measured = self._meter.measure((), lambda: self._shards, more=lanes)
-                scaled_norm, more = measured.total_norm, measured.more
             except NonFiniteGradientError as caught:
-                error, device = caught, self._meter.ranks.device()
-                scaled_norm = torch.tensor(caught.total_norm, dtype=torch.float64, device=device)
-                if lanes is not None:  # a loss, which doesn't count in such a step
-                    more = torch.ones(lanes.length, dtype=torch.float64, device=device)
-            outcome = self._decider.decide(scaled_norm / loss_scale, more)
-        self._steps += 1
-        self.last = result = outcome.result
+                error, measured = caught, self._failed(caught)
+            outcome = self._decider.decide(measured.total_norm / loss_scale, self._of_rules(measured.more))
+            if error is None:
+                try:
+                    self._made(measured, outcome.result, loss_scale)
+                except NonFiniteGradientError as caught:  # by monitor.stop_after
+                    error = caught
+            else:
+                self._steps, self.last = self._steps + 1, outcome.result
+        result = outcome.result
         assert outcome.decision is not None
         skips = (is_scaled or mode in ("skip", "raise")) and not bool(result.is_finite)
         skips = skips or (self._rules.may_skip and bool(result.skipped))
         return Verdict(result, outcome.decision, loss_scale, skips, error)
+
+    def _failed(self, error: NonFiniteGradientError) -> Measured:
+        if self._watch is not None:
+            self._watch.failed(self._steps + 1, error)
+        device, lanes = self._meter.ranks.device(), self._rules.lanes
+        norm = torch.tensor(error.total_norm, dtype=torch.float64, device=device)
+        # A loss, which doesn't count in such a step.
+        more = None if lanes is None else torch.ones(lanes.length, dtype=torch.float64, device=device)
+        return Measured.of(norm, [], more)
 
     def clip(self) -> NoReturn:
         """Refused: the engine clips in its own step."""
