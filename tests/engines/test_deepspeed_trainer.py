@@ -46,13 +46,19 @@ def test_shipped_config_trains_as_one_process(
     single: list[Any],
     tmp_path: Path,
 ) -> None:
-    config = shipped(name, tmp_path, FLOAT32, STEPS, *overrides)
+    config = shipped(name, tmp_path, FLOAT32, STEPS, "monitor.every=5", *overrides)
     results = engine_ranks(rank_count(config), train, config, timeout=300)
     assert [code for code, _ in results] == [0] * len(results)
     assert all(printed == "" for _, printed in results[1:])
     for found, expected in zip(trace(tmp_path), single, strict=True):
         assert found == pytest.approx(expected, rel=RTOL, abs=0)
     assert all(row["clipped"] for row in rows(tmp_path)), "a threshold that never binds would test nothing"
+    layers = [json.loads(line) for line in (tmp_path / "layers.jsonl").read_text().splitlines()]
+    for step in (5, 10):
+        norms = [row["norm"] for row in layers if row["step"] == step]
+        assert min(norms) > 0 and len(norms) > 20
+        assert math.hypot(*norms) == pytest.approx(rows(tmp_path)[step - 1]["grad_norm"], rel=1e-6)
+    assert not (tmp_path / "alerts.jsonl").exists()
 
 
 def test_there_is_a_config_of_every_stage_and_a_pipeline() -> None:
