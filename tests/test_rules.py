@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -277,8 +279,6 @@ def refused_all() -> list[Heard]:
 
 
 def test_mistakes_are_refused_on_every_rank(ranks: Any) -> None:
-    import re
-
     for said in ranks(2, refused_all, timeout=TIMEOUT):
         for (kind, message), (_, _, fact) in zip(said, MISTAKES, strict=True):
             assert kind in ("ConfigError", "DistnormError") and re.search(
@@ -364,8 +364,8 @@ def test_the_state_is_of_these_policies_and_groups(tmp_path: Path) -> None:
     other.load_state_dict({"version": 1, "steps": 9})
     begun = other.state_dict()
     assert begun["steps"] == 9 and begun["groups"]["norms"]["steps"] == 0
-    torch.distributed.checkpoint.save({"clipper": one}, checkpoint_id=tmp_path, no_dist=True)
-    torch.distributed.checkpoint.load({"clipper": other}, checkpoint_id=tmp_path, no_dist=True)
+    checkpoint.save({"clipper": one}, checkpoint_id=tmp_path, no_dist=True)
+    checkpoint.load({"clipper": other}, checkpoint_id=tmp_path, no_dist=True)
     assert other.state_dict() == one.state_dict()
 
 
