@@ -184,9 +184,7 @@ class GradClipper:
         """Refuse a configuration that this clipper can't do; what one rank refuses, all refuse."""
 
     def _decide(self) -> tuple[Outcome, Measured]:
-        self._plan_if_changed()
-        measures = self._rules.measures
-        measured = self._measure(store=True) if measures else self._meter.settle(self._shards)
+        measured = self._measure(store=True) if self._rules.measures else self._settle()
         outcome = self._decider.decide(measured.total_norm, measured.more)
         self._steps += 1
         self.last = outcome.result
@@ -218,6 +216,10 @@ class GradClipper:
         self._plan_if_changed()
         lanes = self._rules.lanes
         return self._meter.measure(self._inventory.holders, lambda: self._shards, store=store, more=lanes)
+
+    def _settle(self) -> Measured:
+        self._plan_if_changed()
+        return self._meter.settle(self._shards)
 
     def _plan_if_changed(self) -> None:
         if not self._meter.has_plan or not self._inventory.is_current:
