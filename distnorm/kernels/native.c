@@ -9,7 +9,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__F16C__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -43,7 +43,14 @@ typedef VECTOR(__fp16, BYTES / 4) f16;
 #define INLINE static inline __attribute__((always_inline))
 #define EACH(k, count) _Pragma("GCC unroll 16") for (int k = 0; k < (count); k++)
 
+// GCC 12 makes two halves and puts them together again of __builtin_convertvector, where one instruction does.
+#if defined(__AVX512F__)
+INLINE f64 widened(f32 x) { return (f64)_mm512_cvtps_pd((__m256)x); }
+#elif defined(__AVX__)
+INLINE f64 widened(f32 x) { return (f64)_mm256_cvtps_pd((__m128)x); }
+#else
 INLINE f64 widened(f32 x) { return __builtin_convertvector(x, f64); }
+#endif
 
 #if defined(__F16C__) && BYTES == 64
 INLINE f32 load_f16(const char *p) { return (f32)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
