@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 import distnorm
 from distnorm.bench.peers import Peers, by_deepspeed, by_megatrons_rule, by_torch
@@ -109,7 +111,7 @@ def steppers(problem: Problem, max_norm: float) -> list[Contender]:
     """Fused AdamW's step, alone and after everyone's clipping. Collective."""
     parameters = [each.parameter for each in problem.held]
     config = {"clip": {"max_norm": max_norm}}
-    plain, attached = (torch.optim.AdamW(parameters, lr=1e-6, fused=True) for _ in range(2))
+    plain, attached = (torch.optim.AdamW(parameters, lr=0.0, fused=True) for _ in range(2))
     clipper = distnorm.GradClipper(problem.target, config)
     handle = distnorm.attach(problem.target, attached, config)
 
@@ -134,3 +136,41 @@ def steppers(problem: Problem, max_norm: float) -> list[Contender]:
         Contender("GradClipper.clip, then step", by_clipper, EXACT),
         Contender("distnorm.attach", by_attach, EXACT, close=handle.remove),
     ]
+
+
+def training_steppers(
+    problem: Problem, backward: Callable[[nn.Module], None], max_norm: float
+) -> list[Contender]:
+    """Whole training steps, forward and backward too, of models that don't move. Collective.
+
+    Args:
+        problem: of the model that all of them share but the one with overlap, which has a copy: a hook that
+            reads gradients during backward stays with its model.
+        backward: computes a model's gradients.
+        max_norm: the threshold.
+    """
+    copied = type(problem.target)(copy.deepcopy(problem.target.module))
+    steps: list[Contender] = []
+
+    def add(name: str, model: nn.Module, clip: str, *, overlap: bool = False) -> None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+        handle = None
+        if clip == "attach":
+            handle = distnorm.attach(model, optimizer, {"clip": {"max_norm": max_norm, "overlap": overlap}})
+
+        def step() -> Any:
+            optimizer.zero_grad()
+            backward(model)
+            norm = by_torch(problem.parts, max_norm) if clip == "torch" else None
+            optimizer.step()
+            return norm if handle is None or handle.last is None else handle.last.total_norm
+
+        tolerance = EXACT if clip == "attach" else CLOSE
+        close = (lambda: None) if handle is None else handle.remove
+        steps.append(Contender(name, step, tolerance, is_reference=clip == "torch", close=close))
+
+    add("no clipping", problem.target, "none")
+    add("torch", problem.target, "torch")
+    add("distnorm.attach", problem.target, "attach")
+    add("distnorm.attach, overlap", copied, "attach", overlap=True)
+    return steps

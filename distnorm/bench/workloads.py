@@ -15,7 +15,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from distnorm import Config, RunError
-from distnorm.bench.contenders import Contender, clippers, measurers, steppers
+from distnorm.bench.contenders import Contender, clippers, measurers, steppers, training_steppers
 from distnorm.bench.limit import work_of
 from distnorm.bench.peers import Peers
 from distnorm.bench.problem import Problem, describe
@@ -96,8 +96,11 @@ class _Listed(nn.Module):
 
 
 def moe(setting: Setting) -> Iterator[Variant]:
-    """Dense layers over all ranks; experts, each on the ranks of one expert-parallel index, over these."""
-    world, layers, experts = setting.world, setting.count(4), setting.count(64, least=4) // 2 * 2
+    """Dense layers over all ranks; experts, each on the ranks of one expert-parallel index, over these.
+
+    As many layers and experts as OLMoE-1B-7B has, and narrow matrices.
+    """
+    world, layers, experts = setting.world, setting.count(16), setting.count(64, least=4) // 2 * 2
     ep = 2 if world.size % 2 == 0 else 1
     whole = setting.mesh([world.size], ["dp"])
     apart = setting.mesh([ep, world.size // ep], ["ep", "dp_of_expert"])
@@ -175,12 +178,19 @@ def large(setting: Setting) -> Iterator[Variant]:
 
 
 def clip_step(setting: Setting) -> Iterator[Variant]:
-    """Norm, clipping and fused AdamW's step."""
+    """Norm, clipping and fused AdamW's step; and the same within a whole training step."""
     problem, millions = _replicated(setting)
-    contenders = steppers(problem, problem.norm / 2)
-    yield _variant("clip-step", f"DDP, {millions}, all clipped, AdamW's step", problem, contenders, step=True)
-    for contender in contenders:
-        contender.close()
+
+    def backward(model: nn.Module) -> None:
+        model(1.0 + setting.world.rank).backward()
+
+    for title, contenders in (
+        ("AdamW's step", steppers(problem, problem.norm / 2)),
+        ("forward, backward and AdamW's step", training_steppers(problem, backward, problem.norm / 2)),
+    ):
+        yield _variant("clip-step", f"DDP, {millions}, all clipped, {title}", problem, contenders, step=True)
+        for contender in contenders:
+            contender.close()
 
 
 def own(config: Config, setting: Setting) -> Iterator[Variant]:
