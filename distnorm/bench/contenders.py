@@ -14,6 +14,7 @@ import distnorm
 from distnorm.bench.peers import Peers, by_deepspeed, by_megatrons_rule, by_torch
 from distnorm.bench.problem import Problem
 
+PLAIN_SUM = "plain sum of these bytes"
 EXACT, CLOSE = 1e-6, 1e-4
 """Largest relative errors of distnorm, and of peers in fp32."""
 
@@ -91,11 +92,21 @@ def _on_local_tensors(problem: Problem, max_norm: float, peers: Peers) -> Iterat
 
 
 def measurers(problem: Problem, peers: Peers) -> list[Contender]:
-    """All that take the norm of one process's gradients. Peers' errors are shown, not judged."""
+    """All that take the norm of one process's gradients. Peers' errors are shown, not judged.
+
+    A plain fp32 sum of the same bytes takes its turns with them: as fast as this memory can be read then.
+    """
     gradients = problem.locals
+    as_fp32 = [gradient.view(-1).view(torch.float32) for gradient in gradients]
+
+    def plain_sum() -> None:
+        for gradient in as_fp32:
+            gradient.sum()
+
     clipper = distnorm.GradClipper(problem.target)
     found = [
-        Contender("torch", lambda: torch.nn.utils.get_total_norm(gradients), float("inf"), is_reference=True)
+        Contender(PLAIN_SUM, plain_sum),
+        Contender("torch", lambda: torch.nn.utils.get_total_norm(gradients), float("inf"), is_reference=True),
     ]
     if peers.deepspeed is not None:
         norm_of = peers.deepspeed.get_global_norm_of_tensors

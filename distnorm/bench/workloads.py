@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from distnorm import Config, RunError
-from distnorm.bench.contenders import Contender, clippers, measurers, steppers, training_steppers
+from distnorm.bench.contenders import PLAIN_SUM, Contender, clippers, measurers, steppers, training_steppers
 from distnorm.bench.limit import work_of
 from distnorm.bench.peers import Peers
 from distnorm.bench.problem import Problem, describe
@@ -174,7 +174,8 @@ def large(setting: Setting) -> Iterator[Variant]:
         parameter.grad = torch.randn(count, generator=dice, device=setting.world.device).to(dtype)
         problem = describe([("weight", parameter)], {"weight": parameter}, setting.world)
         title = f"one tensor of {count:.3g} elements, {str(dtype).removeprefix('torch.')}, norm only"
-        yield _variant("large", title, problem, measurers(problem, setting.peers))
+        contenders = measurers(problem, setting.peers)
+        yield replace(_variant("large", title, problem, contenders), limit_is=PLAIN_SUM)
 
 
 def clip_step(setting: Setting) -> Iterator[Variant]:

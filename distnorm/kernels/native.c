@@ -9,6 +9,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
@@ -232,9 +233,31 @@ static void *work(void *job) {
     return NULL;
 }
 
-// Threads live for one call: nothing is left that a fork could break. Where one can't start, the others do
-// its work.
+struct call {
+    struct job *job;
+    void *(*work)(void *);
+};
+
+static void make(void *call) { ((struct call *)call)->work(((struct call *)call)->job); }
+
+// OpenMP's GOMP_parallel, and the process in which it works: a forked child has none of its threads.
+static void (*pool)(void (*)(void *), void *, unsigned, unsigned);
+static pid_t owner;
+
+// Use the threads that torch has, which after an operator of torch's spin for a while where others would run.
+void distnorm_use_pool(void *parallel) {
+    pool = (void (*)(void (*)(void *), void *, unsigned, unsigned))parallel;
+    owner = getpid();
+}
+
+// Threads of our own live for one call: nothing is left that a fork could break. Where one can't start, the
+// others do its work.
 static void run_job(struct job *job, int64_t threads, void *(*work)(void *)) {
+    if (pool && threads > 1 && getpid() == owner) {
+        struct call call = {job, work};
+        pool(make, &call, (unsigned)threads, 0);
+        return;
+    }
     pthread_t others[MOST_THREADS];
     if (threads > MOST_THREADS) threads = MOST_THREADS;
     int started = 0;
