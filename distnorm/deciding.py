@@ -84,7 +84,8 @@ class Decider:
         Raises:
             DistnormError: a policy looks at the loss, and no rank gave one; on every rank.
         """
-        rules, found = self._rules, _NOTHING if more is None else self._found(more)
+        rules = self._rules
+        found = _NOTHING if rules.lanes is None or more is None else self._found(more)
         rules.loss.forget()
         is_finite = total_norm.isfinite() if rules.measures else ~self._never(total_norm)
         if rules.obstacle is None:
@@ -115,8 +116,7 @@ class Decider:
 
     def _found(self, more: Tensor, *, with_loss: bool = True) -> _Found:
         rules, found = self._rules, _Found()
-        if rules.lanes is None:
-            return found
+        assert rules.lanes is not None
         parts = iter(rules.lanes.split(more))
         if rules.detail is not None:
             found.norms = rules.detail.parameter_norms(next(parts))
