@@ -124,6 +124,10 @@ class Brief:
         """Whether marks, added up, say that all ranks measured the same: 0-d bool."""
         return marks.remainder(self._modulus) == 0
 
+    def is_well(self, marks: float) -> bool:
+        """`well` of a number on the host."""
+        return int(marks) % self._modulus == 0
+
     def deaf(self, marks: float) -> int:
         """How many ranks measure and read nothing, by marks added up."""
         return int(marks) // self._unit

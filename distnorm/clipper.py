@@ -221,7 +221,6 @@ class GradClipper:
         """Refuse a configuration that this clipper can't do; what one rank refuses, all refuse."""
 
     def _decide(self) -> tuple[Outcome, Measured]:
-        self._plan_if_changed(store=True)
         measured = self._measured()
         outcome = self._decider.decide(measured.total_norm, self._of_rules(measured.more))
         self._made(measured, outcome.result)
@@ -240,6 +239,7 @@ class GradClipper:
 
     def _measured(self) -> Measured:
         if not self._rules.measures and self._look() is None:
+            self._plan_if_changed(store=True)
             return self._meter.settle(self._shards)
         try:
             return self._measure(store=True)

@@ -60,6 +60,9 @@ class _Found:
     loss: Tensor | None = None
 
 
+_NOTHING = _Found()
+
+
 class Decider:
     """Asks the policies. Nothing here is collective, and no device is waited for.
 
@@ -81,7 +84,8 @@ class Decider:
         Raises:
             DistnormError: a policy looks at the loss, and no rank gave one; on every rank.
         """
-        rules, found = self._rules, self._found(more)
+        rules = self._rules
+        found = _NOTHING if rules.lanes is None or more is None else self._found(more)
         rules.loss.forget()
         is_finite = total_norm.isfinite() if rules.measures else ~self._never(total_norm)
         if rules.obstacle is None:
@@ -110,10 +114,9 @@ class Decider:
         decision, never = replace(unclipped, threshold=threshold), self._never(total_norm)
         return replace(clip_result(total_norm, total_norm.isfinite(), decision, never), groups=groups)
 
-    def _found(self, more: Tensor | None, *, with_loss: bool = True) -> _Found:
+    def _found(self, more: Tensor, *, with_loss: bool = True) -> _Found:
         rules, found = self._rules, _Found()
-        if rules.lanes is None or more is None:
-            return found
+        assert rules.lanes is not None
         parts = iter(rules.lanes.split(more))
         if rules.detail is not None:
             found.norms = rules.detail.parameter_norms(next(parts))

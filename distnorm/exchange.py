@@ -50,14 +50,14 @@ class Reply:
         count: the votes, read on the host. In the brief form every rank must call it that reads a total norm
             which is not finite, and every rank that measures nothing.
         is_brief: in which form it came.
-        well: 0-d bool; whether all ranks measured, and the same.
+        well: whether all ranks measured, and the same; 0-d bool where that isn't known on the host.
     """
 
     total_norm: Tensor
     more: Tensor
     count: Callable[[], Count]
     is_brief: bool
-    well: Tensor
+    well: Tensor | bool
 
 
 class Exchange:
@@ -100,17 +100,21 @@ class Exchange:
             statistic = torch.full((1,), math.nan, dtype=torch.float64, device=more.device)
         mark = on_device([self._brief.mark(ballot)], statistic.device)
         vector = self._ranks.all_reduce_(torch.cat([mark, statistic, more]), "sum")
-        marks, statistic, more = vector[:1], vector[1:2], vector[2:]
-        well = self._brief.well(marks[0])
-        finalised = self._norm.finalise(statistic) if self.fits else statistic[0]
-        total_norm = torch.where(well, finalised, math.nan)
-        return Reply(total_norm, more, lambda: self._second_count(marks, ballot), True, well)
+        finalised = self._norm.finalise(vector[1:2]) if self.fits else vector[1]
+        well: Tensor | bool
+        if vector.is_cpu:  # to look at a number here takes no operator, and waits for nothing
+            well = self._brief.is_well(vector.numpy()[0])
+            total_norm = finalised if well else torch.full_like(finalised, math.nan)
+        else:
+            well = self._brief.well(vector[0])
+            total_norm = torch.where(well, finalised, math.nan)
+        return Reply(total_norm, vector[2:], lambda: self._second_count(vector[0], ballot), True, well)
 
     def _second_count(self, marks: Tensor, ballot: Ballot) -> Count:
         deaf = self._brief.deaf(marks.item())
         if deaf:  # they go on, and hear of no second exchange
             return Count.of_deaf(deaf, ballot)
-        return self._in_full(None, ballot, marks[:0]).count()
+        return self._in_full(None, ballot, torch.zeros(0, dtype=marks.dtype, device=marks.device)).count()
 
     def _in_full(self, statistic: Tensor | None, ballot: Ballot, more: Tensor) -> Reply:
         """All-reduce ``[nan, votes ..., padding ..., statistic ..., more ...]``.

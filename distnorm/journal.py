@@ -29,6 +29,7 @@ _FIRST = (
     "threshold",
     "clipped",
     "finite",
+    "skipped",
     "tokens_per_second",
 )
 

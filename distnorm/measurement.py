@@ -66,6 +66,7 @@ class Meter:
     _weights: Mapping[int, int] = field(default_factory=dict)
     _steady: Steady | None = None  # of the shards that were measured last
     _presence: int = 0
+    _hashed: tuple[tuple[object, ...], int] = ((), 0)  # terms, and their hash
 
     def __post_init__(self) -> None:
         self._exchange = Exchange(self.ranks, self.norm)
@@ -262,8 +263,9 @@ class Meter:
         return {**terms, "plan": self._plan.ident, "raises": self.raises}
 
     def _ballot(self, presence: int, here: Mapping[str, object], *, refused: bool = False) -> Ballot:
-        terms = stable_hash(repr(here))
-        return Ballot("measure", self.raises, refused=refused, presence=presence, terms=terms)
+        if self._hashed[0] != (terms := tuple(here.values())):
+            self._hashed = terms, stable_hash(repr(here))
+        return Ballot("measure", self.raises, refused=refused, presence=presence, terms=self._hashed[1])
 
     def _agree(
         self, shards: Sequence[GradShard], readings: Sequence[Reading], problems: Sequence[DistnormError]

@@ -34,9 +34,9 @@ Bucket = Any
 
 @dataclass(slots=True)
 class _Slot:
-    """What was taken of one gradient: the statistic, [width], and what tells whether it is still that one."""
+    """What was taken of one gradient: the statistic, and what tells whether it is still that one."""
 
-    statistic: Tensor
+    statistic: float
     gradient: weakref.ref[Tensor] | None
     mark: tuple[int, ...] | None
 
@@ -113,7 +113,9 @@ class Overlap:
         squares = [one for one in buckets.values() if one is not None]
         if squares and len(squares) == len(buckets):
             self.before = torch.stack(squares).sum(dim=0)
-        return self._norm.reduce(torch.stack(statistics)) if statistics else None
+        if not statistics:
+            return None
+        return self._norm.reduce(torch.tensor(statistics, dtype=torch.float64).unsqueeze(1))
 
     def read(self, i: int) -> None:
         """Take the statistic of a gradient that is final."""
@@ -136,8 +138,8 @@ class Overlap:
         share = self._shares[i]
         if not kernels.split([flat])[1]:
             counted = flat[share.start : share.stop]
-            statistic = self._norm.statistic([counted], flat.device)
-            self._slots[i] = _Slot(statistic, None, None)
+            statistic = self._norm.statistic([counted], flat.device)  # compiled code's are one number
+            self._slots[i] = _Slot(float(statistic), None, None)
 
     def mark(self, which: Sequence[int]) -> None:
         """Remember which tensors some gradients are, now that they are final."""

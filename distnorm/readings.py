@@ -32,14 +32,14 @@ class Measured:
             their order; `None` where there is none.
         scale_: multiplies them, in place, by a 0-d coefficient.
         more: what all ranks' further lanes were reduced to; `None` where there were none.
-        well: 0-d bool; whether all ranks measured, and the same; `None` where that was seen otherwise.
+        well: whether all ranks measured, and the same: on the host, or 0-d bool; `None` where nobody did.
     """
 
     total_norm: Tensor
     gradients: Callable[[], list[Tensor | None]]
     scale_: Callable[[Tensor], None]
     more: Tensor | None = None
-    well: Tensor | None = None
+    well: Tensor | bool | None = None
 
     @classmethod
     def of(
@@ -47,7 +47,7 @@ class Measured:
         total_norm: Tensor,
         gradients: Iterable[Tensor | None],
         more: Tensor | None = None,
-        well: Tensor | None = None,
+        well: Tensor | bool | None = None,
     ) -> Measured:
         """Of gradients that are at hand."""
         every = list(gradients)

@@ -69,6 +69,10 @@ class Rules:
     Attributes:
         rules: those of the groups, in their order, and last the one of all other parameters.
         loss: what a policy may look at beside the gradients.
+        is_single: whether there is one policy for all parameters.
+        obstacle: why one coefficient of the total norm isn't all that is decided; `None` if it is.
+        measures: whether any norm is needed.
+        may_skip: whether a step may have to be skipped.
         detail: the norms of single parameters, where they are needed.
         table: the model's parameters, where they are needed.
 
@@ -86,6 +90,10 @@ class Rules:
                     f"clip.policy: expected norm.type {_AGC_ORDER} under policy {rule.policy.name}, which "
                     f"goes by the 2-norms of output units; found {norm.order:g}"
                 )
+        self.is_single, self.obstacle = not clip.groups, self._obstacle()
+        self.measures = not self.is_single or self.default.reads != "nothing"
+        spikes = any(rule.policy.name == "skip_spikes" for rule in self.rules)
+        self.may_skip = spikes or clip.nonfinite == "skip"
         self.detail: Detail | None = None
         self.table: Table | None = None
         self._lanes: Joined | None = None
@@ -102,9 +110,7 @@ class Rules:
         """The policy of the parameters in no group."""
         return self.rules[-1].policy
 
-    @property
-    def obstacle(self) -> str | None:
-        """Why one coefficient of the total norm isn't all that is decided; `None` if it is."""
+    def _obstacle(self) -> str | None:
         if self.clip.groups:
             return "clip.groups, which have coefficients of their own"
         kinds = {
@@ -112,23 +118,8 @@ class Rules:
             "units": "has a coefficient for each output unit",
             "nothing": "multiplies nothing",
         }
-        reads = self.default.reads
-        return f"policy {self.default.name}, which {kinds[reads]}" if reads in kinds else None
-
-    @property
-    def measures(self) -> bool:
-        """Whether any norm is needed."""
-        return not self.is_single or self.default.reads != "nothing"
-
-    @property
-    def may_skip(self) -> bool:
-        """Whether a step may have to be skipped."""
-        return self.clip.nonfinite == "skip" or any(rule.policy.name == "skip_spikes" for rule in self.rules)
-
-    @property
-    def is_single(self) -> bool:
-        """Whether there is one policy for all parameters."""
-        return not self.clip.groups
+        name, reads = self.default.name, self.default.reads
+        return f"policy {name}, which {kinds[reads]}" if reads in kinds else None
 
     @property
     def lanes(self) -> Joined | None:

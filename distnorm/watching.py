@@ -150,14 +150,8 @@ class Watch:
         self, measured: Measured, shards: Sequence[GradShard], look: Look | None
     ) -> Sequence[tuple[str, int]]:
         """What isn't finite, where the norm can be read for free: on the CPU. All ranks find the same."""
-        norm, well = measured.total_norm, measured.well
-        if (
-            look is not None
-            or not norm.is_cpu
-            or well is None
-            or not well.numpy()
-            or norm.numpy() < torch.inf
-        ):
+        norm = measured.total_norm
+        if look is not None or not norm.is_cpu or norm.numpy() < torch.inf or not measured.well:
             return ()
         gradients = completed(shards, read_gradients(shards)[0], store=False)[0]
         return diagnosis.found_not_finite(self._ranks, shards, gradients)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 import distnorm
 from distnorm.bench.peers import Peers, by_deepspeed, by_megatrons_rule, by_torch
 from distnorm.bench.problem import Problem
 
+PLAIN_SUM = "plain sum of these bytes"
 EXACT, CLOSE = 1e-6, 1e-4
 """Largest relative errors of distnorm, and of peers in fp32."""
 
@@ -89,11 +92,21 @@ def _on_local_tensors(problem: Problem, max_norm: float, peers: Peers) -> Iterat
 
 
 def measurers(problem: Problem, peers: Peers) -> list[Contender]:
-    """All that take the norm of one process's gradients. Peers' errors are shown, not judged."""
+    """All that take the norm of one process's gradients. Peers' errors are shown, not judged.
+
+    A plain fp32 sum of the same bytes takes its turns with them: as fast as this memory can be read then.
+    """
     gradients = problem.locals
+    as_fp32 = [gradient.view(-1).view(torch.float32) for gradient in gradients]
+
+    def plain_sum() -> None:
+        for gradient in as_fp32:
+            gradient.sum()
+
     clipper = distnorm.GradClipper(problem.target)
     found = [
-        Contender("torch", lambda: torch.nn.utils.get_total_norm(gradients), float("inf"), is_reference=True)
+        Contender(PLAIN_SUM, plain_sum),
+        Contender("torch", lambda: torch.nn.utils.get_total_norm(gradients), float("inf"), is_reference=True),
     ]
     if peers.deepspeed is not None:
         norm_of = peers.deepspeed.get_global_norm_of_tensors
@@ -109,7 +122,7 @@ def steppers(problem: Problem, max_norm: float) -> list[Contender]:
     """Fused AdamW's step, alone and after everyone's clipping. Collective."""
     parameters = [each.parameter for each in problem.held]
     config = {"clip": {"max_norm": max_norm}}
-    plain, attached = (torch.optim.AdamW(parameters, lr=1e-6, fused=True) for _ in range(2))
+    plain, attached = (torch.optim.AdamW(parameters, lr=0.0, fused=True) for _ in range(2))
     clipper = distnorm.GradClipper(problem.target, config)
     handle = distnorm.attach(problem.target, attached, config)
 
@@ -134,3 +147,41 @@ def steppers(problem: Problem, max_norm: float) -> list[Contender]:
         Contender("GradClipper.clip, then step", by_clipper, EXACT),
         Contender("distnorm.attach", by_attach, EXACT, close=handle.remove),
     ]
+
+
+def training_steppers(
+    problem: Problem, backward: Callable[[nn.Module], None], max_norm: float
+) -> list[Contender]:
+    """Whole training steps, forward and backward too, of models that don't move. Collective.
+
+    Args:
+        problem: of the model that all of them share but the one with overlap, which has a copy: a hook that
+            reads gradients during backward stays with its model.
+        backward: computes a model's gradients.
+        max_norm: the threshold.
+    """
+    copied = type(problem.target)(copy.deepcopy(problem.target.module))
+    steps: list[Contender] = []
+
+    def add(name: str, model: nn.Module, clip: str, *, overlap: bool = False) -> None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+        handle = None
+        if clip == "attach":
+            handle = distnorm.attach(model, optimizer, {"clip": {"max_norm": max_norm, "overlap": overlap}})
+
+        def step() -> Any:
+            optimizer.zero_grad()
+            backward(model)
+            norm = by_torch(problem.parts, max_norm) if clip == "torch" else None
+            optimizer.step()
+            return norm if handle is None or handle.last is None else handle.last.total_norm
+
+        tolerance = EXACT if clip == "attach" else CLOSE
+        close = (lambda: None) if handle is None else handle.remove
+        steps.append(Contender(name, step, tolerance, is_reference=clip == "torch", close=close))
+
+    add("no clipping", problem.target, "none")
+    add("torch", problem.target, "torch")
+    add("distnorm.attach", problem.target, "attach")
+    add("distnorm.attach, overlap", copied, "attach", overlap=True)
+    return steps

@@ -26,7 +26,7 @@ class Limit:
     Args:
         read: bytes/s of a plain sum over a large buffer.
         write: bytes/s, read and written ones added up, of a copy or a scaling in place, the faster one.
-        latency: seconds of an all-reduce of 16 fp64; 0 where there is one rank.
+        latency: seconds of an all-reduce of 2 fp64; 0 where there is one rank.
     """
 
     read: float
@@ -88,7 +88,7 @@ def measure_limit(world: World, elements: int = BUFFER_ELEMENTS) -> Limit:
     reading = min(_times(world, source.sum))
     copying = min(_times(world, lambda: target.copy_(source)))
     scaling = min(_times(world, lambda: target.mul_(1.0)))
-    few = torch.zeros(16, dtype=torch.float64, device=world.device)
+    few = torch.zeros(2, dtype=torch.float64, device=world.device)
     reduction = _times(world, lambda: dist.all_reduce(few), _LATENCY_ROUNDS) if world.size > 1 else [0.0]
     return Limit(size / reading, 2 * size / min(copying, scaling), min(reduction))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from distnorm import Config, RunError
-from distnorm.bench.contenders import Contender, clippers, measurers, steppers
+from distnorm.bench.contenders import PLAIN_SUM, Contender, clippers, measurers, steppers, training_steppers
 from distnorm.bench.limit import work_of
 from distnorm.bench.peers import Peers
 from distnorm.bench.problem import Problem, describe
@@ -96,8 +96,11 @@ class _Listed(nn.Module):
 
 
 def moe(setting: Setting) -> Iterator[Variant]:
-    """Dense layers over all ranks; experts, each on the ranks of one expert-parallel index, over these."""
-    world, layers, experts = setting.world, setting.count(4), setting.count(64, least=4) // 2 * 2
+    """Dense layers over all ranks; experts, each on the ranks of one expert-parallel index, over these.
+
+    As many layers and experts as OLMoE-1B-7B has, and narrow matrices.
+    """
+    world, layers, experts = setting.world, setting.count(16), setting.count(64, least=4) // 2 * 2
     ep = 2 if world.size % 2 == 0 else 1
     whole = setting.mesh([world.size], ["dp"])
     apart = setting.mesh([ep, world.size // ep], ["ep", "dp_of_expert"])
@@ -171,16 +174,24 @@ def large(setting: Setting) -> Iterator[Variant]:
         parameter.grad = torch.randn(count, generator=dice, device=setting.world.device).to(dtype)
         problem = describe([("weight", parameter)], {"weight": parameter}, setting.world)
         title = f"one tensor of {count:.3g} elements, {str(dtype).removeprefix('torch.')}, norm only"
-        yield _variant("large", title, problem, measurers(problem, setting.peers))
+        contenders = measurers(problem, setting.peers)
+        yield replace(_variant("large", title, problem, contenders), limit_is=PLAIN_SUM)
 
 
 def clip_step(setting: Setting) -> Iterator[Variant]:
-    """Norm, clipping and fused AdamW's step."""
+    """Norm, clipping and fused AdamW's step; and the same within a whole training step."""
     problem, millions = _replicated(setting)
-    contenders = steppers(problem, problem.norm / 2)
-    yield _variant("clip-step", f"DDP, {millions}, all clipped, AdamW's step", problem, contenders, step=True)
-    for contender in contenders:
-        contender.close()
+
+    def backward(model: nn.Module) -> None:
+        model(1.0 + setting.world.rank).backward()
+
+    for title, contenders in (
+        ("AdamW's step", steppers(problem, problem.norm / 2)),
+        ("forward, backward and AdamW's step", training_steppers(problem, backward, problem.norm / 2)),
+    ):
+        yield _variant("clip-step", f"DDP, {millions}, all clipped, {title}", problem, contenders, step=True)
+        for contender in contenders:
+            contender.close()
 
 
 def own(config: Config, setting: Setting) -> Iterator[Variant]:

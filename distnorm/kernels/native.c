@@ -9,7 +9,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__F16C__)
+#include <unistd.h>
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -43,7 +44,14 @@ typedef VECTOR(__fp16, BYTES / 4) f16;
 #define INLINE static inline __attribute__((always_inline))
 #define EACH(k, count) _Pragma("GCC unroll 16") for (int k = 0; k < (count); k++)
 
+// GCC 12 makes two halves and puts them together again of __builtin_convertvector, where one instruction does.
+#if defined(__AVX512F__)
+INLINE f64 widened(f32 x) { return (f64)_mm512_cvtps_pd((__m256)x); }
+#elif defined(__AVX__)
+INLINE f64 widened(f32 x) { return (f64)_mm256_cvtps_pd((__m128)x); }
+#else
 INLINE f64 widened(f32 x) { return __builtin_convertvector(x, f64); }
+#endif
 
 #if defined(__F16C__) && BYTES == 64
 INLINE f32 load_f16(const char *p) { return (f32)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
@@ -225,9 +233,31 @@ static void *work(void *job) {
     return NULL;
 }
 
-// Threads live for one call: nothing is left that a fork could break. Where one can't start, the others do
-// its work.
+struct call {
+    struct job *job;
+    void *(*work)(void *);
+};
+
+static void make(void *call) { ((struct call *)call)->work(((struct call *)call)->job); }
+
+// OpenMP's GOMP_parallel, and the process in which it works: a forked child has none of its threads.
+static void (*pool)(void (*)(void *), void *, unsigned, unsigned);
+static pid_t owner;
+
+// Use the threads that torch has, which after an operator of torch's spin for a while where others would run.
+void distnorm_use_pool(void *parallel) {
+    pool = (void (*)(void (*)(void *), void *, unsigned, unsigned))parallel;
+    owner = getpid();
+}
+
+// Threads of our own live for one call: nothing is left that a fork could break. Where one can't start, the
+// others do its work.
 static void run_job(struct job *job, int64_t threads, void *(*work)(void *)) {
+    if (pool && threads > 1 && getpid() == owner) {
+        struct call call = {job, work};
+        pool(make, &call, (unsigned)threads, 0);
+        return;
+    }
     pthread_t others[MOST_THREADS];
     if (threads > MOST_THREADS) threads = MOST_THREADS;
     int started = 0;

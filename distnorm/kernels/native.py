@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cache, cached_property
@@ -32,6 +34,7 @@ _RECIPE = compiling.Recipe(
 )
 PLAIN = {Tensor, nn.Parameter}
 """The classes whose memory is what they say."""
+_OPENMP = re.compile(r"/lib(g|i)?omp[^/]*\.so")
 _PER_THREAD = 1 << 19  # elements: below, starting a thread takes longer than it saves
 
 
@@ -94,9 +97,21 @@ def library() -> Library | None:
     ]
     loaded.distnorm_checksum.argtypes = [address, size, size]
     loaded.distnorm_checksum.restype = size
+    loaded.distnorm_use_pool.argtypes = [address]
+    loaded.distnorm_use_pool(_pool())
     able = loaded.distnorm_dtypes()
     code = {dtype: code for dtype, code in CODES.items() if able >> code & 1}
     return Library(code, loaded.distnorm_run, loaded.distnorm_summaries, loaded.distnorm_checksum)
+
+
+def _pool() -> int | None:
+    """The address of GOMP_parallel in the one OpenMP that is loaded, which is torch's; else `None`."""
+    with suppress(OSError, AttributeError, ValueError):
+        with open("/proc/self/maps", encoding="utf-8") as lines:
+            found = {line.split(maxsplit=5)[5].strip() for line in lines if _OPENMP.search(line)}
+        (path,) = found  # of two, nobody knows whose threads torch uses
+        return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+    return None
 
 
 def split(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -28,7 +28,10 @@ TITLES = {
         "DDP, 0.00288 million parameters, all clipped",
     ],
     "fsdp": ["FSDP2, 2 layers, 18 tensors, all clipped", "FSDP1, 2 layers, 18 tensors, all clipped"],
-    "clip-step": ["DDP, 0.00288 million parameters, all clipped, AdamW's step"],
+    "clip-step": [
+        "DDP, 0.00288 million parameters, all clipped, AdamW's step",
+        "DDP, 0.00288 million parameters, all clipped, forward, backward and AdamW's step",
+    ],
 }
 LARGE = [f"one tensor of 1e+06 elements, {dtype}, norm only" for dtype in ("float32", "bfloat16", "float16")]
 

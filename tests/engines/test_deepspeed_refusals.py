@@ -106,9 +106,13 @@ def test_what_cant_be_hooked_is_refused_by_name(engine_ranks):
             assert found[name][0] == kind.__name__ and words in found[name][1], (name, found[name])
 
 
+OF_MANY = ("value", "per_tensor", "agc", "adagc")
+
+
 def refuse_what_engines_leave_no_room_for() -> list[str]:
     engine, found = make_engine(2), []
-    for clip in ({"apply": "optimizer"}, {"overlap": True}):
+    groups = {"groups": [{"params": ["*"]}]}
+    for clip in ({"apply": "optimizer"}, {"overlap": True}, groups, *({"policy": name} for name in OF_MANY)):
         try:
             DeepSpeedHook(engine, {"clip": clip})
         except ConfigError as error:
@@ -122,9 +126,10 @@ def refuse_what_engines_leave_no_room_for() -> list[str]:
 
 def test_settings_and_calls_that_are_the_engines_own_are_refused(engine_ranks):
     for found in engine_ranks(2, refuse_what_engines_leave_no_room_for, timeout=120):
-        assert ["found apply optimizer and overlap false" in found[0], "overlap true" in found[1]] == [
-            True
-        ] * 2
+        assert "found apply optimizer and overlap false" in found[0] and "overlap true" in found[1]
+        assert found[2].startswith("clip.groups: expected none with a DeepSpeed engine")
+        for name, message in zip(OF_MANY, found[3:], strict=True):
+            assert message.startswith("clip.policy: expected one that goes by") and name in message
 
 
 def test_without_deepspeed_nothing_is_an_engine(monkeypatch):

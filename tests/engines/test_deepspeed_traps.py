@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 
 from distnorm import NonFiniteGradientError
 from distnorm.hooks.deepspeed import DeepSpeedHook
@@ -54,6 +55,28 @@ class Play:
     hook: dict[str, Any] | None = None
     steps: Sequence[dict[str, Any]] = ({},)
     engine: dict[str, Any] = field(default_factory=dict)
+
+
+SPIKES = {"name": "skip_spikes", "above": 50.0}
+
+
+def spikes_are_skipped(stage: int) -> list[Any]:
+    engine = make_engine(stage)
+    hook = DeepSpeedHook(engine, {"clip": {"max_norm": 0.1, "policy": SPIKES}})
+    found = []
+    for step, factor in enumerate((1.0, 1e4, 1.0)):
+        before = parameters_of(engine)
+        run_step(engine, step, factor=factor)
+        assert hook.clipper.last is not None
+        moved = any(not torch.equal(value, before[name]) for name, value in parameters_of(engine).items())
+        found.append((bool(hook.clipper.last.skipped), moved, bool(hook.clipper.last.is_finite)))
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_spike_is_no_step(engine_ranks, stage):
+    expected = [(False, True, True), (True, False, True), (False, True, True)]
+    assert engine_ranks(2, spikes_are_skipped, stage, timeout=120) == [expected] * 2
 
 
 def perform(plays: Sequence[Play]) -> list[list[Seen]]:

@@ -78,9 +78,11 @@ def test_a_run_goes_on_though_it_is_watched_otherwise(
     watched = ("monitor={clip_rate_window: 2, console: rich, sinks: {tensorboard: true}}", "train.steps=4")
     resumed, _ = train(shipped("single", tmp_path, checkpoints, *watched))
     assert (code, resumed) == (0, 0)
-    keys = "step loss grad_norm clip_coef clipped_norm threshold clipped finite tokens_per_second"
+    keys = "step loss grad_norm clip_coef clipped_norm threshold clipped finite skipped"
     written = rows(tmp_path)
-    assert [list(row) for row in written] == [[*keys.split(), "skipped", "clip_rate", "noise_scale"]] * 4
+    assert [list(row) for row in written] == [
+        [*keys.split(), "tokens_per_second", "clip_rate", "noise_scale"]
+    ] * 4
     assert [row["step"] for row in written] == [1, 2, 3, 4]
     assert [row["clip_rate"] for row in written] == [1.0, 1.0, 1.0, 1.0]
     assert printed.splitlines()[1].startswith(f"step 1/3  loss {written[0]['loss']:.4f}  grad norm ")

@@ -25,7 +25,8 @@ GROUPS = (
 )
 POLICIES: dict[str, tuple[str, ...]] = {
     "constant": (),
-    "schedule": ("clip.policy={name: schedule, curve: linear, points: [{step: 0, factor: 1}, {step: 9, factor: 0.1}]}",),
+    "schedule": ("clip.policy={name: schedule, curve: linear,"
+                 " points: [{step: 0, factor: 1}, {step: 9, factor: 0.1}]}",),
     "value": ("clip.max_norm=0.001", "clip.policy=value"),
     "per_tensor": ("clip.max_norm=0.05", "clip.policy=per_tensor"),
     "agc": ("clip.max_norm=null", "clip.policy={name: agc, lambda: 0.001}"),
