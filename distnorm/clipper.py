@@ -161,11 +161,7 @@ class GradClipper:
         return list(self._inventory.holders)
 
     def measure(self) -> ClipResult:
-        """Measure this step's gradient and change nothing. Collective, as `clip` is.
-
-        Raises:
-            DistnormError: as `clip`.
-        """
+        """Measure this step's gradient and change nothing. Collective, and raises, as `clip` does."""
         with torch.no_grad():
             measured = self._measure(store=False)
             return self._decider.measured(measured.total_norm, measured.more)
@@ -247,6 +243,8 @@ class GradClipper:
             if self._watch is not None:
                 self._watch.failed(self._steps + 1, error)
             raise
+        finally:  # a loss is of one step, even of one that raises
+            self._rules.loss.forget()
 
     def _read_target(self) -> tuple[list[GradShard], list[str]]:
         self._inventory = Inventory(self._target)

@@ -86,7 +86,6 @@ class Decider:
         """
         rules = self._rules
         found = _NOTHING if rules.lanes is None or more is None else self._found(more)
-        rules.loss.forget()
         is_finite = total_norm.isfinite() if rules.measures else ~self._never(total_norm)
         if rules.obstacle is None:
             seen = Seen(total_norm, total_norm)

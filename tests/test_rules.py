@@ -253,6 +253,17 @@ def test_a_gradient_that_is_not_finite_concerns_all_groups(nonfinite: str, left:
     assert clipper.state_dict()["groups"]["b"]["steps"] == 0, "no history takes such a step"
 
 
+def test_a_loss_is_of_one_step_even_if_that_raises() -> None:
+    made = with_gradient(math.nan)
+    clipper = distnorm.GradClipper([made], {"clip": POLICIES["loss"]})
+    clipper.note(loss=1.0)
+    with pytest.raises(distnorm.NonFiniteGradientError):
+        clipper.clip()
+    made.grad = torch.ones(1)
+    with pytest.raises(distnorm.DistnormError, match="found none on any rank"):
+        clipper.clip()
+
+
 # ---- mistakes, on every rank alike
 
 

@@ -102,6 +102,8 @@ class EngineClipper(GradClipper):
                 measured = self._meter.measure((), lambda: self._shards, more=lanes)
             except NonFiniteGradientError as caught:
                 error, measured = caught, self._failed(caught)
+            finally:
+                self._rules.loss.forget()
             outcome = self._decider.decide(measured.total_norm / loss_scale, self._of_rules(measured.more))
             if error is None:
                 try:
