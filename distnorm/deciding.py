@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distnorm import kernels
 from distnorm.policies import Decision, Seen, constant
+from distnorm.policies.decision import is_finite as is_finite_norm
 from distnorm.policies.policy import rounded
 from distnorm.readings import Measured, present
 from distnorm.results import ClipResult, GroupResult, clip_result
@@ -86,7 +87,7 @@ class Decider:
         """
         rules = self._rules
         found = _NOTHING if rules.lanes is None or more is None else self._found(more)
-        is_finite = total_norm.isfinite() if rules.measures else ~self._never(total_norm)
+        is_finite = is_finite_norm(total_norm) if rules.measures else ~self._never(total_norm)
         if rules.obstacle is None:
             seen = Seen(total_norm, total_norm)
             if rules.default.looks_back:

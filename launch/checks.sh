@@ -9,4 +9,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 "$PYTHON" -m ruff check
 "$PYTHON" -m ruff format --check
 "$PYTHON" -m mypy
-exec "$PYTHON" -m pytest "$@"
+# Half of the tests wait for processes that they start, so some at a time; -n 0 among the arguments undoes it.
+exec "$PYTHON" -m pytest -n auto --maxprocesses 4 --dist worksteal "$@"

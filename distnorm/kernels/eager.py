@@ -150,6 +150,8 @@ def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
 
 def zero_unless_(tensors: Sequence[Tensor], keep: Tensor) -> None:
     """Set every element to zero, NaN and inf too, unless the 0-d bool tensor `keep` is true."""
+    if keep.is_cpu and keep.numpy():  # there is no device to wait for, and nothing to do
+        return
     for (device, _), members in _by_kind(tensors).items():
         drop = ~keep.to(device, non_blocking=True)
         for tensor in members:

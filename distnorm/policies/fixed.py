@@ -22,8 +22,13 @@ def constant(total_norm: Tensor, max_norm: float, nonfinite: str = "propagate") 
     Reference: Pascanu et al., "On the difficulty of training recurrent neural networks",
         arXiv 1211.5063; `torch.nn.utils.clip_grad_norm_` for the 1e-6.
     """
-    threshold = torch.full_like(total_norm, max_norm)
     may_clip = not math.isinf(max_norm)
+    if total_norm.is_cpu and math.isfinite(norm := float(total_norm.numpy())):
+        # The same numbers by fewer operators, which are dear where their code isn't in the caches.
+        both = (min(1.0, max_norm / (norm + EPS)) if may_clip else 1.0, max_norm)
+        coef, threshold = torch.tensor(both, dtype=torch.float64).unbind()
+        return Decision(coef, threshold, may_clip, zero=nonfinite == "zero")
+    threshold = torch.full_like(total_norm, max_norm)
     coef = (max_norm / (total_norm + EPS)).clamp(max=1.0) if may_clip else torch.ones_like(total_norm)
     return settle(Decision(coef, threshold, may_clip), total_norm, nonfinite)
 
