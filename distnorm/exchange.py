@@ -26,6 +26,7 @@ from distnorm.collectives import Ranks
 from distnorm.norms import Norm
 
 _WIDTH = 8  # fp64 values of a statistic in the full form, for orders up to 27 and inf
+_NOTHING = torch.zeros(0, dtype=torch.float64)
 _in_full: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
 
 
@@ -93,28 +94,42 @@ class Exchange:
         """
         if isinstance(more, int):
             device = self._ranks.device() if statistic is None else statistic.device
-            more = torch.zeros(more, dtype=torch.float64, device=device)
+            more = _zeros(more, device) if more or device.type != "cpu" else _NOTHING
         if self._ranks.group in _in_full or not (self.fits or statistic is None):
             return self._in_full(statistic, ballot, more)
         if statistic is None or not ballot.stands:
             statistic = torch.full((1,), math.nan, dtype=torch.float64, device=more.device)
+        if more is _NOTHING:
+            return self._on_host(float(statistic.numpy()[0]), ballot)
         mark = on_device([self._brief.mark(ballot)], statistic.device)
         vector = self._ranks.all_reduce_(torch.cat([mark, statistic, more]), "sum")
+        well = self._brief.well(vector[0])
         finalised = self._norm.finalise(vector[1:2]) if self.fits else vector[1]
-        well: Tensor | bool
-        if vector.is_cpu:  # to look at a number here takes no operator, and waits for nothing
-            well = self._brief.is_well(vector.numpy()[0])
-            total_norm = finalised if well else torch.full_like(finalised, math.nan)
-        else:
-            well = self._brief.well(vector[0])
-            total_norm = torch.where(well, finalised, math.nan)
-        return Reply(total_norm, vector[2:], lambda: self._second_count(vector[0], ballot), True, well)
+        total_norm = torch.where(well, finalised, math.nan)
+        return Reply(
+            total_norm, vector[2:], lambda: self._second_count(vector[0].item(), ballot, more), True, well
+        )
 
-    def _second_count(self, marks: Tensor, ballot: Ballot) -> Count:
-        deaf = self._brief.deaf(marks.item())
+    def _on_host(self, statistic: float, ballot: Ballot) -> Reply:
+        """Two numbers in the host's memory: to look at them takes no operator, and waits for nothing."""
+        both = [self._brief.mark(ballot), statistic]
+        vector = self._ranks.all_reduce_(torch.tensor(both, dtype=torch.float64), "sum")
+        marks, total = vector.tolist()
+        well = self._brief.is_well(marks)
+        norm = self._norm.finalise_number(total) if well and self.fits else math.nan
+        return Reply(
+            torch.tensor(norm, dtype=torch.float64),
+            _NOTHING,
+            lambda: self._second_count(marks, ballot, _NOTHING),
+            True,
+            well,
+        )
+
+    def _second_count(self, marks: float, ballot: Ballot, like: Tensor) -> Count:
+        deaf = self._brief.deaf(marks)
         if deaf:  # they go on, and hear of no second exchange
             return Count.of_deaf(deaf, ballot)
-        return self._in_full(None, ballot, torch.zeros(0, dtype=marks.dtype, device=marks.device)).count()
+        return self._in_full(None, ballot, like[:0]).count()
 
     def _in_full(self, statistic: Tensor | None, ballot: Ballot, more: Tensor) -> Reply:
         """All-reduce ``[nan, votes ..., padding ..., statistic ..., more ...]``.
@@ -134,3 +149,7 @@ class Exchange:
         well = ballot.well(norm.op, self._ranks.size, lanes)
         total_norm = torch.where(well, norm.finalise(statistic), math.nan)
         return Reply(total_norm, more, lambda: Count.of(lanes.tolist()), False, well)
+
+
+def _zeros(lanes: int, device: torch.device) -> Tensor:
+    return torch.zeros(lanes, dtype=torch.float64, device=device)

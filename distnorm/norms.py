@@ -62,6 +62,10 @@ class Norm(ABC):
     def finalise(self, statistic: Tensor) -> Tensor:
         """The norm, 0-d fp64, of a reduced statistic."""
 
+    def finalise_number(self, statistic: float) -> float:
+        """`finalise` of a statistic that is one number in the host's memory."""
+        return float(self.finalise(torch.tensor([statistic], dtype=torch.float64)))
+
     def statistic(self, tensors: Sequence[Tensor], device: torch.device) -> Tensor:
         """The statistic, [width] fp64, of tensors of one device; zeros where there are none."""
         statistics: list[Tensor] = []
@@ -123,6 +127,9 @@ class _Sum(Norm):
         if self.order == 2:
             return statistic[0].sqrt()
         return statistic[0].pow(1 / self.order)
+
+    def finalise_number(self, statistic: float) -> float:
+        return math.sqrt(statistic) if self.order == 2 else super().finalise_number(statistic)
 
 
 class _BucketedSum(_Sum):

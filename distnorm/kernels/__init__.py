@@ -14,7 +14,7 @@ from distnorm.kernels.dispatch import (
 )
 from distnorm.kernels.eager import blocks, clamp_, zero_unless_
 from distnorm.kernels.native import Kernel, Spans, SpanTable, addresses_of, split
-from distnorm.kernels.walking import Walker, walker
+from distnorm.kernels.walking import Walker, hold_just, walker
 
 __all__ = [
     "Kernel",
@@ -25,6 +25,7 @@ __all__ = [
     "blocks",
     "checksum",
     "clamp_",
+    "hold_just",
     "measure",
     "measure_spans",
     "row_squares",

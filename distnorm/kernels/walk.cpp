@@ -37,6 +37,23 @@ PyObject *held(PyObject *instance, Py_ssize_t offset) {
 
 } // namespace
 
+// Whether dicts, a list, hold just these values, a list, one dict's behind the other's; -1 if one is no dict.
+extern "C" int32_t distnorm_holds(PyObject *dicts, PyObject *values) {
+    Py_ssize_t count = PyList_GET_SIZE(dicts), at = 0, expected = PyList_GET_SIZE(values);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (i + 2 * AHEAD < count) fetch(PyList_GET_ITEM(dicts, i + 2 * AHEAD), OBJECT);
+        if (i + AHEAD < count) {
+            PyObject *next = PyList_GET_ITEM(dicts, i + AHEAD);
+            if (PyDict_Check(next)) fetch(reinterpret_cast<PyDictObject *>(next)->ma_keys, OBJECT);
+        }
+        if (!PyDict_Check(PyList_GET_ITEM(dicts, i))) return -1; // a mapping of torch.jit's
+        Py_ssize_t position = 0;
+        for (PyObject *key, *value; PyDict_Next(PyList_GET_ITEM(dicts, i), &position, &key, &value); at++)
+            if (at == expected || PyList_GET_ITEM(values, at) != value) return 0;
+    }
+    return at == expected;
+}
+
 // Where a class keeps one of its __slots__ in an instance; -1 if it isn't kept so.
 extern "C" Py_ssize_t distnorm_slot(PyObject *type, const char *name) {
     PyObject *found = PyObject_GetAttrString(type, name);

@@ -11,9 +11,12 @@ import logging
 import os
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import chain, starmap, zip_longest
+from operator import is_
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +26,8 @@ from distnorm.kernels import compiling
 from distnorm.kernels.native import Ints, SpanTable
 
 _LOG = logging.getLogger("distnorm")
+_MISSING = object()
+_ready: list[ctypes.PyDLL] = []  # the library, once it is there
 _WORTH_COMPILING = 256  # gradients: as many cost a fraction of a millisecond by attributes
 
 
@@ -63,6 +68,15 @@ class Walker:
         return found == len(out)
 
 
+def hold_just(dicts: list[Mapping[Any, Any]], values: list[object]) -> bool:
+    """Whether mappings hold these very values, in this order, one's behind the other's."""
+    library = _library(False)
+    if library is not None and (found := library.distnorm_holds(dicts, values)) >= 0:
+        return bool(found)
+    held = chain.from_iterable(owned.values() for owned in dicts)
+    return all(starmap(is_, zip_longest(held, values, fillvalue=_MISSING)))
+
+
 def walker(table: SpanTable, specs: Sequence[object] | None) -> Walker | None:
     """A walker for gradients of such a table; `None` where there can't be one."""
     library = _library(len(table.numels) >= _WORTH_COMPILING)
@@ -71,8 +85,9 @@ def walker(table: SpanTable, specs: Sequence[object] | None) -> Walker | None:
 
 
 def _library(compiles: bool) -> ctypes.PyDLL | None:
-    found = _loaded(False)
-    return _loaded(True) if found is None and compiles else found
+    if not _ready and (found := _loaded(False) or (_loaded(True) if compiles else None)) is not None:
+        _ready.append(found)
+    return _ready[0] if _ready else None
 
 
 @cache
@@ -86,6 +101,7 @@ def _loaded(compiles: bool) -> ctypes.PyDLL | None:
             _LOG.info("gradients are found by Python's attributes, not by compiled code: %s", error)
         return None
     size, address, instance = ctypes.c_ssize_t, ctypes.c_void_p, ctypes.py_object
+    library.distnorm_holds.argtypes = [instance, instance]
     library.distnorm_slot.argtypes = [instance, ctypes.c_char_p]
     library.distnorm_slot.restype = size
     library.distnorm_walk.argtypes = [instance, instance, *[address] * 4, instance, size, size]

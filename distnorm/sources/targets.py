@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, starmap, zip_longest
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import starmap, zip_longest
 from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from distnorm import kernels
 from distnorm.errors import ConfigError, DistnormError
 
 Tied = Sequence[Sequence[str]]
@@ -55,23 +56,24 @@ class Inventory:
         self.holders = [tensor for _, tensor in self.named]
         # A single tensor or module stays the same one, and is not kept alive.
         self._items = () if isinstance(target, Tensor | nn.Module) else target
-        self._owners = [
+        self._given = list(self._present())
+        self._owners: list[Mapping[str, Any]] = [
             owned
             for module in modules_of(target)
             for inner in module.modules()
             for owned in (inner._modules, inner._parameters)
         ]
-        self._contents = list(self._list())
+        self._owned: list[object] = [value for owned in self._owners for value in owned.values()]
 
     @property
     def is_current(self) -> bool:
         """Whether nothing was added, taken out or replaced; by identity, so that it costs little."""
         missing = object()
-        return all(starmap(is_, zip_longest(self._list(), self._contents, fillvalue=missing)))
+        same = all(starmap(is_, zip_longest(self._present(), self._given, fillvalue=missing)))
+        return same and kernels.hold_just(self._owners, self._owned)
 
-    def _list(self) -> Iterator[object]:
-        items = self._items.values() if isinstance(self._items, Mapping) else self._items
-        return chain(items, *(owned.values() for owned in self._owners))
+    def _present(self) -> Iterable[object]:
+        return self._items.values() if isinstance(self._items, Mapping) else self._items
 
 
 def read_once(target: Tensor | nn.Module | Iterable[Any]) -> Tensor | nn.Module | Collection[Any]:

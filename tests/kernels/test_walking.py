@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import UserDict
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from distnorm.kernels import SpanTable, Walker, walking
+from distnorm.kernels import SpanTable, Walker, hold_just, walking
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -119,6 +120,30 @@ def of_dtensors() -> None:
 
 def test_dtensors(ranks):
     ranks(1, of_dtensors)
+
+
+def test_dicts_hold_just_the_same_objects():
+    library()
+    first, second, third = object(), object(), object()
+    dicts = [{}, {"a": first, "b": second}, {}, {"c": third}, *({i: first} for i in range(40))]
+    values = [first, second, third, *[first] * 40]
+    assert hold_just(dicts, values)
+    assert not hold_just(dicts, values[:-1]) and not hold_just(dicts, [*values, first])
+    assert hold_just([*dicts, UserDict(d=third)], [*values, third])
+    assert not hold_just([*dicts, UserDict(d=third)], [*values, first])
+    for change in (
+        lambda: dicts[1].update(b=third),
+        lambda: dicts[0].update(new=first),
+        lambda: dicts[3].pop("c"),
+        lambda: dicts[30].clear(),
+    ):
+        before = [dict(each) for each in dicts]
+        change()
+        assert not hold_just(dicts, values)
+        for each, old in zip(dicts, before, strict=True):
+            each.clear()
+            each.update(old)
+        assert hold_just(dicts, values)
 
 
 def test_a_thousand_rounds_leak_no_reference():
