@@ -20,9 +20,11 @@ SCRIPT = re.compile(
     r"^### ([^\n]+)\n\n```sh\ntorchrun ([^\n]+)\n```\n\n```python\n(.*?)```", re.MULTILINE | re.DOTALL
 )
 SCRIPTS = {title: (shlex.split(arguments), code) for title, arguments, code in SCRIPT.findall(README)}
-# DeepSpeed would first compile its shared-memory collectives for the CPU, and has no switch for it.
-WITHOUT_COMPILER = """import os
+# DeepSpeed would first compile its shared-memory collectives for the CPU, and has no switch for it. gloo's
+# threads need the interpreter's lock to let go of tensors; when the script is over they would abort.
+WITHOUT_COMPILER = """import atexit, os, time
 if "RANK" in os.environ:
+    atexit.register(time.sleep, 0.2)
     import deepspeed
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ import torch.distributed as dist
 from distnorm import Config, DistnormError, RunError
 
 T = TypeVar("T")
+
+
+_LET_GO = 0.05  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,8 @@ def open_world(config: Config) -> Iterator[World]:
         yield World(dist.get_rank() if dist.is_initialized() else 0, size, device)
     finally:
         if ours and dist.is_initialized():
+            # gloo's threads need the interpreter's lock to let go of tensors; at its end they would abort.
+            time.sleep(_LET_GO)
             dist.destroy_process_group()
 
 
