@@ -79,3 +79,10 @@ def test_one_rank_s_bad_value_is_seen_by_all(ranks, order, value, nonfinite):
         else:
             assert repr(said) == repr(("", value))
         assert after == ("", pytest.approx(6 ** (1 / order) if order < math.inf else 1.0))
+
+
+def test_a_finite_step_under_zero_touches_no_gradient():
+    tensor = with_gradient(0.3, 0.4)
+    version = tensor.grad._version
+    clipper([tensor], "zero", max_norm=1.0).clip()
+    assert tensor.grad._version == version
