@@ -98,7 +98,7 @@ class _Listed(nn.Module):
 def moe(setting: Setting) -> Iterator[Variant]:
     """Dense layers over all ranks; experts, each on the ranks of one expert-parallel index, over these.
 
-    As many layers and experts as OLMoE-1B-7B has, and narrow matrices.
+    As many layers and experts as OLMoE-1B-7B has, and narrow matrices, those of experts as in `many`.
     """
     world, layers, experts = setting.world, setting.count(16), setting.count(64, least=4) // 2 * 2
     ep = 2 if world.size % 2 == 0 else 1
@@ -106,7 +106,7 @@ def moe(setting: Setting) -> Iterator[Variant]:
     apart = setting.mesh([ep, world.size // ep], ["ep", "dp_of_expert"])
     first = apart.get_local_rank("ep") * (experts // ep)
     attention = {name: (64, 64) for name in ("wq", "wk", "wv", "wo")}
-    expert = {"w1": (64, 32), "w2": (32, 64), "w3": (64, 32)}
+    expert = {"w1": (32, 16), "w2": (16, 32), "w3": (32, 16)}
     model, of_experts = Stack(), list[nn.Parameter]()
     for layer in range(layers):
         dense = Matrices(attention | {"norm": (64,)}, world.device)
