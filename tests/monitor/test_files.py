@@ -158,3 +158,12 @@ def test_a_folder_that_cannot_be_made_is_named_once(tmp_path: Path, caplog: Any)
     monitor.step(step_row(2))
     (failed,) = caplog.messages
     assert failed.startswith("sink jsonl failed and is dropped: NotADirectoryError")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_device_in_a_files_place_is_not_read_to_its_end(tmp_path: Path, caplog: Any) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    monitor, _ = watched({"dir": str(tmp_path)})
+    run(monitor, 1, 2)
+    assert [record.message for record in caplog.records if "sink jsonl failed" in record.message]
+    assert (tmp_path / "metrics.jsonl").is_symlink()
