@@ -290,7 +290,7 @@ def _by_tensor(
     for here in dict.fromkeys(t.device for t in tensors if t is not None):
         nothing = torch.empty(0, device=here)
         mine = [t if t is not None and t.device == here else nothing for t in tensors]
-        parts.append(measure(mine).to(device, non_blocking=True))
+        parts.append(kernels.moved(measure(mine), device))
     if not parts:
         return torch.zeros(len(tensors), 4, dtype=torch.float64, device=device)
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)

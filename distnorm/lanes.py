@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from distnorm import kernels
 from distnorm.ballot import on_device
 from distnorm.collectives import Ranks
 from distnorm.errors import DistnormError
@@ -76,7 +77,7 @@ class Loss:
         """The loss and a one, to be added up; for a maximum a lane for each rank, which loses no summand."""
         loss = self._newest
         if isinstance(loss, Tensor):
-            loss = loss.reshape(1).to(device, torch.float64, non_blocking=True)
+            loss = kernels.moved(loss.reshape(1), device, torch.float64)
         elif loss is not None:
             loss = on_device([loss], device)
         if self._added:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from distnorm import kernels
 from distnorm.collectives import Ranks
 from distnorm.norms import Norm
 from distnorm.overlap import Overlap
@@ -45,7 +46,7 @@ class Noise:
         before = self._overlap.before
         if before is None:
             return torch.full((1,), math.nan, dtype=torch.float64, device=device)
-        return before.to(device, non_blocking=True) / self.replicas
+        return kernels.moved(before, device) / self.replicas
 
 
 def noise_of(ranks: Ranks, norm: Norm, shares: Sequence[Share], overlap: Overlap | None) -> Noise | None:

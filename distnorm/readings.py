@@ -71,7 +71,7 @@ def statistic_of(
             by_device[gradient.device].append(counted)
     devices = list(by_device) or [ranks.device()]
     device = ranks.device(devices[0])
-    statistics = [norm.statistic(by_device[d], d).to(device, non_blocking=True) for d in devices]
+    statistics = [kernels.moved(norm.statistic(by_device[d], d), device) for d in devices]
     return norm.reduce(torch.stack(statistics))
 
 

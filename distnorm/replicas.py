@@ -80,7 +80,7 @@ class Replicas:
         mine = [gradients[i] for i in self._shards]
         sums = [torch.zeros((), dtype=torch.int64) if g is None else kernels.checksum(g) for g in mine]
         if sums:
-            stacked = torch.stack([one.to(device, non_blocking=True) for one in sums])
+            stacked = torch.stack([kernels.moved(one, device) for one in sums])
             lanes[:, self._mine] = torch.stack([(stacked >> 32) & _HALF, stacked & _HALF]).double()
         return lanes.view(-1)
 

@@ -117,7 +117,7 @@ class Units:
         for row, tensors in zip(lanes, (gradients, weights), strict=True):
             rows = [self._rows(i, part, tensors[i]) for i, part in self._parts.items()]
             together = [rows] if len({one.device for one in rows}) == 1 else [[one] for one in rows]
-            squares = [kernels.row_squares(ones).to(device, non_blocking=True) for ones in together]
+            squares = [kernels.moved(kernels.row_squares(ones), device) for ones in together]
             values = torch.cat(squares)
             row.index_add_(0, counted, values)
         return lanes.view(-1)
@@ -161,7 +161,7 @@ class Units:
             exact = gradient.dtype in (torch.float64, torch.complex128)
             kind = (gradient.device, torch.float64 if exact else torch.float32)
             if kind not in on:
-                on[kind] = coefs.to(*kind, non_blocking=True)
+                on[kind] = kernels.moved(coefs, *kind)
             mine = on[kind][self._copy(i, part.units, gradient.device)]
             if part.rows:
                 rows = self._with_rows(i, part, gradient)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distnorm import diagnosis
+from distnorm import diagnosis, kernels
 from distnorm.collectives import Ranks
 from distnorm.config import MonitorConfig
 from distnorm.errors import NonFiniteGradientError
@@ -31,7 +31,9 @@ _ALIKE = ("every", "by", "replicas", "stop_after")
 
 def alike(config: MonitorConfig) -> dict[str, object]:
     """What of a monitor's config all ranks must have alike, by the paths of its keys."""
-    return {f"monitor.{key}": getattr(config, key) for key in _ALIKE}
+    # A step that isn't finite is looked into together: no rank may watch alone, as by a `dir` of its own.
+    watched = "watched" if config != MonitorConfig() else "not watched"
+    return {"monitor": watched, **{f"monitor.{key}": getattr(config, key) for key in _ALIKE}}
 
 
 class Watch:
@@ -111,7 +113,7 @@ class Watch:
         numbers = dict(numbers_of(result))
         if self._loss is not None:
             device = measured.total_norm.device
-            numbers = {("loss",): self._loss.double().reshape(()).to(device, non_blocking=True), **numbers}
+            numbers = {("loss",): kernels.moved(self._loss.double().reshape(()), device), **numbers}
         look = None if measured.more is None else self.look(step)
         lanes = None if look is None or measured.more is None else measured.more[-look.length :]
         where = self._where(measured, shards, look)
@@ -123,6 +125,7 @@ class Watch:
     def failed(self, step: int, error: NonFiniteGradientError) -> None:
         """Tell of a step that a measurement ended by raising."""
         self._journal.flush({})
+        self._loss, self._facts = None, {}
         name, ranks = first_of(error.where)
         self.monitor.not_finite(step, error.total_norm, parameter=name, ranks=ranks)
 

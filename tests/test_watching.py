@@ -14,8 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.overrides import TorchFunctionMode
 
 import distnorm
 from distnorm.fetching import Fetch
@@ -419,3 +421,76 @@ def without_noise() -> Any:
 
 def test_without_ddp_there_is_no_noise_scale(ranks: Callable[..., list[Any]]) -> None:
     assert ranks(2, without_noise) == [None, None]
+
+
+def watched_by_one(folder: Path) -> Any:
+    model, here = Model(), dist.get_rank() == 0
+    watched = {"monitor": {"dir": folder}} if here else {}
+    return heard(
+        lambda: distnorm.GradClipper(list(model.named.items()), {"clip": {"nonfinite": "skip"}, **watched})
+    )
+
+
+def test_a_monitor_on_one_rank_alone_is_refused(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    for kind, message in ranks(2, watched_by_one, tmp_path, timeout=30):
+        assert kind == "DisagreementError"
+        assert "monitor" in message and "not watched" in message
+
+
+def test_a_checkpoint_of_torch_brings_back_the_monitors_memory(tmp_path: Path) -> None:
+    model = Model()
+    named = list(model.named.items())
+    before = distnorm.GradClipper(named, config(None))
+    for step in range(1, 2 * EVERY + 1):
+        model.backward(step)
+        before.clip()
+    state_dict_saver.save({"clipper": before}, checkpoint_id=tmp_path)
+    after = distnorm.GradClipper(named, config(None))
+    state_dict_loader.load({"clipper": after}, checkpoint_id=tmp_path)
+    state = after.state_dict()
+    assert state == before.state_dict()
+    assert [row[0] for row in state["monitor"]["rules"]["layers"]] == list(model.named)
+
+
+def test_a_loss_is_not_that_of_the_step_after_one_that_raised() -> None:
+    model = Model()
+    settings = config(None, "raise", every=None, replicas=False, clip_rate_window=7)
+    clipper = distnorm.GradClipper(list(model.named.items()), settings)
+    model.backward(1)
+    model.local("blocks.0.copied")[0, 0] = math.nan
+    clipper.note(loss=torch.tensor(7.0))
+    with pytest.raises(distnorm.NonFiniteGradientError):
+        clipper.clip()
+    model.backward(2)
+    clipper.clip()
+    row = clipper.flush()
+    assert row is not None and row["step"] == 1 and row["loss"] is None
+
+
+class CopiesToTheHost(TorchFunctionMode):
+    """Which copies to the host's memory nobody waits for: on their way, they could be read too soon."""
+
+    def __init__(self) -> None:
+        self.copies, self.hasty = 0, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device", args[1] if len(args) > 1 else None)
+        if func is Tensor.to and isinstance(device, torch.device) and device.type == "cpu":
+            self.copies += 1
+            self.hasty += bool(kwargs.get("non_blocking"))
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("policy", ["constant", "per_tensor", "agc", "skip_spikes"])
+def test_what_is_copied_to_the_host_is_waited_for(policy: str) -> None:
+    model = Model()
+    of = {"name": policy, "on": "loss"} if policy == "skip_spikes" else policy
+    settings = config(None, "zero", every=1)
+    settings["clip"] |= {"policy": of, "max_norm": None if policy == "agc" else 0.1}
+    clipper = distnorm.GradClipper(list(model.named.items()), settings)
+    model.backward(1)
+    clipper.note(loss=torch.tensor(0.5))
+    with CopiesToTheHost() as copies:
+        clipper.clip()
+    assert copies.copies and not copies.hasty

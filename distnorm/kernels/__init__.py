@@ -12,7 +12,7 @@ from distnorm.kernels.dispatch import (
     scale_spans_,
     summaries,
 )
-from distnorm.kernels.eager import blocks, clamp_, zero_unless_
+from distnorm.kernels.eager import blocks, clamp_, moved, zero_unless_
 from distnorm.kernels.native import Kernel, Spans, SpanTable, addresses_of, split
 from distnorm.kernels.walking import Walker, hold_just, walker
 
@@ -28,6 +28,7 @@ __all__ = [
     "hold_just",
     "measure",
     "measure_spans",
+    "moved",
     "row_squares",
     "scale_",
     "scale_each_",

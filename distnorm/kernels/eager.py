@@ -116,6 +116,11 @@ def checksum(tensor: Tensor) -> Tensor:
     return total
 
 
+def moved(value: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """The value on a device, without a wait; save in the host's memory, where it could be read too soon."""
+    return value.to(device=device, dtype=dtype, non_blocking=device.type != "cpu")
+
+
 def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
     """Multiply every tensor in place by a 0-d coefficient that stays on its device.
 
@@ -124,7 +129,7 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
     """
     for (device, dtype), members in _by_kind(tensors).items():
         exact = dtype in (torch.float64, torch.complex128)
-        factor = coef.to(device, torch.float64 if exact else torch.float32, non_blocking=True)
+        factor = moved(coef, device, torch.float64 if exact else torch.float32)
         torch._foreach_mul_(members, factor)
 
 
@@ -135,7 +140,7 @@ def scale_each_(tensors: Sequence[Tensor], coefs: Tensor) -> None:
         exact = tensor.dtype in (torch.float64, torch.complex128)
         kind = (tensor.device, torch.float64 if exact else torch.float32)
         if kind not in on:
-            on[kind] = coefs.to(*kind, non_blocking=True).unbind()
+            on[kind] = moved(coefs, *kind).unbind()
         factor = on[kind][i]
         # Beside a tensor with dims one without any would be rounded to that one's dtype first.
         tensor.mul_(factor.view(1) if tensor.dim() else factor)
@@ -153,7 +158,7 @@ def zero_unless_(tensors: Sequence[Tensor], keep: Tensor) -> None:
     if keep.is_cpu and keep.numpy():  # there is no device to wait for, and nothing to do
         return
     for (device, _), members in _by_kind(tensors).items():
-        drop = ~keep.to(device, non_blocking=True)
+        drop = ~moved(keep, device)
         for tensor in members:
             tensor.masked_fill_(drop, 0)
 

@@ -34,7 +34,7 @@ class LineWriter:
         self._descriptor: int | None = None
         self._close: Callable[[], object] = lambda: None
         self._size = 0
-        if path.exists():
+        if path.is_file():  # a device or a pipe has no rows, and may have no end
             draft = path.with_suffix(".partial")
             with path.open("rb") as old, draft.open("wb") as new:
                 new.writelines(line for line in old if 1 <= _step(line) <= last_kept)

@@ -115,7 +115,10 @@ class Monitor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, before the first value; the run's files lose their rows of later steps."""
+        """Go on from a state; the run's files lose their rows of later steps, also of this monitor's own."""
+        if self._sinks is not None:  # a run that goes back: they are opened anew, from that step on
+            self._sinks.close()
+            self._sinks = None
         self._done = int(state["step"])
         self._clipped.clear()
         self._clipped.extend(bool(clipped) for clipped in state["clipped"])

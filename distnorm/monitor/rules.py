@@ -137,11 +137,12 @@ class Rules:
             yield Alert(step, kind, layer, named, value, bound, message)
 
     def state_dict(self) -> dict[str, Any]:
-        layers = {name: history.state() for name, history in self._layers.items()}
+        # No mapping: torch.distributed.checkpoint loads the keys of a mapping that are there already.
+        layers = [[name, *history.state()] for name, history in self._layers.items()]
         return {"layers": layers, **self._latch.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._layers = {name: History.of(numbers) for name, numbers in state["layers"].items()}
+        self._layers = {name: History.of(numbers) for name, *numbers in state["layers"]}
         self._latch.load_state_dict(state)
 
 

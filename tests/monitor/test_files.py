@@ -158,3 +158,23 @@ def test_a_folder_that_cannot_be_made_is_named_once(tmp_path: Path, caplog: Any)
     monitor.step(step_row(2))
     (failed,) = caplog.messages
     assert failed.startswith("sink jsonl failed and is dropped: NotADirectoryError")
+
+
+def test_a_device_in_a_files_place_stays_there_unread(tmp_path: Path) -> None:
+    # /dev/full, by which one tries a full disk, could be read for ever.
+    (tmp_path / "metrics.jsonl").symlink_to(os.devnull)
+    monitor, _ = watched({"dir": str(tmp_path)})
+    run(monitor, 1, 2)
+    assert (tmp_path / "metrics.jsonl").is_symlink()
+    assert len(rows(tmp_path / "layers.jsonl")) == 4
+
+
+def test_a_run_that_goes_back_has_each_row_once(tmp_path: Path) -> None:
+    monitor, _ = watched({"dir": str(tmp_path), "alerts": {"cooldown": 1}})
+    run(monitor, 1, 3)
+    state = monitor.state_dict()
+    run(monitor, 4, 6)
+    monitor.load_state_dict(state)
+    run(monitor, 4, 5)
+    for name, each in zip(FILES, (1, 2, 1), strict=True):
+        assert [row["step"] for row in rows(tmp_path / name)] == [s for s in range(1, 6) for _ in range(each)]
