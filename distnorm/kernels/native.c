@@ -22,7 +22,7 @@
 #define BYTES 16
 #endif
 
-enum { LANES = 32, WIDTH = BYTES / 8, VECTORS = LANES / WIDTH, UNIT = 1 << 16, MOST_THREADS = 128 };
+enum { LANES = 32, WIDTH = BYTES / 8, VECTORS = LANES / WIDTH, UNIT = 1 << 16, ROW = 64, MOST_THREADS = 128 };
 
 enum { AHEAD = 4, LINE = 64, MOST_AHEAD = 1024 }; // spans, bytes, bytes: see fetch
 
@@ -194,6 +194,7 @@ struct job {
     int64_t spans, total, units;
     double coef;
     double *results; // one for each unit
+    int64_t row; // units that a thread takes at a time: the hardware fetches ahead within them
     _Atomic int64_t next;
 };
 
@@ -206,8 +207,13 @@ INLINE void fetch(const struct job *job, int64_t span) {
 }
 
 INLINE void work_on(enum op op, struct job *job) {
-    int64_t span = 0, start = 0, unit; // units come in rising order, so spans do too
-    while ((unit = atomic_fetch_add(&job->next, 1)) < job->units) {
+    int64_t span = 0, start = 0, unit = 0, last = 0; // units come in rising order, so spans do too
+    for (;; unit++) {
+        if (unit == last) {
+            unit = atomic_fetch_add(&job->next, job->row);
+            last = unit + job->row;
+        }
+        if (unit >= job->units) break;
         int64_t at = unit * UNIT, stop = job->total - at > UNIT ? at + UNIT : job->total;
         f64 lanes[VECTORS] = {0};
         while (at < stop) {
@@ -279,7 +285,9 @@ int32_t distnorm_dtypes(void) {
 // result. No span is empty. Returns 0, or 1 if there is no memory.
 int32_t distnorm_run(int32_t op, int64_t spans, char *const *pointers, const int64_t *numels,
                      const int32_t *dtypes, int64_t total, int64_t threads, double coef, double *result) {
-    struct job job = {op, pointers, numels, dtypes, spans, total, (total + UNIT - 1) / UNIT, coef, NULL, 0};
+    struct job job = {op, pointers, numels, dtypes, spans, total, (total + UNIT - 1) / UNIT, coef, NULL, 1, 0};
+    int64_t even = job.units / (2 * threads); // so that no thread is left with more than the others
+    job.row = even < 1 ? 1 : even < ROW ? even : ROW;
     if (op != SCALE && !(job.results = malloc((job.units + 1) * sizeof(double)))) return 1;
     run_job(&job, threads, work);
     if (op != SCALE) {
@@ -375,7 +383,7 @@ static void *summarise(void *job) {
 // elements that are inf or NaN. Spans may be empty. Returns 0, or 1 if there is no memory.
 int32_t distnorm_summaries(int32_t op, int64_t spans, char *const *pointers, const int64_t *numels,
                            const int32_t *dtypes, int64_t threads, double *rows) {
-    struct job job = {op, pointers, numels, dtypes, spans, 0, 0, 0, NULL, 0};
+    struct job job = {op, pointers, numels, dtypes, spans, 0, 0, 0, NULL, 1, 0};
     for (int64_t span = 0; span < spans; span++) job.units += units_of(&job, span);
     if (!(job.results = malloc((FIELDS * job.units + 1) * sizeof(double)))) return 1;
     run_job(&job, threads, summarise);
