@@ -509,3 +509,14 @@ def test_facts_may_be_tensors_or_anything(tmp_path: Path, caplog: pytest.LogCapt
     written = lines(tmp_path / "metrics.jsonl")
     assert [(row["loss"], row["lr"], row["of"]) for row in written] == [(0.5, 0.25, str(tmp_path))] * 2
     assert type(written[1]["tokens_per_second"]) is float and not caplog.messages
+
+
+def test_a_state_whose_monitor_is_none_changes_nothing() -> None:
+    model = Model()
+    clipper = distnorm.GradClipper(list(model.named.items()), config(None))
+    model.backward(1)
+    clipper.clip()
+    before = clipper.state_dict()
+    with pytest.raises(distnorm.DistnormError, match="expected a monitor's state under monitor"):
+        clipper.load_state_dict({**before, "steps": 7, "monitor": {"step": 7}})
+    assert clipper.state_dict() == before
