@@ -207,6 +207,8 @@ class GradClipper:
         version, steps = state.get("version"), state.get("steps")
         if version not in (1, 2) or not isinstance(steps, int) or steps < 0:
             raise DistnormError(f"expected a clipper's state of version 1 or 2, found {dict(state)!r}")
+        if self._watch is not None:
+            self._watch.check_state(state.get("monitor"))
         self._rules.load_state_dict(state if version == 2 else None)
         self._steps = steps
         if self._watch is not None:

@@ -216,6 +216,8 @@ class Rules:
 
     def places(self, device: torch.device) -> Tensor:
         """For each of this rank's shards the place of its parameter among the members of all rules."""
+        if ("places", device) in self._copies:  # every step asks, and there may be thousands
+            return self._copies["places", device]
         place = {slot: i for i, slot in enumerate(slot for rule in self.rules for slot in rule.slots)}
         return self._copy("places", [place[slot] for slot in self._slots], device)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from distnorm import diagnosis, kernels
 from distnorm.collectives import Ranks
 from distnorm.config import MonitorConfig
-from distnorm.errors import NonFiniteGradientError
+from distnorm.errors import DistnormError, NonFiniteGradientError
 from distnorm.journal import Entry, Journal, first_of, numbers_of
 from distnorm.looks import Look
 from distnorm.monitor import Monitor
@@ -136,6 +136,19 @@ class Watch:
     def state_dict(self) -> dict[str, Any]:
         """The monitor's state after all steps up to now. Waits for the device."""
         return self._journal.state_dict()
+
+    def check_state(self, state: Mapping[str, Any] | None) -> None:
+        """Refuse what is no state of a monitor, and change nothing.
+
+        Raises:
+            DistnormError: it is none.
+        """
+        try:
+            if state is not None:
+                Journal(Monitor(self._config, writes=False)).load(state)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            found = f"{type(error).__name__}: {error}"
+            raise DistnormError(f"expected a monitor's state under monitor, found {found}") from error
 
     def load_state_dict(self, state: Mapping[str, Any] | None, steps: int) -> None:
         """Go on from a state, or without one after so many steps."""

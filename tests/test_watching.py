@@ -494,3 +494,29 @@ def test_what_is_copied_to_the_host_is_waited_for(policy: str) -> None:
     with CopiesToTheHost() as copies:
         clipper.clip()
     assert copies.copies and not copies.hasty
+
+
+def test_facts_may_be_tensors_or_anything(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = Model()
+    clipper = distnorm.GradClipper(list(model.named.items()), config(tmp_path))
+    facts = {"loss": torch.ones((), requires_grad=True) * 0.5, "lr": torch.tensor([0.25]), "of": tmp_path}
+    for step in (1, 2):
+        model.backward(step)
+        clipper.note(tokens=torch.tensor(100))  # type: ignore[arg-type]  # as somebody will
+        clipper.clip()
+        row = clipper.flush(**facts)
+        assert row is not None and (type(row["loss"]), row["loss"], row["lr"]) == (float, 0.5, 0.25)
+    written = lines(tmp_path / "metrics.jsonl")
+    assert [(row["loss"], row["lr"], row["of"]) for row in written] == [(0.5, 0.25, str(tmp_path))] * 2
+    assert type(written[1]["tokens_per_second"]) is float and not caplog.messages
+
+
+def test_a_state_whose_monitor_is_none_changes_nothing() -> None:
+    model = Model()
+    clipper = distnorm.GradClipper(list(model.named.items()), config(None))
+    model.backward(1)
+    clipper.clip()
+    before = clipper.state_dict()
+    with pytest.raises(distnorm.DistnormError, match="expected a monitor's state under monitor"):
+        clipper.load_state_dict({**before, "steps": 7, "monitor": {"step": 7}})
+    assert clipper.state_dict() == before

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from distnorm.config import MonitorConfig
-from distnorm.monitor.records import Alert, LayerRow
+from distnorm.monitor.records import Alert, LayerRow, as_python
 from distnorm.monitor.rules import Rules
 from distnorm.monitor.sinks import Sinks, openers
 
@@ -73,7 +73,7 @@ class Monitor:
         self._clipped.append(bool(row["clipped"]))
         rate = sum(self._clipped) / len(self._clipped)
         self.non_finite_in_a_row = 0 if finite else self.non_finite_in_a_row + 1
-        full = {**row, "clip_rate": rate}
+        full = {**{key: as_python(value) for key, value in row.items()}, "clip_rate": rate}
         full.setdefault("skipped", False)
         full.setdefault("noise_scale", None)
         if sinks is not None:

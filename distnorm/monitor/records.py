@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -79,10 +80,23 @@ def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, str | None, float]]:
             yield key, None, float(value)
 
 
+def as_python(value: Any) -> Any:
+    """A number of torch or numpy as Python's, which every sink knows; anything else as it is."""
+    if callable(item := getattr(value, "item", None)):
+        with suppress(ValueError, RuntimeError):  # of more than one number
+            return item()
+    return value
+
+
 def plain(value: Any) -> Any:
-    """The value as JSON can hold it: a float that isn't finite as a string, which float() reads back."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
+    """The value as JSON can hold it: a float that isn't finite as a string, which float() reads back.
+
+    So is what JSON doesn't know: a fact that somebody hands in must not be the end of the file.
+    """
+    value = as_python(value)
     if isinstance(value, Mapping):
         return {key: plain(inner) for key, inner in value.items()}
-    return [plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    is_known = value is None or isinstance(value, (str, int, float))
+    return str(value) if not is_known or (isinstance(value, float) and not math.isfinite(value)) else value
