@@ -38,7 +38,7 @@ class Spans:
     counted: kernels.Spans
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Kind:
     """Gradients of one class of shards, their layouts, and where in the list of all they are."""
 
@@ -46,7 +46,9 @@ class _Kind:
     pick: Pick
     layouts: list[object]
     place: slice
-    walker: kernels.Walker | None
+    table: kernels.SpanTable
+    walker: kernels.Walker | None = None
+    asked: bool = False  # whether there can be a walker
 
     def find(self, holders: Sequence[Tensor], addresses: Ints) -> None:
         """Fill in the addresses of its gradients.
@@ -55,6 +57,9 @@ class _Kind:
             LayoutChangedError, AttributeError, TypeError, RuntimeError: some must be looked at with care.
         """
         mine, out = self.pick(holders), addresses[self.place]
+        if not self.asked and kernels.can_walk(len(out)):
+            self.asked = True
+            self.walker = kernels.walker(self.table, None if self.route.is_versioned else self.layouts)
         if self.walker is None or not self.walker(mine, out):
             out[:] = np.fromiter(self.route.addresses(mine, self.layouts), np.int64, len(out))
 
@@ -134,9 +139,8 @@ class Steady:
 def _kind(route: Route, holders: Sequence[Tensor], which: Mapping[int, Tensor], start: int) -> _Kind:
     layouts = [route.layout_of(_GRAD(holders[i])) for i in which]
     table = kernels.SpanTable.of(list(which.values()))
-    walker = kernels.walker(table, None if route.is_versioned else layouts)
     place = slice(start, start + len(which))
-    return _Kind(route, _picker(list(which), len(holders)), layouts, place, walker)
+    return _Kind(route, _picker(list(which), len(holders)), layouts, place, table)
 
 
 def _picker(which: Sequence[int], count: int) -> Pick:

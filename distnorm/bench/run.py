@@ -77,6 +77,7 @@ def main(
 @contextmanager
 def _joined(device: str) -> Iterator[World]:
     """torchrun's process group, one that is there already, or one of this process alone."""
+    os.environ.setdefault("DISTNORM_NATIVE", "now")  # what is compiled meanwhile would be timed as well
     with open_world(_any_topology(device)) as world:
         alone = not dist.is_initialized()
         if alone:

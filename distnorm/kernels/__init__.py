@@ -14,7 +14,7 @@ from distnorm.kernels.dispatch import (
 )
 from distnorm.kernels.eager import blocks, clamp_, moved, zero_unless_
 from distnorm.kernels.native import Kernel, Spans, SpanTable, addresses_of, split
-from distnorm.kernels.walking import Walker, hold_just, walker
+from distnorm.kernels.walking import Walker, can_walk, hold_just, walker
 
 __all__ = [
     "Kernel",
@@ -23,6 +23,7 @@ __all__ = [
     "Walker",
     "addresses_of",
     "blocks",
+    "can_walk",
     "checksum",
     "clamp_",
     "hold_just",

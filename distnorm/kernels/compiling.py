@@ -16,7 +16,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +77,21 @@ def load(recipe: Recipe, kind: type[ctypes.CDLL] = ctypes.CDLL, *, compiles: boo
         return build.into(path)
     except OSError:  # a directory that is read-only, full, not ours, or mounted noexec
         return build.for_this_process(path.name)
+
+
+def load_in_turn(recipe: Recipe, kind: type[ctypes.CDLL]) -> ctypes.CDLL:
+    """`load`, after other processes of this machine that do so: what takes one of them long is there then.
+
+    Raises:
+        CompileError: as `load`.
+    """
+    with ExitStack() as held:
+        with suppress(OSError, ImportError):
+            from fcntl import LOCK_EX, flock
+
+            _cache().mkdir(mode=0o700, parents=True, exist_ok=True)
+            flock(held.enter_context(open(_cache() / f"{recipe.source.stem}.lock", "w")), LOCK_EX)
+        return load(recipe, kind)
 
 
 def _cache() -> Path:

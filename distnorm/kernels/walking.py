@@ -1,7 +1,8 @@
 """Finding where many gradients lie by compiled C++, some ten times sooner than by Python's attributes.
 
 It reads torch's own structures, so it is compiled against the headers of the torch that is installed, once,
-which takes some ten seconds. Where that can't be, attributes do it. ``DISTNORM_NATIVE=0`` switches it off.
+which takes some ten seconds. That is done meanwhile, by one process of a machine; until then, and where it
+can't be, attributes do it. ``DISTNORM_NATIVE=0`` switches it off, and ``now`` waits for it.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import os
 import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import chain, starmap, zip_longest
 from operator import is_
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -77,25 +79,44 @@ def hold_just(dicts: list[Mapping[Any, Any]], values: list[object]) -> bool:
     return all(starmap(is_, zip_longest(held, values, fillvalue=_MISSING)))
 
 
+def can_walk(count: int) -> bool:
+    """Whether the library is there; where it isn't, and so many gradients are worth it, it will be soon."""
+    return _library(count >= _WORTH_COMPILING) is not None
+
+
 def walker(table: SpanTable, specs: Sequence[object] | None) -> Walker | None:
-    """A walker for gradients of such a table; `None` where there can't be one."""
+    """A walker for gradients of such a table; `None` where there can't be one, or not yet."""
     library = _library(len(table.numels) >= _WORTH_COMPILING)
     made = None if library is None else Walker(library, table, specs)
     return made if made is not None and made.works else None
 
 
-def _library(compiles: bool) -> ctypes.PyDLL | None:
-    if not _ready and (found := _loaded(False) or (_loaded(True) if compiles else None)) is not None:
-        _ready.append(found)
+def _library(is_worth_it: bool) -> ctypes.PyDLL | None:
+    if not _ready and (_kept() is None) and is_worth_it:
+        _begin_to_compile()
     return _ready[0] if _ready else None
 
 
 @cache
-def _loaded(compiles: bool) -> ctypes.PyDLL | None:
-    if os.environ.get("DISTNORM_NATIVE") == "0":
-        return None
+def _kept() -> ctypes.PyDLL | None:
+    """What an earlier process has compiled."""
+    return None if os.environ.get("DISTNORM_NATIVE") == "0" else _load(compiles=False)
+
+
+@cache
+def _begin_to_compile() -> None:
+    """Nobody waits for it: steps go by attributes until it is there."""
+    mode = os.environ.get("DISTNORM_NATIVE")
+    if mode == "now":
+        _load(compiles=True)
+    elif mode != "0":
+        Thread(target=_load, kwargs={"compiles": True}, name="distnorm compiles", daemon=True).start()
+
+
+def _load(*, compiles: bool) -> ctypes.PyDLL | None:
+    load = compiling.load_in_turn if compiles else partial(compiling.load, compiles=False)
     try:
-        library = compiling.load(_recipe(), ctypes.PyDLL, compiles=compiles)
+        library = load(_recipe(), ctypes.PyDLL)
     except (compiling.CompileError, OSError) as error:
         if compiles:
             _LOG.info("gradients are found by Python's attributes, not by compiled code: %s", error)
@@ -107,6 +128,7 @@ def _loaded(compiles: bool) -> ctypes.PyDLL | None:
     library.distnorm_walk.argtypes = [instance, instance, *[address] * 4, instance, size, size]
     library.distnorm_walk.restype = ctypes.c_int64
     assert isinstance(library, ctypes.PyDLL)
+    _ready.append(library)
     return library
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections import UserDict
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+import distnorm
 from distnorm.kernels import SpanTable, Walker, hold_just, walking
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def library():
-    found = walking._library(True)
+    found = walking._kept() or walking._load(compiles=True)
     if found is None:
         pytest.skip("there is no C++ compiler here, or no header of Python's")
     return found
@@ -155,6 +157,22 @@ def test_a_thousand_rounds_leak_no_reference():
     assert counts == [sys.getrefcount(p) for p in holders] + [sys.getrefcount(p.grad) for p in holders]
 
 
+def test_steps_go_by_attributes_until_it_is_there(monkeypatch):
+    compiled = library()
+    monkeypatch.setattr(walking, "_ready", ready := [])
+    monkeypatch.setattr(walking, "_kept", lambda: None)
+    monkeypatch.setattr(walking, "_begin_to_compile", lambda: None)
+    holders = parameters(300)
+    clipper = distnorm.GradClipper(holders)
+    norms = [float(clipper.measure().total_norm) for _ in range(3)]
+    (kind,) = clipper._meter._steady._kinds[:1]
+    assert kind.walker is None
+    ready.append(compiled)
+    norms.append(float(clipper.measure().total_norm))
+    assert kind.walker is not None
+    assert len(set(norms)) == 1
+
+
 def test_it_is_not_compiled_for_a_few_gradients():
     """Ten seconds are too much for a model whose gradients attributes find in no time."""
     code = """
@@ -166,8 +184,12 @@ os.environ["CXX"] = "/nowhere/c++"
 for count in (3, 300):
     model = torch.nn.ParameterList(torch.ones(2) for _ in range(count))
     for p in model: p.grad = torch.ones(2)
-    distnorm.GradClipper(model, {"clip": {"max_norm": 1.0}}).clip()
+    clipper = distnorm.GradClipper(model)
+    clipper.measure(), clipper.measure()
     print(("walk.cpp", True) in asked, end=" ")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    environ = {**os.environ, "DISTNORM_NATIVE": "now"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, env=environ
+    )
     assert done.stdout.split() == ["False", "True"], done.stderr
