@@ -22,8 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from distnorm.kernels import SpanTable, walker
-from distnorm.shards import of_grad
 from distnorm.sources import dtensor
+from distnorm.sources.shards import of_grad
 
 COUNT, ROUNDS, REDUCTIONS = 3000, 25, 200
 LENGTHS = (1, 2, 3, 4, 8, 17, 64)

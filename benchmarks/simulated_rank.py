@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.futures import Future
 
 from distnorm import kernels
-from distnorm.collectives import Ranks
-from distnorm.partials import _COMPLETE, Batch, _merge, _replica_norm, agree_on_partials
-from distnorm.plan import Plan, _holders, differing, identity_rows, make_plan, stable_hash
-from distnorm.shards import Extent, GradShard, of_grad
+from distnorm.measure.partials import _COMPLETE, Batch, _merge, _replica_norm, agree_on_partials
+from distnorm.plan.collectives import Ranks
+from distnorm.plan.plan import Plan, _holders, differing, identity_rows, make_plan, stable_hash
+from distnorm.sources.shards import Extent, GradShard, of_grad
 
 
 def clocks() -> Tensor:

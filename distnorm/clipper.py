@@ -11,22 +11,22 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from distnorm.collectives import Ranks
 from distnorm.config import Config, load_config
-from distnorm.deciding import Decider, Outcome
 from distnorm.errors import DistnormError, NonFiniteGradientError
-from distnorm.exchange import Lanes
-from distnorm.lanes import Joined
-from distnorm.looks import Look
-from distnorm.measurement import Meter
+from distnorm.measure.exchange import Lanes
+from distnorm.measure.meter import Meter
+from distnorm.measure.norms import norm
+from distnorm.measure.readings import Measured
 from distnorm.monitor import Monitor
-from distnorm.norms import norm
-from distnorm.readings import Measured
-from distnorm.results import ClipResult
-from distnorm.rules import Rules
-from distnorm.shards import GradShard, of_grad
+from distnorm.monitor.snapshot import Look
+from distnorm.monitor.watching import Watch, alike
+from distnorm.payload.payload import Joined
+from distnorm.plan.collectives import Ranks
+from distnorm.policies.deciding import Decider, Outcome
+from distnorm.policies.groups import Rules
+from distnorm.policies.results import ClipResult
 from distnorm.sources import Inventory, Target, Tied, checked_tied, modules_of, read_once, shards_of, stage_of
-from distnorm.watching import Watch, alike
+from distnorm.sources.shards import GradShard, of_grad
 
 
 class GradClipper:

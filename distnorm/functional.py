@@ -15,13 +15,12 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from distnorm import policies
-from distnorm.collectives import Ranks
-from distnorm.deciding import apply
 from distnorm.errors import DistnormError
-from distnorm.measurement import Meter
-from distnorm.norms import norm
-from distnorm.readings import Measured
-from distnorm.shards import GradShard, PartialGrad, itself, of_grad
+from distnorm.measure.meter import Meter
+from distnorm.measure.norms import norm
+from distnorm.measure.readings import Measured
+from distnorm.plan.collectives import Ranks
+from distnorm.policies.deciding import apply
 from distnorm.sources import (
     Inventory,
     Target,
@@ -32,6 +31,7 @@ from distnorm.sources import (
     shards_of,
     stage_of,
 )
+from distnorm.sources.shards import GradShard, PartialGrad, itself, of_grad
 
 _MOST_METERS = 32
 _meters: OrderedDict[tuple[Any, ...], tuple[Meter, list[weakref.ref[Tensor]]]] = OrderedDict()

@@ -10,14 +10,14 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
-from distnorm.collectives import Ranks
-from distnorm.norms import Norm, norm
-from distnorm.partials import agree_on_partials
-from distnorm.plan import Share, make_plan
-from distnorm.readings import completed, read_gradients
-from distnorm.shards import GradShard, of_grad
+from distnorm.measure.norms import Norm, norm
+from distnorm.measure.partials import agree_on_partials
+from distnorm.measure.readings import completed, read_gradients
+from distnorm.plan.collectives import Ranks
+from distnorm.plan.model_table import Table, make_table
+from distnorm.plan.plan import Share, make_plan
 from distnorm.sources import shards_of, stage_of
-from distnorm.table import Table, make_table
+from distnorm.sources.shards import GradShard, of_grad
 from tests import oracle
 from tests.topologies import (
     Held,

@@ -15,12 +15,12 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from distnorm import table
-from distnorm.detail import Detail
 from distnorm.errors import ConfigError
-from distnorm.layers import layers_of
-from distnorm.norms import norm
-from distnorm.replicas import Replicas
+from distnorm.measure.norms import norm
+from distnorm.payload.layers import layers_of
+from distnorm.payload.parameters import Detail
+from distnorm.payload.replicas import Replicas
+from distnorm.plan import model_table as table
 from tests import oracle
 from tests.lanes import Model, dense_parameters, steps
 from tests.test_topologies import RANDOM, topologies

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distnorm
-from distnorm.ballot import Ballot, Brief
-from distnorm.collectives import Ranks
+from distnorm.measure.header import Ballot, Brief
+from distnorm.plan.collectives import Ranks
 from tests.refusals import TIMEOUT, Heard, heard, is_nan, rank, with_gradient
 
 SIZES = st.one_of(st.integers(1, 70), st.sampled_from([128, 1000, 1024, 16384]))

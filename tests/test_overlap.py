@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import distnorm
-from distnorm.norms import Norm
+from distnorm.measure.norms import Norm
 from tests import oracle
 
 OVERLAP = {"clip": {"overlap": True, "nonfinite": "propagate"}}

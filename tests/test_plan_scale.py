@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from benchmarks import planning
 from benchmarks.simulated_rank import TERMS, Piece, most_loaded_rank, piece, plan, simulated
-from distnorm.collectives import Ranks, told
 from distnorm.errors import ConfigError
 from distnorm.hooks.deepspeed.cutting import cuts_inside
-from distnorm.plan import make_plan
+from distnorm.plan.collectives import Ranks, told
+from distnorm.plan.plan import make_plan
 from distnorm.sources import deepspeed as source
 
 Shares = list[tuple[int, ...]]

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import distnorm
-from distnorm import rules
+from distnorm.policies import groups as rules
 from tests import oracle
 from tests.counting import collectives_and_reads
 from tests.refusals import TIMEOUT, Heard, heard, with_gradient

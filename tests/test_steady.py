@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import distnorm
-from distnorm.steady import Steady
+from distnorm.measure.fast_path import Steady
 from tests import oracle
 
 CLIP = {"clip": {"max_norm": 0.5, "nonfinite": "propagate"}}

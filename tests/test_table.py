@@ -14,9 +14,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from distnorm import table
-from distnorm.collectives import Ranks
-from distnorm.table import natural
+from distnorm.plan import model_table as table
+from distnorm.plan.collectives import Ranks
+from distnorm.plan.model_table import natural
 from tests.lanes import Model
 
 

@@ -15,8 +15,8 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 from distnorm.errors import UnsupportedGradientError
+from distnorm.payload.units import Units
 from distnorm.sources.deepspeed import Piece, shards
-from distnorm.units import Units
 from tests import oracle
 from tests.lanes import Model, dense_parameters, name_of, steps
 from tests.refusals import Heard, heard
@@ -168,8 +168,8 @@ def partition(cut_at: int) -> Any:
         )
     model = Model.of([])
     held = [shard for shard in shards(pieces, {}) if shard.numel]
-    from distnorm.plan import make_plan
-    from distnorm.table import make_table
+    from distnorm.plan.model_table import make_table
+    from distnorm.plan.plan import make_plan
 
     plan = make_plan(model.ranks, held, {}, replicas_share=True)
     made = make_table(model.ranks, held, plan.shares)

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.overrides import TorchFunctionMode
 
 import distnorm
-from distnorm.fetching import Fetch
+from distnorm.monitor.host_copy import Fetch
 from tests.counting import collectives_and_reads
 from tests.refusals import heard
 
@@ -255,7 +255,7 @@ class Late(Fetch):
 
 
 def test_no_step_waits_for_values_on_their_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distnorm.journal.Fetch", Late)
+    monkeypatch.setattr("distnorm.monitor.journal.Fetch", Late)
     monkeypatch.setattr(Late, "waits", 0)
     model = Model()
     clipper = distnorm.GradClipper(list(model.named.items()), config(tmp_path))

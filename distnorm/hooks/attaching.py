@@ -12,12 +12,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from distnorm.clipper import GradClipper
-from distnorm.collectives import Ranks
 from distnorm.config import Config
 from distnorm.errors import DistnormError
 from distnorm.hooks.deepspeed import DeepSpeedHook, is_engine
 from distnorm.hooks.optimizers import OptimizerHook, refuse_other_clippers
-from distnorm.results import ClipResult
+from distnorm.plan.collectives import Ranks
+from distnorm.policies.results import ClipResult
 from distnorm.sources import Target, Tied
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from distnorm.results import ClipResult
+from distnorm.policies.results import ClipResult
 
 
 def obstacles(optimizers: Sequence[Optimizer], clipped: Sequence[Tensor]) -> Iterator[str]:

@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import Any
 
 from distnorm.config import MonitorConfig
+from distnorm.monitor.alert_rules import Rules
 from distnorm.monitor.records import Alert, LayerRow, as_python
-from distnorm.monitor.rules import Rules
 from distnorm.monitor.sinks import Sinks, openers
 
 _log = logging.getLogger("distnorm")

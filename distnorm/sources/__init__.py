@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from distnorm.errors import DistnormError
-from distnorm.shards import GradShard, of_grad
 from distnorm.sources import dtensor, fsdp1, plain
+from distnorm.sources.shards import GradShard, of_grad
 from distnorm.sources.targets import (
     Inventory,
     Tied,
@@ -53,7 +53,7 @@ def shards_of(
 
     Args:
         named: names and tensors, as `named_tensors` gives them.
-        take: `distnorm.shards.of_grad` or `distnorm.shards.itself`.
+        take: `distnorm.sources.shards.of_grad` or `distnorm.shards.itself`.
         target: what they were named from. Modules in it tell what parameters don't (FSDP1).
         stage: this rank's pipeline stage, put before every name that is not tied; `None` where names
             are those of the whole model already.

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distnorm.errors import UnsupportedGradientError
-from distnorm.shards import GradShard, require_dense
+from distnorm.sources.shards import GradShard, require_dense
 
 Cuts = Mapping[str, Sequence[int]]
 """Offsets, ascending, at which a parameter is cut into pieces, by the parameter's name."""

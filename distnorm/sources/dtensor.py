@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distnorm.errors import UnsupportedGradientError
-from distnorm.shards import Extent, GradShard, LayoutChangedError, PartialGrad, Route, require_dense
+from distnorm.sources.shards import Extent, GradShard, LayoutChangedError, PartialGrad, Route, require_dense
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from distnorm.errors import UnsupportedGradientError
-from distnorm.shards import Extent, GradShard, require_dense, whole
+from distnorm.sources.shards import Extent, GradShard, require_dense, whole
 
 _FLAT = "_flat_param"
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distnorm.errors import UnsupportedGradientError
-from distnorm.shards import GradShard, LayoutChangedError, Route, require_dense, whole
+from distnorm.sources.shards import GradShard, LayoutChangedError, Route, require_dense, whole
 
 
 def _layout_of(gradient: Tensor) -> tuple[torch.dtype, int]:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distnorm.collectives import Ranks
-from distnorm.plan import stable_hash
+from distnorm.plan.collectives import Ranks
+from distnorm.plan.plan import stable_hash
 from distnorm.sources.deepspeed import Cuts, Piece
 
 

@@ -15,10 +15,10 @@ from distnorm import kernels
 from distnorm.clipper import GradClipper
 from distnorm.config import Config
 from distnorm.errors import ConfigError, DistnormError, NonFiniteGradientError
+from distnorm.measure.readings import Measured
 from distnorm.policies import Decision, policy_of
-from distnorm.readings import Measured
-from distnorm.results import ClipResult
-from distnorm.shards import GradShard
+from distnorm.policies.results import ClipResult
+from distnorm.sources.shards import GradShard
 
 
 @dataclass(frozen=True, slots=True)

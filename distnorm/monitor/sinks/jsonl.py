@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from distnorm.monitor.lines import LineWriter
+from distnorm.monitor.jsonl import LineWriter
 from distnorm.monitor.records import Alert, LayerRow
 
 METRICS_FILE, LAYERS_FILE, ALERTS_FILE = "metrics.jsonl", "layers.jsonl", "alerts.jsonl"

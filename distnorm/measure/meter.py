@@ -18,20 +18,20 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from distnorm import diagnosis
-from distnorm.ballot import Ballot, Count, Stage, presence_weights
-from distnorm.collectives import Ranks
-from distnorm.diagnosis import SET
 from distnorm.errors import DisagreementError, DistnormError
-from distnorm.exchange import Exchange, Lanes, Reply
-from distnorm.norms import Norm
-from distnorm.overlap import Overlap
-from distnorm.partials import Batch, agree_on_partials
-from distnorm.plan import Plan, Share, check_tied, make_plan, stable_hash
-from distnorm.readings import Measured, Reading, completed, read_gradients, statistic_of
-from distnorm.shards import GradShard
+from distnorm.measure import diagnosis
+from distnorm.measure.diagnosis import SET
+from distnorm.measure.exchange import Exchange, Lanes, Reply
+from distnorm.measure.fast_path import Steady
+from distnorm.measure.header import Ballot, Count, Stage, presence_weights
+from distnorm.measure.norms import Norm
+from distnorm.measure.overlap import Overlap
+from distnorm.measure.partials import Batch, agree_on_partials
+from distnorm.measure.readings import Measured, Reading, completed, read_gradients, statistic_of
+from distnorm.plan.collectives import Ranks
+from distnorm.plan.plan import Plan, Share, check_tied, make_plan, stable_hash
 from distnorm.sources import Tied
-from distnorm.steady import Steady
+from distnorm.sources.shards import GradShard
 
 Reader = Callable[[], tuple[list[GradShard], list[str]]]
 """Gives this rank's shards and the names that its tensors were given under."""

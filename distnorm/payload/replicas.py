@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distnorm import kernels
 from distnorm.errors import ConfigError
-from distnorm.table import MOST_ROWS, Table, first_device
+from distnorm.plan.model_table import MOST_ROWS, Table, first_device
 
 _HALF = 0xFFFFFFFF
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distnorm.fetching import Fetch
-from distnorm.looks import Look
 from distnorm.monitor import Monitor
-from distnorm.noise import NoiseScale
-from distnorm.table import natural
+from distnorm.monitor.host_copy import Fetch
+from distnorm.monitor.snapshot import Look
+from distnorm.payload.noise import NoiseScale
+from distnorm.plan.model_table import natural
 
 Path = tuple[str, ...]
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from distnorm import kernels
-from distnorm.collectives import Ranks, told
 from distnorm.errors import ConfigError, CoverageError, DisagreementError, DistnormError, ReplicaError
-from distnorm.shards import GradShard
+from distnorm.plan.collectives import Ranks, told
+from distnorm.sources.shards import GradShard
 
 _NAMED_IN_ERRORS = 3
 

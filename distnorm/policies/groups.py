@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distnorm.collectives import Ranks
 from distnorm.config import ClipConfig, GroupConfig
-from distnorm.detail import Detail
 from distnorm.errors import ConfigError, DistnormError
-from distnorm.exchange import Lanes
-from distnorm.lanes import Joined, Loss, Part
-from distnorm.measurement import Meter
-from distnorm.norms import Norm
+from distnorm.measure.exchange import Lanes
+from distnorm.measure.meter import Meter
+from distnorm.measure.norms import Norm
+from distnorm.payload.parameters import Detail
+from distnorm.payload.payload import Joined, Loss, Part
+from distnorm.payload.units import Units
+from distnorm.plan.collectives import Ranks
+from distnorm.plan.model_table import Table, make_table
 from distnorm.policies import Policy, policy_of
-from distnorm.shards import GradShard
-from distnorm.table import Table, make_table
-from distnorm.units import Units
+from distnorm.sources.shards import GradShard
 
 _SHOWN = 3
 _AGC_ORDER = 2

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from distnorm import kernels
-from distnorm.collectives import Ranks
-from distnorm.norms import Norm
-from distnorm.overlap import Overlap
-from distnorm.plan import Share
+from distnorm.measure.norms import Norm
+from distnorm.measure.overlap import Overlap
+from distnorm.plan.collectives import Ranks
+from distnorm.plan.plan import Share
 
 # Weight of the past at each look.
 _BETA = 0.9

@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from distnorm.collectives import Ranks
-from distnorm.plan import Share, identity_rows
-from distnorm.shards import GradShard
+from distnorm.plan.collectives import Ranks
+from distnorm.plan.plan import Share, identity_rows
+from distnorm.sources.shards import GradShard
 
 Ints = npt.NDArray[np.int64]
 

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distnorm.plan import Share
+from distnorm.plan.plan import Share
 
 Stage = Literal["plan", "agree", "measure", "follow"]
 """Where a rank is in a call: it has no plan for what it was given; it has one, and no rank had gradients

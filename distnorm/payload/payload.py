@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from distnorm import kernels
-from distnorm.ballot import on_device
-from distnorm.collectives import Ranks
 from distnorm.errors import DistnormError
-from distnorm.exchange import Lanes
+from distnorm.measure.exchange import Lanes
+from distnorm.measure.header import on_device
+from distnorm.plan.collectives import Ranks
 
 Local = Callable[[Sequence[Tensor | None], torch.device], Tensor]
 

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distnorm.collectives import Ranks
 from distnorm.config import MonitorConfig
-from distnorm.detail import Detail
-from distnorm.exchange import Lanes
-from distnorm.lanes import Joined, Part
+from distnorm.measure.exchange import Lanes
+from distnorm.measure.norms import Norm
 from distnorm.monitor import LayerRow
-from distnorm.noise import Noise
-from distnorm.norms import Norm
-from distnorm.plan import Share
-from distnorm.replicas import Divergence, Replicas
-from distnorm.shards import GradShard
-from distnorm.table import make_table
+from distnorm.payload.noise import Noise
+from distnorm.payload.parameters import Detail
+from distnorm.payload.payload import Joined, Part
+from distnorm.payload.replicas import Divergence, Replicas
+from distnorm.plan.collectives import Ranks
+from distnorm.plan.model_table import make_table
+from distnorm.plan.plan import Share
+from distnorm.sources.shards import GradShard
 
 
 @dataclass(frozen=True, slots=True)

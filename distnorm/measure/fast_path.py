@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from distnorm import kernels
-from distnorm.plan import Share
-from distnorm.readings import Reading
-from distnorm.shards import GradShard, LayoutChangedError, Route, of_grad
+from distnorm.measure.readings import Reading
+from distnorm.plan.plan import Share
+from distnorm.sources.shards import GradShard, LayoutChangedError, Route, of_grad
 
 Ints = npt.NDArray[np.int64]
 Pick = Callable[[Sequence[Tensor]], Sequence[Tensor]]

@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distnorm.collectives import Ranks, reduce_partial_
 from distnorm.errors import CoverageError, ReplicaError
-from distnorm.norms import norm
-from distnorm.plan import Share, identity_rows, piece_groups, raise_named, spread, stable_hash
-from distnorm.readings import Reading
-from distnorm.shards import GradShard, PartialGrad
+from distnorm.measure.norms import norm
+from distnorm.measure.readings import Reading
+from distnorm.plan.collectives import Ranks, reduce_partial_
+from distnorm.plan.plan import Share, identity_rows, piece_groups, raise_named, spread, stable_hash
+from distnorm.sources.shards import GradShard, PartialGrad
 
 _MISSING, _COMPLETE = 1, 2
 _AXIS_BIT, _MOST_AXES = 2, 16

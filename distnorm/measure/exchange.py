@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from distnorm.ballot import LANES, Ballot, Brief, Count, on_device
-from distnorm.collectives import Ranks
-from distnorm.norms import Norm
+from distnorm.measure.header import LANES, Ballot, Brief, Count, on_device
+from distnorm.measure.norms import Norm
+from distnorm.plan.collectives import Ranks
 
 _WIDTH = 8  # fp64 values of a statistic in the full form, for orders up to 27 and inf
 _NOTHING = torch.zeros(0, dtype=torch.float64)

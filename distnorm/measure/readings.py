@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from distnorm import kernels
-from distnorm.collectives import Ranks
 from distnorm.errors import DistnormError, UnsupportedGradientError
-from distnorm.norms import Norm
-from distnorm.plan import Share
-from distnorm.shards import GradShard, PartialGrad
+from distnorm.measure.norms import Norm
+from distnorm.plan.collectives import Ranks
+from distnorm.plan.plan import Share
+from distnorm.sources.shards import GradShard, PartialGrad
 
 Reading = Tensor | PartialGrad | None
 """A local gradient as it was found, or `None` where this rank has none in this step."""

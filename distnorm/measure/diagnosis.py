@@ -11,11 +11,11 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from distnorm.ballot import Count
-from distnorm.collectives import Ranks
 from distnorm.errors import DisagreementError, NonFiniteGradientError, ReplicaError
-from distnorm.plan import agree_on_terms, differing, identity_rows, raise_named
-from distnorm.shards import GradShard
+from distnorm.measure.header import Count
+from distnorm.plan.collectives import Ranks
+from distnorm.plan.plan import agree_on_terms, differing, identity_rows, raise_named
+from distnorm.sources.shards import GradShard
 
 SET = "the set of parameters or tensors"
 _MOST_NAMED = 5

@@ -11,19 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distnorm import diagnosis, kernels
-from distnorm.collectives import Ranks
+from distnorm import kernels
 from distnorm.config import MonitorConfig
 from distnorm.errors import DistnormError, NonFiniteGradientError
-from distnorm.journal import Entry, Journal, first_of, numbers_of
-from distnorm.looks import Look
+from distnorm.measure import diagnosis
+from distnorm.measure.norms import Norm
+from distnorm.measure.overlap import Overlap
+from distnorm.measure.readings import Measured, completed, read_gradients
 from distnorm.monitor import Monitor
-from distnorm.noise import noise_of
-from distnorm.norms import Norm
-from distnorm.overlap import Overlap
-from distnorm.plan import Share
-from distnorm.readings import Measured, completed, read_gradients
-from distnorm.shards import GradShard
+from distnorm.monitor.journal import Entry, Journal, first_of, numbers_of
+from distnorm.monitor.snapshot import Look
+from distnorm.payload.noise import noise_of
+from distnorm.plan.collectives import Ranks
+from distnorm.plan.plan import Share
+from distnorm.sources.shards import GradShard
 
 _log = logging.getLogger("distnorm")
 _ALIKE = ("every", "by", "replicas", "stop_after")

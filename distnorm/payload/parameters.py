@@ -20,10 +20,10 @@ from torch import Tensor
 
 from distnorm import kernels
 from distnorm.errors import ConfigError
-from distnorm.layers import LayerStats, grouped, layers_of
-from distnorm.norms import Norm
-from distnorm.plan import Share
-from distnorm.table import MOST_ROWS, Ints, Table, first_device
+from distnorm.measure.norms import Norm
+from distnorm.payload.layers import LayerStats, grouped, layers_of
+from distnorm.plan.model_table import MOST_ROWS, Ints, Table, first_device
+from distnorm.plan.plan import Share
 
 
 class Detail:

@@ -22,11 +22,11 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from distnorm import kernels
-from distnorm.collectives import average_bucket
 from distnorm.errors import ConfigError, DistnormError
-from distnorm.norms import Norm
-from distnorm.plan import Share
-from distnorm.shards import GradShard, of_grad
+from distnorm.measure.norms import Norm
+from distnorm.plan.collectives import average_bucket
+from distnorm.plan.plan import Share
+from distnorm.sources.shards import GradShard, of_grad
 
 Bucket = Any
 """`torch.distributed.GradBucket`, where torch is built with collectives."""

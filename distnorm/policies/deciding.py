@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from distnorm import kernels
+from distnorm.measure.readings import Measured, present
 from distnorm.policies import Decision, Seen, constant
 from distnorm.policies.decision import is_finite as is_finite_norm
+from distnorm.policies.groups import Rule, Rules, max_norm_of
 from distnorm.policies.policy import rounded
-from distnorm.readings import Measured, present
-from distnorm.results import ClipResult, GroupResult, clip_result
-from distnorm.rules import Rule, Rules, max_norm_of
+from distnorm.policies.results import ClipResult, GroupResult, clip_result
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from distnorm import kernels
-from distnorm.collectives import Ranks
 from distnorm.errors import UnsupportedGradientError
-from distnorm.plan import Share, raise_named
-from distnorm.shards import GradShard
-from distnorm.table import Table, first_device
+from distnorm.plan.collectives import Ranks
+from distnorm.plan.model_table import Table, first_device
+from distnorm.plan.plan import Share, raise_named
+from distnorm.sources.shards import GradShard
 
 _ALL = -1
 
