@@ -1,38 +1,41 @@
 """What to say when a measurement went wrong: who did what, found out together, off the fast path.
 
-Every function here is collective, and is called only after all ranks have read the same votes.
+Every function here but `refuse_inside_backward` is collective, and is called only after all ranks have read the
+same reduced vector.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from distnorm.errors import DisagreementError, NonFiniteGradientError, ReplicaError
-from distnorm.measure.header import Count
+from distnorm.errors import DisagreementError, NonFiniteGradientError, UnsupportedGradientError
+from distnorm.measure.header import DecodedHeader
 from distnorm.plan.collectives import Ranks
-from distnorm.plan.plan import agree_on_terms, differing, identity_rows, raise_named
+from distnorm.plan.plan import agree_on_terms
 from distnorm.sources.shards import GradShard
 
 SET = "the set of parameters or tensors"
 _MOST_NAMED = 5
+_log = logging.getLogger("distnorm")
 
 
 def raise_disagreement(
-    ranks: Ranks, count: Count, here: Mapping[str, object] | None, *, terms_too: bool = False
+    ranks: Ranks, decoded: DecodedHeader, here: Mapping[str, object] | None, *, terms_too: bool = False
 ) -> None:
-    """Raise if the ranks are in several stages or on other terms; say who is where if all listen.
+    """Raise if the ranks are in several stages or on other terms; say who is where if all ranks raise.
 
     Raises:
         DisagreementError: naming terms and ranks.
     """
-    mixed = len(count.stages) > 1
-    if mixed and count.all_listen:
+    mixed = len(decoded.stages) > 1
+    if mixed and decoded.all_raise:
         agree_on_terms(ranks, None if here is None else {SET: here.get(SET, "as before")})
-    if terms_too and count.all_listen:
+    if terms_too and decoded.all_raise:
         agree_on_terms(ranks, here)
     elif mixed or terms_too:
         raise DisagreementError(
@@ -41,46 +44,18 @@ def raise_disagreement(
         )
 
 
-def raise_left_out(ranks: Ranks, count: Count) -> None:
+def raise_left_out(ranks: Ranks, decoded: DecodedHeader) -> None:
     """Raise if some ranks were given nothing, where they had been given something before.
 
     Raises:
         DisagreementError: on every rank.
     """
-    measure = int(count.lanes["measure"])
+    measure = int(decoded.values["measure"])
     if measure < ranks.size:
         raise DisagreementError(
             f"{SET}: expected the same on every rank as in the calls before, found nothing at all on "
             f"{ranks.size - measure} of {ranks.size} ranks"
         )
-
-
-def raise_one_sided(
-    ranks: Ranks,
-    shards: Sequence[GradShard],
-    gradients: Sequence[Tensor | None],
-    replicated: Sequence[int],
-) -> None:
-    """Name the replicated shards that have a gradient on some ranks only.
-
-    Raises:
-        ReplicaError: on every rank.
-    """
-    present = [gradients[i] is not None for i in replicated]
-    values = torch.tensor(present, dtype=torch.int64).view(-1, 1)
-    rows = torch.cat([identity_rows(shards)[list(replicated)], values], dim=1)
-    splits = ranks.join(rows[:, 0], rows, differing).view(-1).tolist()
-    raise_named(
-        ranks,
-        [
-            (shards[i].name, "a gradient" if has_one else "no gradient")
-            for i, has_one, bad in zip(replicated, present, splits, strict=True)
-            if bad
-        ],
-        ReplicaError,
-        "a gradient on all replicas or on none",
-        "Replicas' gradients must be reduced before they are measured; zeros count as a gradient.",
-    )
 
 
 def raise_not_finite(
@@ -95,7 +70,7 @@ def raise_not_finite(
     Raises:
         NonFiniteGradientError: on every rank.
     """
-    where = found_not_finite(ranks, shards, gradients)
+    where = find_not_finite(ranks, shards, gradients)
     found = [f"'{name}' on rank {rank}" for name, rank in where]
     text = ", ".join(found[:_MOST_NAMED]) or "no single gradient; their norm leaves fp64's range"
     raise NonFiniteGradientError(
@@ -103,14 +78,65 @@ def raise_not_finite(
     )
 
 
-def found_not_finite(
+def find_not_finite(
     ranks: Ranks, shards: Sequence[GradShard], gradients: Sequence[Tensor | None]
 ) -> tuple[tuple[str, int], ...]:
     """The first few parameters of each rank whose gradient isn't finite, with that rank, by rank."""
     mine = [
         shard.name
         for shard, gradient in zip(shards, gradients, strict=True)
-        if gradient is not None and not gradient.isfinite().all()
+        if gradient is not None and not _widened(gradient).isfinite().all()
     ]
     brief = [ranks.shortened(name, _MOST_NAMED) for name in mine[:_MOST_NAMED]]
     return tuple((name, rank) for rank, names in enumerate(ranks.gather(brief)) for name in names)
+
+
+def _widened(gradient: Tensor) -> Tensor:
+    return gradient.float() if gradient.dtype.itemsize == 1 else gradient  # float8 has no isfinite
+
+
+def refuse_inside_backward() -> None:
+    """Refuse to measure while autograd computes gradients. Not collective.
+
+    Raises:
+        UnsupportedGradientError: a backward pass is running on this thread.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        raise UnsupportedGradientError(
+            "expected complete gradients after backward, found a call from inside a backward pass, as of an "
+            "optimizer that steps in hooks; step after backward, or clip each gradient by itself in its hook"
+        )
+
+
+def warn_of_no_gradients(ranks: Ranks, shards: Sequence[GradShard], is_empty: bool) -> None:
+    """Say once that no rank has any gradient, or refuse it where hooks have taken the gradients away.
+
+    Raises:
+        UnsupportedGradientError: on every rank, naming a parameter that has such a hook.
+    """
+    trained = [shard for shard in shards if shard.holder.requires_grad]
+    hooked = [shard.name for shard in trained if _has_foreign_hook(shard.holder)]
+    some_have, some_hooked, some_trained = ranks.any(not is_empty, bool(hooked), bool(trained))
+    if some_have or not some_trained:
+        return
+    if some_hooked:
+        names = next(names for names in ranks.gather(hooked[:1]) if names)
+        raise UnsupportedGradientError(
+            f"parameter '{names[0]}': expected a gradient after backward, found none on any parameter of any rank, "
+            "and a hook that runs when its gradient is accumulated; an optimizer that steps inside backward leaves "
+            "nothing to measure or clip: step after backward, or clip inside the hook"
+        )
+    if ranks.rank == 0 and not _said:
+        _said.append(True)
+        _log.warning(
+            "no parameter has a gradient on any rank, so the total norm is 0 and nothing is clipped; were the "
+            "gradients set to None before this call, or are they kept elsewhere than in .grad?"
+        )
+
+
+_said: list[bool] = []
+
+
+def _has_foreign_hook(parameter: Tensor) -> bool:
+    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    return any(not type(hook).__module__.startswith("distnorm.") for hook in hooks.values())

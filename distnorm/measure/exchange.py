@@ -1,36 +1,34 @@
-"""The one all-reduce of a measurement: every rank's statistic, and its ballot beside it.
+"""The one all-reduce of a measurement: every rank's statistic, and its consensus header beside it.
 
-It has two forms. In the full one each lane of a ballot is an element, and a statistic may be wide. In the
-brief one the ballot is a single number, which tells no more than whether all ranks measured the same; where
-they did not, those that read the result exchange their ballots in full, once more. Two elements arrive many
+The vector has two forms. In the full one each field of a header is an element, and a statistic may be wide. In
+the packed one the header is a single number, which says no more than whether all ranks measured the same; where
+they did not, those that read the result exchange their headers in full, once more. Two elements arrive many
 times sooner than seventeen through gloo, which cuts a vector into messages of one element each.
 
-All ranks that meet must use one form. So it belongs to the group: brief, until a plan is made on it that
-needs the full one, which all ranks make together.
+All ranks that meet must use one form. So it belongs to the group: packed, until a plan is made on it that needs
+the full one, which all ranks make together. Likewise a third element, by which replicas are compared (see
+`distnorm.measure.replica_check`), is there from the first plan on that has replicas.
 """
 
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from distnorm.measure.header import LANES, Ballot, Brief, Count, on_device
+from distnorm import kernels
+from distnorm.measure.header import FIELDS, DecodedHeader, Header, Packing
 from distnorm.measure.norms import Norm
 from distnorm.plan.collectives import Ranks
 
 _WIDTH = 8  # fp64 values of a statistic in the full form, for orders up to 27 and inf
-_NOTHING = torch.zeros(0, dtype=torch.float64)
-_in_full: weakref.WeakSet[ProcessGroup] = weakref.WeakSet()
 
 
-class Lanes(Protocol):
+class Payload(Protocol):
     """What else a rank adds to the vector of one measurement."""
 
     @property
@@ -42,23 +40,26 @@ class Lanes(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """What all ranks said together.
+class ReducedStatistics:
+    """What the all-reduce gave.
 
     Args:
         total_norm: 0-d fp64; NaN where the ranks did not measure the same.
-        more: what all ranks' further lanes add up to, [lanes] fp64.
-        count: the votes, read on the host. In the brief form every rank must call it that reads a total norm
-            which is not finite, and every rank that measures nothing.
-        is_brief: in which form it came.
-        well: whether all ranks measured, and the same; 0-d bool where that isn't known on the host.
+        payload: the reduced payload, [length] fp64.
+        decode: the headers, read on the host. In the packed form every rank must call it that reads a total
+            norm of disagreement, and every rank that measures nothing.
+        is_packed: in which form the vector was.
+        agreed: whether all ranks measured, and the same; 0-d bool where that isn't known on the host.
+        replica_difference: by how much replicas differ, where that is known on the host; else 0-d fp64, and
+            `None` where nothing was compared.
     """
 
     total_norm: Tensor
-    more: Tensor
-    count: Callable[[], Count]
-    is_brief: bool
-    well: Tensor | bool
+    payload: Tensor
+    decode: Callable[[], DecodedHeader]
+    is_packed: bool
+    agreed: Tensor | bool
+    replica_difference: Tensor | float | None = None
 
 
 class Exchange:
@@ -71,85 +72,112 @@ class Exchange:
 
     def __init__(self, ranks: Ranks, norm: Norm) -> None:
         self._ranks, self._norm = ranks, norm
-        self._brief = Brief(ranks.rank, ranks.size)
+        self._packing = Packing(ranks.rank, ranks.size)
 
     @property
-    def fits(self) -> bool:
-        """Whether this norm can be told in the brief form."""
+    def can_pack(self) -> bool:
+        """Whether this norm's statistic fits the packed form."""
         return self._norm.op == "sum" and self._norm.width == 1
 
     def use_full_form(self) -> None:
         """From now on, on this group. Every rank must call it at the same point."""
-        if self._ranks.group is not None:
-            _in_full.add(self._ranks.group)
+        self._ranks.state.is_packed = False
 
-    def __call__(self, statistic: Tensor | None, ballot: Ballot, more: Tensor | int = 0) -> Reply:
-        """Reduce this rank's statistic, [width] fp64, or none, and its ballot.
+    def __call__(
+        self, statistic: Tensor | None, header: Header, payload: Tensor | int = 0, replicas: float | Tensor = 0.0
+    ) -> ReducedStatistics:
+        """Reduce this rank's statistic, [width] fp64, or none, and its header.
 
         Args:
             statistic: of what this rank counts.
-            ballot: its votes.
-            more: further lanes, [lanes] fp64, which are reduced by the norm's op, or how many the other ranks
-                may have where this one has none. All ranks that meet must have as many.
+            header: what it says of itself.
+            payload: [length] fp64, reduced by the norm's op; or the length that other ranks may have where
+                this one has none. All ranks that meet must have the same length.
+            replicas: this rank's summand of the comparison of replicas.
         """
-        if isinstance(more, int):
-            device = self._ranks.device() if statistic is None else statistic.device
-            more = _zeros(more, device) if more or device.type != "cpu" else _NOTHING
-        if self._ranks.group in _in_full or not (self.fits or statistic is None):
-            return self._in_full(statistic, ballot, more)
-        if statistic is None or not ballot.stands:
-            statistic = torch.full((1,), math.nan, dtype=torch.float64, device=more.device)
-        if more is _NOTHING:
-            return self._on_host(float(statistic.numpy()[0]), ballot)
-        mark = on_device([self._brief.mark(ballot)], statistic.device)
-        vector = self._ranks.all_reduce_(torch.cat([mark, statistic, more]), "sum")
-        well = self._brief.well(vector[0])
-        finalised = self._norm.finalise(vector[1:2]) if self.fits else vector[1]
-        total_norm = torch.where(well, finalised, math.nan)
-        return Reply(
-            total_norm, vector[2:], lambda: self._second_count(vector[0].item(), ballot, more), True, well
-        )
-
-    def _on_host(self, statistic: float, ballot: Ballot) -> Reply:
-        """Two numbers in the host's memory: to look at them takes no operator, and waits for nothing."""
-        both = [self._brief.mark(ballot), statistic]
-        vector = self._ranks.all_reduce_(torch.tensor(both, dtype=torch.float64), "sum")
-        marks, total = vector.tolist()
-        well = self._brief.is_well(marks)
-        norm = self._norm.finalise_number(total) if well and self.fits else math.nan
-        return Reply(
-            torch.tensor(norm, dtype=torch.float64),
-            _NOTHING,
-            lambda: self._second_count(marks, ballot, _NOTHING),
+        device = statistic.device if statistic is not None else torch.device("cpu")
+        device = self._ranks.reduce_device(device)
+        if isinstance(payload, int):
+            payload = torch.zeros(payload, dtype=torch.float64, device=device)
+        compares = self._ranks.state.compares_replicas
+        if not self._ranks.state.is_packed or not (self.can_pack or statistic is None):
+            return self._full(statistic, header, payload, replicas if compares else None)
+        if statistic is None or not header.has_statistic:
+            statistic = torch.full((1,), math.nan, dtype=torch.float64, device=device)
+        numbers = [replicas] if compares else []
+        if not len(payload) and kernels.on_host(statistic):
+            return self._packed_on_host(float(statistic.numpy()[0]), header, numbers)
+        parts = [kernels.on_device([self._packing.pack(header)], device), statistic]
+        parts += [_element(number, device) for number in numbers]
+        vector = self._ranks.all_reduce_(torch.cat([*parts, payload]), "sum")
+        agreed = self._packing.agreed(vector[0])
+        finalised = self._norm.finalise(vector[1:2]) if self.can_pack else vector[1]
+        total_norm = torch.where(agreed, finalised, math.nan)
+        return ReducedStatistics(
+            total_norm,
+            vector[2 + len(numbers) :],
+            lambda: self._decode(vector[0].item(), header, payload[:0]),
             True,
-            well,
+            agreed,
+            vector[2] if numbers else None,
         )
 
-    def _second_count(self, marks: float, ballot: Ballot, like: Tensor) -> Count:
-        deaf = self._brief.deaf(marks)
-        if deaf:  # they go on, and hear of no second exchange
-            return Count.of_deaf(deaf, ballot)
-        return self._in_full(None, ballot, like[:0]).count()
+    def _packed_on_host(self, statistic: float, header: Header, numbers: list[float | Tensor]) -> ReducedStatistics:
+        """A few numbers in the host's memory: to look at them takes no operator, and waits for nothing."""
+        packed = self._packing.pack(header)
+        values = [packed, statistic, *map(float, numbers)]
+        vector = self._ranks.all_reduce_(torch.tensor(values, dtype=torch.float64, device="cpu"), "sum")
+        headers, total, *differences = vector.tolist() if self._ranks.size > 1 else values
+        agreed = self._packing.agreed_on_host(headers)
+        norm = self._norm.finalise_number(total) if agreed and self.can_pack else math.nan
+        nothing = vector[:0]
+        return ReducedStatistics(
+            torch.tensor(norm, dtype=torch.float64, device="cpu"),
+            nothing,
+            lambda: self._decode(headers, header, nothing),
+            True,
+            agreed,
+            differences[0] if differences else None,
+        )
 
-    def _in_full(self, statistic: Tensor | None, ballot: Ballot, more: Tensor) -> Reply:
-        """All-reduce ``[nan, votes ..., padding ..., statistic ..., more ...]``.
+    def _decode(self, headers: float, header: Header, nothing: Tensor) -> DecodedHeader:
+        nonraising = self._packing.nonraising(headers)
+        if nonraising:  # they go on, and meet no second exchange
+            return DecodedHeader.of_nonraising(nonraising, header)
+        return self._full(None, header, nothing, None).decode()
 
-        A NaN travels in a lane, since a maximum may lose it. The padding gives vectors of unlike norms one
-        length, so that ranks which differ in the norm meet, and see it.
+    def _full(
+        self, statistic: Tensor | None, header: Header, payload: Tensor, replicas: float | Tensor | None
+    ) -> ReducedStatistics:
+        """All-reduce ``[nan, header ..., padding ..., statistic ..., replicas, payload ...]``.
+
+        A NaN travels in an element of its own, since a maximum may lose it. The padding gives vectors of unlike
+        norms one length, so that ranks which differ in the norm meet, and see it.
         """
-        norm = self._norm
+        norm, device = self._norm, payload.device
         if statistic is None:
-            statistic = norm.zeros(more.device)
+            statistic = norm.zeros(device)
         nan = statistic.isnan()
-        votes = on_device([*ballot.votes(norm.op), *[0] * (_WIDTH - norm.width)], statistic.device)
-        vector = torch.cat([nan.any().double().view(1), votes, torch.where(nan, 0.0, statistic), more])
-        end = len(vector) - len(more)
-        vector = self._ranks.all_reduce_(vector, norm.op)
-        lanes, statistic, more = vector[: len(LANES)], vector[end - norm.width : end], vector[end:]
-        well = ballot.well(norm.op, self._ranks.size, lanes)
-        total_norm = torch.where(well, norm.finalise(statistic), math.nan)
-        return Reply(total_norm, more, lambda: Count.of(lanes.tolist()), False, well)
+        said = kernels.on_device([*header.full(norm.op), *[0] * (_WIDTH - norm.width)], device)
+        parts = [nan.any().double().view(1), said, torch.where(nan, 0.0, statistic)]
+        end = sum(map(len, parts))
+        if replicas is not None:
+            parts.append(_element(replicas, device))
+        vector = self._ranks.all_reduce_(torch.cat([*parts, payload]), norm.op)
+        headers, statistic = vector[: len(FIELDS)], vector[end - norm.width : end]
+        agreed = header.agreed(norm.op, self._ranks.size, headers)
+        total_norm = torch.where(agreed, norm.finalise(statistic), math.nan)
+        return ReducedStatistics(
+            total_norm,
+            vector[len(vector) - len(payload) :],
+            lambda: DecodedHeader.of(headers.tolist()),
+            False,
+            agreed,
+            None if replicas is None or norm.op != "sum" else vector[end],
+        )
 
 
-def _zeros(lanes: int, device: torch.device) -> Tensor:
-    return torch.zeros(lanes, dtype=torch.float64, device=device)
+def _element(number: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(number, Tensor):
+        return kernels.moved(number.reshape(1), device)
+    return kernels.on_device([number], device)

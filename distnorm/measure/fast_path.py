@@ -1,9 +1,10 @@
-"""Gradients that lie in memory as they did one step before: read, measured and scaled all at once.
+"""Gradients that are laid out as one step before: found, measured and scaled by their addresses, all at once.
 
-To look at every gradient with care costs microseconds, which thousands of small ones turn into the price of
+To read every gradient with care costs microseconds, which thousands of small ones turn into the price of
 a step. Where the last careful reading found only whole, contiguous gradients in the CPU's memory, the next
-steps ask of each one only where it is, and whether it must be looked at again. Compiled code is told of spans
-of memory then, in which neighbours in one flat buffer are one.
+steps ask of each one only what could have changed: whether it is there, its class, dtype, size, layout, and
+whether its storage still holds it. Compiled code gets spans of memory then, in which neighbours in one flat
+buffer are one.
 """
 
 from __future__ import annotations
@@ -14,136 +15,192 @@ from itertools import repeat
 from operator import attrgetter, is_, itemgetter
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from distnorm import kernels
-from distnorm.measure.readings import Reading
+from distnorm.measure.gradients import Gradients, read_with_care
+from distnorm.measure.norms import Norm
+from distnorm.measure.replica_check import ReplicaCheck
 from distnorm.plan.plan import Share
-from distnorm.sources.shards import GradShard, LayoutChangedError, Route, of_grad
-
-Ints = npt.NDArray[np.int64]
-Pick = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""From the holders of all shards to those of some."""
+from distnorm.sources.shards import GradShard, Source
 
 _GRAD = attrgetter("grad")
 
 
-@dataclass(frozen=True, slots=True)
-class Spans:
-    """Where one step's gradients lie: `all` of this rank's, and what it `counted` of them."""
+@dataclass(slots=True)
+class _Class:
+    """Gradients of one class, plain tensors or DTensors.
 
-    all: kernels.Spans
-    counted: kernels.Spans
+    Args:
+        pick: from the holders of all shards to those of these gradients.
+        finder: finds where they lie.
+        place: of their addresses among those of all.
+    """
+
+    pick: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+    finder: kernels.Finder
+    place: slice
 
 
 @dataclass(slots=True)
-class _Kind:
-    """Gradients of one class of shards, their layouts, and where in the list of all they are."""
+class _Tables:
+    """Where gradients lie, whole and by what this rank counts of them."""
 
-    route: Route
-    pick: Pick
-    layouts: list[object]
-    place: slice
-    table: kernels.SpanTable
-    walker: kernels.Walker | None = None
-    asked: bool = False  # whether there can be a walker
-
-    def find(self, holders: Sequence[Tensor], addresses: Ints) -> None:
-        """Fill in the addresses of its gradients.
-
-        Raises:
-            LayoutChangedError, AttributeError, TypeError, RuntimeError: some must be looked at with care.
-        """
-        mine, out = self.pick(holders), addresses[self.place]
-        if not self.asked and kernels.can_walk(len(out)):
-            self.asked = True
-            self.walker = kernels.walker(self.table, None if self.route.is_versioned else self.layouts)
-        if self.walker is None or not self.walker(mine, out):
-            out[:] = np.fromiter(self.route.addresses(mine, self.layouts), np.int64, len(out))
+    addresses: np.ndarray
+    whole: kernels.AddressTable
+    all: kernels.AddressTable
+    counted: kernels.AddressTable
 
 
-class Steady:
+class FoundGradients(Gradients):
+    """Gradients that were found by address, and are held by what found them."""
+
+    def __init__(
+        self,
+        shards: Callable[[], Sequence[GradShard]],
+        path: FastPath,
+        tables: _Tables,
+        held: Sequence[kernels.Found],
+        holders: Sequence[Tensor],
+    ) -> None:
+        super().__init__((), ())
+        self._shards, self._path, self._tables, self._held = shards, path, tables, held
+        self._holders, self._read = holders, False
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        if not self._read:
+            readings, _ = read_with_care(self._shards())
+            self._tensors = [r if isinstance(r, Tensor) else None for r in readings]
+            self._read = True
+        return self._tensors
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def presence(self, weights: Mapping[int, int]) -> int:
+        return self._path.presence
+
+    def is_empty(self) -> bool:
+        return False
+
+    def statistic(self, norm: Norm, shares: Sequence[Share], device: torch.device) -> Tensor:
+        return kernels.moved(norm.statistic_at(self._tables.counted), device)
+
+    def replica_number(self, check: ReplicaCheck, device: torch.device) -> float:
+        return check.of_addresses(self._tables.whole, self._path.places(check))
+
+    def addresses(self) -> tuple[kernels.AddressTable, np.ndarray]:
+        return self._tables.whole, self._path.positions
+
+    def scale_(self, coef: Tensor) -> None:
+        if kernels.scale_at_(self._tables.all, coef):
+            self._path.tell_autograd(self._holders)
+
+    def _views(self) -> list[Tensor | None]:
+        return self.tensors
+
+
+class FastPath:
     """The gradients of the same shards, step after step. It keeps neither them nor their holders alive.
 
-    Args:
-        kinds: the shards that had a gradient.
-        absent: those that had none.
-        tensors: the local gradients that a careful reading found, kind by kind.
-        shares: what this rank counts of each.
+    Attributes:
+        presence: the sum of the weights of those that had a gradient.
+        positions: of these among all shards, in the order of the table.
     """
 
     def __init__(
-        self, kinds: Sequence[_Kind], absent: Pick, tensors: Sequence[Tensor], shares: Sequence[Share]
+        self,
+        classes: Sequence[_Class],
+        absent: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+        present: Mapping[int, Tensor],
+        shares: Sequence[Share],
+        presence: int,
     ) -> None:
-        self._kinds, self._absent = kinds, absent
-        starts, stops = np.array([(s.start, s.stop) for s in shares], dtype=np.int64).reshape(-1, 2).T
-        whole = kernels.SpanTable.of(tensors)
-        self._tables = whole, whole.part(starts, stops - starts)
-        self._addresses: Ints = np.zeros(0, dtype=np.int64)
-        self._spans: Spans | None = None
+        self._classes, self._absent, self.presence = classes, absent, presence
+        self.positions = np.array(list(present), dtype=np.int64)
+        self._places = np.full(len(shares), -1, dtype=np.int64)
+        self._places[self.positions] = np.arange(len(present))
+        self._of_check: tuple[ReplicaCheck, np.ndarray] | None = None
+        counted = [(shares[i].start, shares[i].stop) for i in present]
+        starts, stops = np.array(counted, dtype=np.int64).reshape(-1, 2).T
+        self._whole = kernels.AddressTable.of(list(present.values()))
+        self._counted = self._whole.part(starts, stops - starts)
+        self._tables: _Tables | None = None
 
     @classmethod
     def of(
-        cls, shards: Sequence[GradShard], shares: Sequence[Share], readings: Sequence[Reading]
-    ) -> Steady | None:
+        cls, shards: Sequence[GradShard], shares: Sequence[Share], gradients: Gradients, presence: int
+    ) -> FastPath | None:
         """What is known from a careful reading; `None` where the next step needs another."""
+        if not gradients.is_plain or not all(_can_be_found(shard) for shard in shards):
+            return None
+        by_class: dict[type, dict[int, Tensor]] = {}
         absent: list[int] = []
-        found: dict[Route, dict[int, Tensor]] = {}
-        for i, (shard, reading) in enumerate(zip(shards, readings, strict=True)):
-            if shard.take is not of_grad or shard.route is None:
-                return None
-            if reading is None:
+        for i, (shard, tensor) in enumerate(zip(shards, gradients.tensors, strict=True)):
+            if tensor is None:
                 absent.append(i)
-            elif isinstance(reading, Tensor) and reading.is_contiguous():
-                found.setdefault(shard.route, {})[i] = reading
+            elif tensor.is_contiguous() and not kernels.split([tensor])[1]:
+                by_class.setdefault(type(shard.holder.grad), {})[i] = tensor
             else:
                 return None
-        tensors = {i: tensor for of in found.values() for i, tensor in of.items()}
-        if kernels.split(list(tensors.values()))[1]:
+        if not by_class:
             return None
-        holders = [shard.holder for shard in shards]
-        kinds: list[_Kind] = []
-        for route, of in found.items():
-            kinds.append(_kind(route, holders, of, kinds[-1].place.stop if kinds else 0))
-        return cls(kinds, _picker(absent, len(shards)), list(tensors.values()), [shares[i] for i in tensors])
+        classes: list[_Class] = []
+        present: dict[int, Tensor] = {}
+        for members in by_class.values():
+            place = slice(len(present), len(present) + len(members))
+            finder = kernels.Finder.of([_GRAD(shards[i].holder) for i in members])
+            if finder is None:
+                return None
+            classes.append(_Class(_picker(list(members), len(shards)), finder, place))
+            present |= members
+        return cls(classes, _picker(absent, len(shards)), present, shares, presence)
 
-    def read(self, holders: Sequence[Tensor]) -> Spans | None:
-        """This step's gradients; `None` if they must be looked at with care.
+    def read(self, shards: Callable[[], Sequence[GradShard]], holders: Sequence[Tensor]) -> FoundGradients | None:
+        """This step's gradients; `None` if they must be read with care.
 
         Args:
-            holders: those of all shards, in their order.
+            shards: gives those that the path was made of, if somebody asks for tensors.
+            holders: theirs, in their order.
         """
         if not all(map(is_, map(_GRAD, self._absent(holders)), repeat(None))):
             return None
-        whole, counted = self._tables
-        addresses = np.empty(len(whole.numels), dtype=np.int64)
-        try:
-            for kind in self._kinds:
-                kind.find(holders, addresses)
-        except (LayoutChangedError, AttributeError, TypeError, RuntimeError):
-            return None
-        if self._spans is None or not np.array_equal(addresses, self._addresses):
-            self._addresses, self._spans = addresses, Spans(whole.at(addresses), counted.at(addresses))
-        return self._spans
+        addresses = np.empty(len(self._whole.numels), dtype=np.int64)
+        held: list[kernels.Found] = []
+        for kind in self._classes:
+            found = kind.finder(kind.pick(holders))
+            if found is None:
+                return None
+            addresses[kind.place] = found.addresses
+            held.append(found)
+        if self._tables is None or not np.array_equal(addresses, self._tables.addresses):
+            whole = self._whole.at(addresses)
+            if whole.overlap:
+                return None
+            self._tables = _Tables(addresses, whole, whole.merged, self._counted.at(addresses).merged)
+        return FoundGradients(shards, self, self._tables, held, holders)
 
-    def scale_(self, spans: Spans, coef: Tensor, holders: Sequence[Tensor]) -> None:
-        """Multiply the gradients that `read` has just found, in place, and tell autograd."""
-        if kernels.scale_spans_(spans.all, coef):
-            for kind in self._kinds:
-                if kind.route.is_versioned:
-                    torch.autograd.graph.increment_version(list(map(_GRAD, kind.pick(holders))))
+    def places(self, check: ReplicaCheck) -> np.ndarray:
+        """The place in the table of each gradient that is compared; -1 where there is none."""
+        if self._of_check is None or self._of_check[0] is not check:
+            self._of_check = check, self._places[check.positions]
+        return self._of_check[1]
+
+    def tell_autograd(self, holders: Sequence[Tensor]) -> None:
+        """Count the change of every plain gradient; those of DTensors have no version that is looked at."""
+        for kind in self._classes:
+            if not kind.finder.finds_dtensors:
+                torch.autograd.graph.increment_version(list(map(_GRAD, kind.pick(holders))))
 
 
-def _kind(route: Route, holders: Sequence[Tensor], which: Mapping[int, Tensor], start: int) -> _Kind:
-    layouts = [route.layout_of(_GRAD(holders[i])) for i in which]
-    table = kernels.SpanTable.of(list(which.values()))
-    place = slice(start, start + len(which))
-    return _Kind(route, _picker(list(which), len(holders)), layouts, place, table)
+def _can_be_found(shard: GradShard) -> bool:
+    return shard.has_fast_path and shard.source is Source.GRADIENT
 
 
-def _picker(which: Sequence[int], count: int) -> Pick:
+def _picker(which: Sequence[int], count: int) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
     if list(which) == list(range(count)):
         return lambda holders: holders
     if len(which) < 2:

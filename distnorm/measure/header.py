@@ -1,4 +1,4 @@
-"""What each rank says of itself beside its statistic, in the same all-reduce.
+"""The consensus header: what each rank says of itself beside its statistic, in the same all-reduce.
 
 By it every rank sees, without another collective and without reading anything on the host, whether all
 ranks measured the same thing.
@@ -11,35 +11,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor
 
+from distnorm import kernels
 from distnorm.plan.plan import Share
 
-Stage = Literal["plan", "agree", "measure", "follow"]
-"""Where a rank is in a call: it has no plan for what it was given; it has one, and no rank had gradients
-yet; it measures; it was given nothing, and does what the others do."""
+Stage = Literal["plan", "agree", "measure", "join"]
+"""Where a rank is in a call: it has no plan for what it was given; it has to agree with the others which
+gradients are partial; it measures; it was given nothing, and does what the others do."""
 
-LANES = ("nan", "plan", "agree", "measure", "mute", "refused", "presence", "terms", "terms_again")
-"""The first lanes of the vector, before the statistic; the very first counts statistics that are NaN."""
-
-
-def on_device(values: Sequence[float], device: torch.device) -> Tensor:
-    """The values, [n] fp64, without waiting for the device."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # A copy in a graph reads the host's memory at every replay; a fill brings its value along.
-        return torch.stack([torch.full((), v, dtype=torch.float64, device=device) for v in values])
-    made = torch.tensor(values, dtype=torch.float64)
-    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
+FIELDS = ("nan", "plan", "agree", "measure", "nonraising", "refused", "presence", "terms", "terms_again")
+"""The elements of a full header, before the statistic; the very first counts statistics that are NaN."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ballot:
-    """One rank's votes.
+class Header:
+    """What one rank says.
 
     Args:
         stage: where it is.
-        raises: whether it reads the result, and so takes part in finding out what is wrong.
+        raises: whether it reads the result on the host, and so takes part in finding out what is wrong.
         refused: whether it found a gradient that can't be measured.
         presence: sum of `presence_weights` over the replicas that have a gradient.
         terms: hash of the plan and of what else must be alike in this call, at least 0.
@@ -52,13 +43,13 @@ class Ballot:
     terms: int = 0
 
     @property
-    def stands(self) -> bool:
+    def has_statistic(self) -> bool:
         """Whether it comes with a statistic that may count."""
         return self.stage == "measure" and not self.refused
 
-    def votes(self, op: str) -> list[float]:
-        """The lanes after the first, for an all-reduce by `op`."""
-        stages = [self.stage == stage for stage in LANES[1:4]]
+    def full(self, op: str) -> list[float]:
+        """The elements after the first, for an all-reduce by `op`."""
+        stages = [self.stage == stage for stage in FIELDS[1:4]]
         if self.stage == "measure":
             pair = self._terms_pair(op)
         else:
@@ -71,29 +62,29 @@ class Ballot:
         terms = self.terms & 0xFFFF
         return (terms, -terms) if op == "max" else (terms, terms**2)
 
-    def well(self, op: str, size: int, lanes: Tensor) -> Tensor:
-        """Whether the lanes, reduced over `size` ranks, say that all ranks measured the same: 0-d bool."""
-        mute = (not self.raises) * (1 if op == "max" else size)
-        if self.stage == "follow":  # it knows no terms; that of others agree shows in their two functions
-            first, again = lanes[-2:]
-            alike = first == -again if op == "max" else first * first == lanes[3] * again
-            few = on_device([0, 0, 0, mute, 0, 0], lanes.device)
-            follows: Tensor = (lanes[[0, 1, 2, 4, 5, 6]] == few).all() & (alike | (lanes[3] == 0))
-            return follows
-        fixed = on_device([0, 0, 0, 0, mute, 0, 0, 0, 0], lanes.device)
+    def agreed(self, op: str, size: int, reduced: Tensor) -> Tensor:
+        """Whether full headers, reduced over `size` ranks, say that all measured the same: 0-d bool."""
+        nonraising = (not self.raises) * (1 if op == "max" else size)
+        if self.stage == "join":  # it knows no terms; that those of others agree shows in their two functions
+            first, again = reduced[-2:]
+            alike = first == -again if op == "max" else first * first == reduced[3] * again
+            expected = kernels.on_device([0, 0, 0, nonraising, 0, 0], reduced.device)
+            joins: Tensor = (reduced[[0, 1, 2, 4, 5, 6]] == expected).all() & (alike | (reduced[3] == 0))
+            return joins
+        fixed = kernels.on_device([0, 0, 0, 0, nonraising, 0, 0, 0, 0], reduced.device)
         each = [0, 0, 0, 1, 0, 0, 0, *self._terms_pair(op)]
-        by_measurer = on_device(each, lanes.device)
-        well: Tensor = (lanes == fixed + by_measurer * lanes[3]).all()
-        return well
+        by_measurer = kernels.on_device(each, reduced.device)
+        agreed: Tensor = (reduced == fixed + by_measurer * reduced[3]).all()
+        return agreed
 
 
 @dataclass(frozen=True, slots=True)
-class Brief:
-    """A ballot in one number, of which the sum over all ranks is exact in fp64.
+class Packing:
+    """A header in one number, of which the sum over all ranks is exact in fp64.
 
     The lower part adds up to zero modulo a power of two if all ranks that measure have the same terms, each
     shard's replicas have a gradient all or none, and no rank refused one; it misses a difference as seldom as
-    the power is large. The upper part counts the ranks that measure and read nothing.
+    the power is large. The upper part counts the ranks that measure and don't raise.
 
     Args:
         rank, size: this rank, and how many there are.
@@ -113,56 +104,56 @@ class Brief:
         object.__setattr__(self, "_modulus", 1 << min(32, 53 - 2 * bits))
         object.__setattr__(self, "_unit", self._modulus << bits)
 
-    def mark(self, ballot: Ballot) -> int:
+    def pack(self, header: Header) -> int:
         """The number."""
-        if ballot.stage != "measure":
+        if header.stage != "measure":
             return 0
-        zero_sum = (ballot.presence + self._weight * ballot.terms + ballot.refused) % self._modulus
-        return zero_sum + (0 if ballot.raises else self._unit)
+        zero_sum = (header.presence + self._weight * header.terms + header.refused) % self._modulus
+        return zero_sum + (0 if header.raises else self._unit)
 
-    def well(self, marks: Tensor) -> Tensor:
-        """Whether marks, added up, say that all ranks measured the same: 0-d bool."""
-        return marks.remainder(self._modulus) == 0
+    def agreed(self, packed: Tensor) -> Tensor:
+        """Whether packed headers, added up, say that all ranks measured the same: 0-d bool."""
+        return packed.remainder(self._modulus) == 0
 
-    def is_well(self, marks: float) -> bool:
-        """`well` of a number on the host."""
-        return int(marks) % self._modulus == 0
+    def agreed_on_host(self, packed: float) -> bool:
+        """`agreed` of a number in the host's memory."""
+        return int(packed) % self._modulus == 0
 
-    def deaf(self, marks: float) -> int:
-        """How many ranks measure and read nothing, by marks added up."""
-        return int(marks) // self._unit
+    def nonraising(self, packed: float) -> int:
+        """How many ranks measure and don't raise, by packed headers added up."""
+        return int(packed) // self._unit
 
 
 @dataclass(frozen=True, slots=True)
-class Count:
-    """The reduced lanes, read on the host."""
+class DecodedHeader:
+    """The reduced elements of full headers, read on the host."""
 
-    lanes: Mapping[str, float]
-
-    @classmethod
-    def of(cls, lanes: Sequence[float]) -> Count:
-        """Name the lanes."""
-        return cls(dict(zip(LANES, lanes, strict=True)))
+    values: Mapping[str, float]
 
     @classmethod
-    def of_deaf(cls, deaf: int, mine: Ballot) -> Count:
-        """What is known where some ranks measure and read nothing: that, and this rank's own."""
-        return cls({**dict.fromkeys(LANES, 0), mine.stage: 1, "measure": deaf, "mute": deaf})
+    def of(cls, values: Sequence[float]) -> DecodedHeader:
+        """Name the elements."""
+        return cls(dict(zip(FIELDS, values, strict=True)))
+
+    @classmethod
+    def of_nonraising(cls, count: int, mine: Header) -> DecodedHeader:
+        """What is known where some ranks measure and don't raise: that, and this rank's own."""
+        return cls({**dict.fromkeys(FIELDS, 0), mine.stage: 1, "measure": count, "nonraising": count})
 
     @property
     def stages(self) -> set[str]:
-        """The stages that some rank is in; those that follow are in none of their own."""
-        return {stage for stage in ("plan", "agree", "measure") if self.lanes[stage]}
+        """The stages that some rank is in; those that join are in none of their own."""
+        return {stage for stage in ("plan", "agree", "measure") if self.values[stage]}
 
     @property
-    def all_listen(self) -> bool:
+    def all_raise(self) -> bool:
         """Whether every rank takes part in finding out what is wrong."""
-        return not self.lanes["mute"]
+        return not self.values["nonraising"]
 
     @property
-    def one_sided(self) -> bool:
+    def is_one_sided(self) -> bool:
         """Whether replicas have a gradient on some ranks only."""
-        return self.lanes["presence"] != 0
+        return self.values["presence"] != 0
 
 
 def presence_weights(shares: Sequence[Share]) -> Mapping[int, int]:

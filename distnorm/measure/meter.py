@@ -1,8 +1,8 @@
 """One measurement: shards and their plan in, the total norm out, by one all-reduce.
 
-Beside its statistic every rank puts a ballot into the vector (see `distnorm.exchange`). Where the ranks
-did not measure the same thing, the total norm is NaN on every rank, never a wrong number; a caller that
-reads the result anyway (`raises`) gets a typed error that says who did what.
+Where the ranks did not measure the same thing, the total norm is NaN on every rank, never a wrong number; ranks
+that read the result on the host (all do where it is reduced on the CPU) raise a typed error that says who did
+what, before any of them has changed a gradient.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import NoReturn
 
@@ -21,20 +20,21 @@ from torch import Tensor, nn
 from distnorm.errors import DisagreementError, DistnormError
 from distnorm.measure import diagnosis
 from distnorm.measure.diagnosis import SET
-from distnorm.measure.exchange import Exchange, Lanes, Reply
-from distnorm.measure.fast_path import Steady
-from distnorm.measure.header import Ballot, Count, Stage, presence_weights
+from distnorm.measure.exchange import Exchange, Payload, ReducedStatistics
+from distnorm.measure.fast_path import FastPath
+from distnorm.measure.gradients import Gradients, completed, read_with_care
+from distnorm.measure.header import DecodedHeader, Header, Stage, presence_weights
 from distnorm.measure.norms import Norm
 from distnorm.measure.overlap import Overlap
-from distnorm.measure.partials import Batch, agree_on_partials
-from distnorm.measure.readings import Measured, Reading, completed, read_gradients, statistic_of
+from distnorm.measure.partials import Batch, agree_on_partials, is_agreed
+from distnorm.measure.replica_check import ReplicaCheck, compare_replicas
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.plan import Plan, Share, check_tied, make_plan, stable_hash
-from distnorm.sources import Tied
-from distnorm.sources.shards import GradShard
+from distnorm.sources import Managers, Tied
+from distnorm.sources.shards import GradShard, Reading, Source
 
-Reader = Callable[[], tuple[list[GradShard], list[str]]]
-"""Gives this rank's shards and the names that its tensors were given under."""
+Reader = Callable[[], tuple[list[GradShard], list[tuple[str, Tensor]]]]
+"""Gives this rank's shards, and its tensors with the names that they were given under."""
 
 NO_TERMS: Mapping[str, object] = MappingProxyType({})
 
@@ -48,9 +48,14 @@ class Meter:
         norm: which norm.
         terms: what all ranks must have alike, compared whenever a plan is made.
         tied: groups of names that are one parameter.
-        raises: whether the result is read back, so that whatever is wrong is raised on every rank.
-        overlap: what has read some gradients during backward.
-        may_follow: whether a rank may be given nothing in one call, and something in another.
+        raises: whether a norm that is not finite is read back, and raised on every rank.
+        one_coefficient: whether all gradients are multiplied by the same coefficient.
+        allow_empty: a rank may pass an empty target in some calls.
+
+    Attributes:
+        overlap: what reads gradients during backward.
+        managers: of the parameters whose gradients are measured; `None` for other tensors.
+        plan: who counts what; `None` before `prepare`.
     """
 
     ranks: Ranks
@@ -58,243 +63,296 @@ class Meter:
     terms: Mapping[str, object]
     tied: Tied
     raises: bool
+    one_coefficient: bool = True
+    allow_empty: bool = False
     overlap: Overlap | None = None
-    may_follow: bool = False
+    managers: Managers | None = None
+    plan: Plan | None = None
+    _shards: list[GradShard] | None = None
+    _describe: Callable[[], list[GradShard]] = list
     _exchange: Exchange = field(init=False)
-    _plan: Plan | None = None
+    _replica_check: ReplicaCheck | None = None
     _batches: tuple[Batch, ...] | None = None
-    _weights: Mapping[int, int] = field(default_factory=dict)
-    _steady: Steady | None = None  # of the shards that were measured last
-    _presence: int = 0
+    _weights: dict[int, int] = field(default_factory=dict)
+    _fast_path: FastPath | None = None
     _hashed: tuple[tuple[object, ...], int] = ((), 0)  # terms, and their hash
 
     def __post_init__(self) -> None:
         self._exchange = Exchange(self.ranks, self.norm)
 
-    def take_during_backward(self, shards: Sequence[GradShard], modules: Sequence[nn.Module]) -> None:
-        """Read gradients as soon as backward has finished them; only where compiled code can. Not collective.
-
-        Raises:
-            ConfigError: see `Overlap`.
-        """
-        assert self._plan is not None
-        if self.norm.kernel is not None:
-            self.overlap = Overlap(self.norm, shards, self._plan.shares, modules)
-
     @property
-    def has_plan(self) -> bool:
-        """Whether `prepare` succeeded."""
-        return self._plan is not None
+    def shards(self) -> list[GradShard]:
+        """What the plan was made of."""
+        if self._shards is None:
+            self._shards = self._describe()
+        return self._shards
+
+    def describe_by(self, describe: Callable[[], list[GradShard]]) -> None:
+        """Let go of the shards, which keep tensors alive, and describe them anew where a step needs them."""
+        self._shards, self._describe = None, describe
 
     @property
     def shares(self) -> Sequence[Share]:
         """What this rank counts of each shard of the plan."""
-        return self._plan.shares if self._plan is not None else ()
+        return self.plan.shares if self.plan is not None else ()
 
-    def prepare(self, read: Reader) -> list[GradShard]:
+    @property
+    def listens(self) -> bool:
+        """Whether this rank reads results on the host: where it has to, or where that waits for nothing."""
+        return self.raises or self.ranks.reduce_device(torch.device("cpu")).type == "cpu"
+
+    # ---- planning
+
+    def prepare(self, read: Reader) -> None:
         """Read a set of shards and make its plan. Collective: every rank must call it.
 
         Raises:
             DistnormError: what `read` raised on any rank, or what `make_plan` found; on every rank.
         """
-        self._plan = self._steady = self.overlap = None
-        shards: list[GradShard] = []
-        names: list[str] = []
-        error: DistnormError | None = None
-        try:
-            shards, names = read()
-        except DistnormError as caught:
-            error = caught
-        self.ranks.raise_together(error)
-        plan = make_plan(self.ranks, shards, self.terms, replicas_share=self.norm.replicas_share)
-        check_tied(self.ranks, names, self.tied)
-        if self.may_follow or not self._exchange.fits:
+        self.plan = self._fast_path = self._batches = self.overlap = None
+        named: list[tuple[str, Tensor]] = []
+        with self.ranks.together():
+            self._shards, named = read()
+        plan = make_plan(self.ranks, self.shards, self.terms, replicas_share=self.norm.replicas_share)
+        check_tied(self.ranks, [name for name, _ in named], self.tied)
+        if self.allow_empty or not self._exchange.can_pack:
             self._exchange.use_full_form()
-        self._plan, self._batches = plan, None
-        self._weights = presence_weights(plan.shares) if self.norm.replicas_share else {}
-        return shards
+        self.ranks.state.compares_replicas |= plan.has_replicas
+        self._weights, self._replica_check = {}, None
+        if self.norm.replicas_share:
+            self._weights = dict(presence_weights(plan.shares))
+            if plan.has_replicas:
+                self._replica_check = ReplicaCheck.of(self.ranks, self.shards, plan.shares)
+        if self.managers is None and any(shard.source is Source.GRADIENT for shard in self.shards):
+            self.managers = Managers(named)
+        self.plan = plan
 
-    def prepare_anew(self, read: Reader, more: int = 0) -> list[GradShard]:
+    def prepare_anew(self, read: Reader, payload_length: int = 0) -> None:
         """Make another plan, after the set of shards changed. Collective.
 
         A rank can't know alone whether the others saw the change too. So it first takes part in the
-        all-reduce that ranks with a plan are waiting in, with as many further lanes as they have there.
+        all-reduce that ranks with a plan are waiting in, with a payload as long as theirs.
 
         Raises:
             DisagreementError: the set changed on this rank and not on every other.
         """
-        count = self._poll("plan", {SET: "changed"}, more)
-        self.may_follow |= self._exchange.fits and count.lanes["plan"] < self.ranks.size
-        return self.prepare(read)
+        decoded = self._poll("plan", {SET: "changed"}, payload_length)
+        self.allow_empty |= self._exchange.can_pack and decoded.values["plan"] < self.ranks.size
+        self.prepare(read)
 
-    def withdraw(self, error: DistnormError) -> NoReturn:
+    def abort(self, error: DistnormError) -> NoReturn:
         """Raise an error that came up on this rank before it could measure, and leave nobody waiting.
 
         Ranks that were about to plan raise it too; ranks with a plan see that this one has none.
         """
-        with suppress(DisagreementError):  # tells the others; here the cause is raised
-            self._poll("plan", {SET: f"withdrawn: {error}"})
+        with suppress(DisagreementError):  # which the others raise; here the cause is raised
+            self._poll("plan", {SET: f"aborted: {error}"})
             self.ranks.raise_together(error)
         raise error
 
-    def follow(self) -> Measured:
-        """Measure where this rank was given nothing at all. Collective.
+    def read_during_backward(self, modules: Sequence[nn.Module]) -> None:
+        """Read gradients as soon as backward has finished them; only where compiled code can. Not collective.
 
-        It can't know whether the others plan, so it does what they do. Reads their votes on the host.
+        Raises:
+            ConfigError: see `Overlap`.
         """
-        while True:
-            reply = self._exchange(None, Ballot("follow", self.raises))
-            count = reply.count()
-            if count.stages == {"plan"}:
-                self.may_follow = True
-                self.prepare(lambda: ([], []))
-            elif count.stages == {"agree"}:
-                self._agree([], [], [])
-            elif not count.stages:  # nobody has anything
-                return Measured.of(self.norm.finalise(self.norm.zeros(self.ranks.device())), [])
-            else:
-                break
-        self._raise_if_wrong(reply, count, None, [], [], [])
-        return Measured.of(reply.total_norm, [])
+        if self.norm.kernel is not None:
+            self.overlap = Overlap(self.norm, self.shards, self.shares, modules)
 
-    def measure(
-        self,
-        holders: Sequence[Tensor],
-        describe: Callable[[], Sequence[GradShard]],
-        *,
-        store: bool = False,
-        terms: Mapping[str, object] = NO_TERMS,
-        more: Lanes | None = None,
-    ) -> Measured:
-        """Measure this step's gradients. Collective: every rank must call it.
+    # ---- a step
+
+    def read(self, holders: Sequence[Tensor], *, store: bool, payload_length: int = 0) -> Gradients:
+        """This step's gradients. Collective where some are partial, or may be for the first time.
 
         Args:
             holders: those of the plan's shards, in its order.
-            describe: gives the shards, where the holders alone don't do.
             store: whether reduced partial gradients are put back where the partial ones were.
+            payload_length: of the payload that ranks may be reducing meanwhile.
+
+        Raises:
+            UnsupportedGradientError: a backward pass is running.
+        """
+        if self.managers is not None:
+            diagnosis.refuse_inside_backward()
+            try:
+                self.managers.refuse_unreduced()
+            except DistnormError as error:
+                return Gradients([None] * len(self.shares), [error])
+        found = self._fast_path.read(lambda: self.shards, holders) if self._fast_path is not None else None
+        return found if found is not None else self._read_with_care(store, payload_length)
+
+    def reduce(
+        self, gradients: Gradients, payload: Payload | None = None, terms: Mapping[str, object] = NO_TERMS,
+        *, store: bool = True,
+    ) -> tuple[Gradients, ReducedStatistics]:
+        """Measure gradients, in one all-reduce. Collective: every rank must call it.
+
+        Args:
+            gradients: what `read` gave.
+            payload: what else is reduced, by the norm's op, on all ranks alike.
             terms: what else all ranks must have alike in this call, such as its threshold.
-            more: what else is reduced, by the norm's op, on all ranks alike.
+            store: as for `read`.
+
+        Returns:
+            The gradients, read once more if ranks had to agree on partial ones first; and what was reduced.
 
         Raises:
-            DistnormError: on the rank that has a gradient which can't be measured; on all with `raises`.
+            DistnormError: a gradient can't be measured, or ranks didn't measure the same; on every rank that
+                listens, before any gradient has changed.
         """
-        taken = self.overlap.take() if self.overlap is not None else None
-        again = self.measure_again(holders, describe, terms, taken, more)
-        return again if again is not None else self._measure_with_care(describe(), store, terms, more)
+        here = {**terms, "plan": self._ident, "raises": self.raises}
+        device = self.ranks.reduce_device(gradients.device)
+        statistic = self.overlap.take(gradients) if self.overlap is not None else None
+        if statistic is None:
+            statistic = gradients.statistic(self.norm, self.shares, device)
+        check, replicas = self._replica_check, 0.0
+        if check is not None and self.ranks.state.compares_replicas:
+            replicas = gradients.replica_number(check, device)
+        header = self._header(gradients, here)
+        more = 0 if payload is None else payload.local(gradients.tensors, device)
+        reduced = self._exchange(statistic, header, more, replicas)
+        if not self.listens:
+            if gradients.problems:
+                raise gradients.problems[0]
+            return gradients, self._without_suspects(reduced)
+        if not reduced.agreed:
+            decoded = reduced.decode()
+            if decoded.stages == {"agree", "measure"} and decoded.all_raise:
+                self._agree(read_with_care(self.shards)[0], gradients.problems)
+                length = 0 if payload is None else payload.length
+                return self.reduce(self._read_with_care(store, length), payload, terms, store=store)
+            self._raise_disagreement(reduced, decoded, here, gradients)
+        self._check_values(gradients, reduced)
+        return gradients, reduced
 
-    def measure_again(
-        self,
-        holders: Sequence[Tensor],
-        describe: Callable[[], Sequence[GradShard]],
-        terms: Mapping[str, object] = NO_TERMS,
-        taken: Tensor | None = None,
-        more: Lanes | None = None,
-    ) -> Measured | None:
-        """Measure, as `measure` does, gradients that lie as before; else do nothing: `None`."""
-        steady = self._steady
-        spans = steady.read(holders) if steady is not None else None
-        if steady is None or spans is None:
-            return None
-        statistic = taken if taken is not None else self.norm.statistic_of_spans(spans.counted)
-        statistic = statistic.to(self.ranks.device(statistic.device))  # nccl alone reduces no CPU tensor
-        here = self._here(terms)
-
-        def gradients() -> list[Tensor | None]:
-            shards = describe()
-            return completed(shards, read_gradients(shards)[0], store=False)[0]
-
-        lanes = 0 if more is None else more.local(gradients(), statistic.device)
-        reply = self._exchange(statistic, self._ballot(self._presence, here), lanes)
-        if self.raises and not math.isfinite(reply.total_norm):
-            self._raise_if_wrong(reply, reply.count(), here, describe(), gradients(), [])
-        scale_ = partial(steady.scale_, spans, holders=holders)
-        return Measured(reply.total_norm, gradients, scale_, reply.more, reply.well)
-
-    def _measure_with_care(
-        self, shards: Sequence[GradShard], store: bool, terms: Mapping[str, object], more: Lanes | None
-    ) -> Measured:
-        here = self._here(terms)
-        gradients, problems = self._complete(shards, store, 0 if more is None else more.length)
-        presence = sum(weight for i, weight in self._weights.items() if gradients[i] is not None)
-        self._presence = presence
-        ballot = self._ballot(presence, here, refused=bool(problems))
-        statistic = statistic_of(self.norm, self.ranks, self.shares, gradients)
-        lanes = 0 if more is None else more.local(gradients, statistic.device)
-        reply = self._exchange(statistic, ballot, lanes)
-        if self.raises and not math.isfinite(reply.total_norm):
-            self._raise_if_wrong(reply, reply.count(), here, shards, gradients, problems)
-        if problems:
-            raise problems[0]
-        return Measured.of(reply.total_norm, gradients, reply.more, reply.well)
-
-    def settle(self, shards: Sequence[GradShard]) -> Measured:
-        """Reduce and store partial gradients, and measure nothing: the total norm is NaN.
-
-        Collective where a gradient may be partial, and until some rank has a gradient.
+    def without_norm(self, gradients: Gradients) -> ReducedStatistics:
+        """What stands for a measurement where no norm is needed: a total norm of NaN. Not collective.
 
         Raises:
-            UnsupportedGradientError: a gradient of this rank's can't be reduced.
+            UnsupportedGradientError: a gradient of this rank's can't be clipped.
         """
-        gradients, problems = self._complete(shards, True, 0)
-        self._steady = None  # which goes with the presence that a measurement found
-        if problems:
-            raise problems[0]
-        device = next((g.device for g in gradients if g is not None), self.ranks.device())
-        return Measured.of(torch.full((), math.nan, dtype=torch.float64, device=device), gradients)
+        if gradients.problems:
+            raise gradients.problems[0]
+        norm = torch.full((), math.nan, dtype=torch.float64, device=gradients.device)
+        return ReducedStatistics(norm, norm.view(1)[:0], lambda: DecodedHeader({}), True, True)
 
-    def _complete(
-        self, shards: Sequence[GradShard], store: bool, more: int
-    ) -> tuple[list[Tensor | None], list[DistnormError]]:
-        """This step's gradients, read with care, partial ones reduced; and what is wrong with others."""
-        readings, problems = read_gradients(shards)
-        if self._batches is None:
-            self._poll("agree", {}, more)
-            self._agree(shards, readings, problems)
-        self._steady = None
-        if self._batches == () and not problems and self.norm.kernel is not None:
-            self._steady = Steady.of(shards, self.shares, readings)
+    def join_empty(self) -> Tensor:
+        """The total norm, where this rank was given nothing at all. Collective.
+
+        It can't know whether the others plan, so it does what they do. Reads their headers on the host.
+        """
+        while True:
+            reduced = self._exchange(None, Header("join", self.listens))
+            decoded = reduced.decode()
+            if decoded.stages == {"plan"}:
+                self.allow_empty = True
+                self.prepare(lambda: ([], []))
+            elif "agree" in decoded.stages:
+                self._agree([], [])
+            elif not decoded.stages:  # nobody has anything
+                return self.norm.finalise(self.norm.zeros(self.ranks.device()))
+            else:
+                break
+        empty = Gradients([])
+        if not reduced.agreed and self.listens:
+            self._raise_disagreement(reduced, decoded, None, empty)
+        if self.listens:
+            self._check_values(empty, reduced)
+        return reduced.total_norm
+
+    def find_not_finite(self, gradients: Gradients) -> tuple[tuple[str, int], ...]:
+        """The first few parameters of each rank whose gradient isn't finite, with that rank. Collective."""
+        return diagnosis.find_not_finite(self.ranks, self.shards, gradients.tensors)
+
+    # ---- reading
+
+    def _read_with_care(self, store: bool, payload_length: int) -> Gradients:
+        readings, problems = read_with_care(self.shards)
+        if self._batches is None or not all(is_agreed(self._batches, i, r) for i, r in enumerate(readings)):
+            decoded = self._poll("agree", {}, payload_length)
+            if decoded.all_raise or not decoded.values["measure"]:
+                self._agree(readings, problems)
         for batch in self._batches or ():
-            batch.reduce(shards, readings, store=store)
-        gradients, late = completed(shards, readings, store=store)
-        return gradients, problems + late
+            batch.reduce(self.shards, readings, store=store)
+        gradients = completed(self.shards, readings, problems, store=store)
+        self._fast_path = None
+        if store:
+            gradients.lay_out(self.shards, one_coefficient=self.one_coefficient)
+            if not self._batches and not gradients.problems and self.norm.kernel is not None:
+                presence = gradients.presence(self._weights)
+                self._fast_path = FastPath.of(self.shards, self.shares, gradients, presence)
+        return gradients
 
-    def _here(self, terms: Mapping[str, object]) -> Mapping[str, object]:
-        assert self._plan is not None
-        return {**terms, "plan": self._plan.ident, "raises": self.raises}
+    def _agree(self, readings: Sequence[Reading], problems: Sequence[DistnormError]) -> None:
+        """Agree on partial gradients, and with the first ones, that replicas hold the same."""
+        self.ranks.raise_together(problems[0] if problems else None)
+        is_first = self._batches is None
+        self._batches = agree_on_partials(self.ranks, self.shards, readings, self._batches or ())
+        if is_first and self._batches is not None and self.plan is not None and self.plan.has_replicas:
+            complete = [reading if isinstance(reading, Tensor) else None for reading in readings]
+            partial = {i for batch in self._batches for i in batch.layouts}
+            compare_replicas(self.ranks, self.shards, self.shares, complete, apart_from=partial)
 
-    def _ballot(self, presence: int, here: Mapping[str, object], *, refused: bool = False) -> Ballot:
+    # ---- agreement
+
+    @property
+    def _ident(self) -> int:
+        assert self.plan is not None, "prepare() comes first"
+        return self.plan.ident
+
+    def _header(self, gradients: Gradients, here: Mapping[str, object]) -> Header:
         if self._hashed[0] != (terms := tuple(here.values())):
             self._hashed = terms, stable_hash(repr(here))
-        return Ballot("measure", self.raises, refused=refused, presence=presence, terms=self._hashed[1])
+        return Header(
+            "measure",
+            self.listens,
+            refused=bool(gradients.problems),
+            presence=gradients.presence(self._weights),
+            terms=self._hashed[1],
+        )
 
-    def _agree(
-        self, shards: Sequence[GradShard], readings: Sequence[Reading], problems: Sequence[DistnormError]
-    ) -> None:
-        self.ranks.raise_together(problems[0] if problems else None)
-        self._batches = agree_on_partials(self.ranks, self.shares, shards, readings)
+    def _poll(self, stage: Stage, here: Mapping[str, object], payload_length: int = 0) -> DecodedHeader:
+        """Exchange headers without a statistic, and raise if ranks are in stages that don't meet."""
+        decoded = self._exchange(None, Header(stage, self.listens), payload_length).decode()
+        if not (stage == "agree" and decoded.stages <= {"agree", "measure"}):
+            diagnosis.raise_disagreement(self.ranks, decoded, here)
+        return decoded
 
-    def _poll(self, stage: Stage, here: Mapping[str, object], more: int = 0) -> Count:
-        """Vote without a statistic, and raise if any rank is in another stage."""
-        count = self._exchange(None, Ballot(stage, self.raises), more).count()
-        diagnosis.raise_disagreement(self.ranks, count, here)
-        return count
-
-    def _raise_if_wrong(
+    def _raise_disagreement(
         self,
-        reply: Reply,
-        count: Count,
+        reduced: ReducedStatistics,
+        decoded: DecodedHeader,
         here: Mapping[str, object] | None,
-        shards: Sequence[GradShard],
-        gradients: Sequence[Tensor | None],
-        problems: Sequence[DistnormError],
-    ) -> None:
+        gradients: Gradients,
+    ) -> NoReturn:
         """Raise what all ranks find together if all of them listen, else what this rank found alone."""
-        if not self.raises or math.isfinite(reply.total_norm):
+        diagnosis.raise_disagreement(self.ranks, decoded, here, terms_too=True)
+        self.ranks.raise_together(gradients.problems[0] if gradients.problems else None)
+        if decoded.is_one_sided:
+            compare_replicas(self.ranks, self.shards, self.shares, gradients.tensors)
+        if reduced.is_packed:
+            diagnosis.raise_left_out(self.ranks, decoded)
+        raise DisagreementError("expected every rank to measure the same set, found headers that don't fit")
+
+    def _check_values(self, gradients: Gradients, reduced: ReducedStatistics) -> None:
+        """What the reduced values say, on ranks that read them: unequal replicas, no gradient, none finite."""
+        norm, difference = float(reduced.total_norm), reduced.replica_difference
+        if not math.isfinite(norm):
+            if self.raises:
+                diagnosis.raise_not_finite(self.ranks, self.norm.order, norm, self.shards, gradients.tensors)
             return
-        diagnosis.raise_disagreement(self.ranks, count, here, terms_too=True)
-        self.ranks.raise_together(problems[0] if problems else None)
-        if count.one_sided:
-            diagnosis.raise_one_sided(self.ranks, shards, gradients, list(self._weights))
-        if reply.is_brief:
-            diagnosis.raise_left_out(self.ranks, count)
-        diagnosis.raise_not_finite(self.ranks, self.norm.order, float(reply.total_norm), shards, gradients)
+        if difference is not None and self._replica_check is not None:
+            if self._replica_check.is_suspect(difference):
+                compare_replicas(self.ranks, self.shards, self.shares, gradients.tensors)
+                self._replica_check.learn(float(difference))
+        if norm == 0 and self.managers is not None:
+            diagnosis.warn_of_no_gradients(self.ranks, self.shards, gradients.is_empty())
+
+    def _without_suspects(self, reduced: ReducedStatistics) -> ReducedStatistics:
+        """Where nobody reads results, replicas that differ by much make the total norm NaN."""
+        difference = reduced.replica_difference
+        if self._replica_check is None or not isinstance(difference, Tensor):
+            return reduced
+        suspect = self._replica_check.is_suspect(difference / 4)
+        agreed = torch.as_tensor(reduced.agreed, device=difference.device) & ~torch.as_tensor(suspect)
+        return replace(reduced, total_norm=reduced.total_norm.masked_fill(~agreed, math.nan), agreed=agreed)

@@ -64,7 +64,7 @@ class Norm(ABC):
 
     def finalise_number(self, statistic: float) -> float:
         """`finalise` of a statistic that is one number in the host's memory."""
-        return float(self.finalise(torch.tensor([statistic], dtype=torch.float64)))
+        return float(self.finalise(torch.tensor([statistic], dtype=torch.float64, device="cpu")))
 
     def statistic(self, tensors: Sequence[Tensor], device: torch.device) -> Tensor:
         """The statistic, [width] fp64, of tensors of one device; zeros where there are none."""
@@ -81,10 +81,10 @@ class Norm(ABC):
         assert self.width == 1
         return self.finalise(self.of_block(norms.clone()) if norms.numel() else self.zeros(norms.device))
 
-    def statistic_of_spans(self, spans: kernels.Spans) -> Tensor:
+    def statistic_at(self, table: kernels.AddressTable) -> Tensor:
         """The statistic, [width] fp64, of the CPU's memory; only where there is a `kernel`."""
         assert self.kernel is not None
-        return kernels.measure_spans(spans, self.kernel)
+        return kernels.statistic_at(table, self.kernel)
 
     def zeros(self, device: torch.device) -> Tensor:
         """The statistic of nothing."""

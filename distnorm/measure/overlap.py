@@ -1,10 +1,11 @@
 """The statistic of each gradient, taken while backward still computes the others.
 
-A gradient is read when it is final: torch's own accumulation and FSDP2 tell so by post-accumulate hooks, DDP
-by the communication hook of its bucket. Each has one slot, which the next backward overwrites. What was
-taken counts only while the gradient is the same tensor and nothing has changed it in place; if a single one
-has changed, all are measured as if nothing had been taken. (What writes to the memory without telling
-autograd, as numpy does, is not seen.)
+A gradient is read when it is final: torch's own accumulation and FSDP2 announce that by post-accumulate hooks, DDP
+by the communication hook of its bucket. Each has one slot, which the next backward overwrites. What was taken is
+used only if the gradient is proved to be the same: the same address, the versions that autograd counts, and a
+fingerprint of its bytes, for what writes without telling autograd (`.grad.data`, numpy, foreach operators on
+DTensors, collectives). A fingerprint has every byte of a gradient up to 1 MiB, and of larger ones 64 bytes of
+every KiB. If a single gradient is not the same, all are measured as if nothing had been taken.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.futures import Future
@@ -23,22 +24,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distnorm import kernels
 from distnorm.errors import ConfigError, DistnormError
+from distnorm.measure.gradients import Gradients
 from distnorm.measure.norms import Norm
 from distnorm.plan.collectives import average_bucket
 from distnorm.plan.plan import Share
-from distnorm.sources.shards import GradShard, of_grad
+from distnorm.sources.shards import GradShard, Source
 
 Bucket = Any
 """`torch.distributed.GradBucket`, where torch is built with collectives."""
-
-
-@dataclass(slots=True)
-class _Slot:
-    """What was taken of one gradient: the statistic, and what tells whether it is still that one."""
-
-    statistic: float
-    gradient: weakref.ref[Tensor] | None
-    mark: tuple[int, ...] | None
 
 
 class Overlap:
@@ -48,13 +41,13 @@ class Overlap:
         norm: which norm; one that compiled code can do.
         shards: what this rank holds.
         shares: what it counts of each.
-        modules: those of the target, which tell whose gradients DDP reduces.
+        modules: those of the target, which say whose gradients DDP reduces.
 
     Attributes:
         replicas: ranks over which DDP reduces every gradient; 0 where some gradient goes another way.
-        looks_before: whether the next backward also looks at gradients before DDP reduces them.
-        before: the sum of squares, [1] fp64, that it saw then of the gradients that were taken last; `None`
-            where it saw not all of them just once, or they have changed since.
+        reads_before: whether the next backward also reads gradients before DDP reduces them.
+        before: the sum of squares, [1] fp64, that it found then of the gradients that were taken last; `None`
+            where it read not all of them just once, or they have changed since.
 
     Raises:
         ConfigError: a DDP module has a communication hook already.
@@ -68,90 +61,118 @@ class Overlap:
         modules: Sequence[nn.Module],
     ) -> None:
         self._norm, self._shards, self._shares = norm, shards, shares
-        self._slots: dict[int, _Slot] = {}
+        self._statistics = np.zeros(len(shards))
+        self._bytes = np.zeros((len(shards), 2), dtype=np.int64)  # address and fingerprint
+        self._versions: dict[int, tuple[int, int]] = {}  # of the slots that hold something
+        self._unmarked: set[int] = set()
         index = {id(shard.holder): i for i, shard in enumerate(shards) if _can_be_taken(shard)}
-        this = weakref.ref(self)
-        self._handles = []
-        self.looks_before = False
+        self._handles: list[Any] = []
+        self.reads_before = False
         self.before: Tensor | None = None
         self._buckets: dict[int, Tensor | None] = {}
         sizes = set()
         for replicated in _replicated(modules):
             mine = {id(p): index.pop(id(p)) for p in replicated.parameters() if id(p) in index}
             sizes.add(replicated.process_group.size())
-            _Relay.of(replicated).listen(this, mine)
+            _Relay.of(replicated).listen(weakref.ref(self), mine)
         whole = len(sizes) == 1 and not index and all(map(_can_be_taken, shards))
         self.replicas: int = sizes.pop() if whole else 0
         for i in index.values():
-            hook = partial(_when_accumulated, this, i)
             holder: Any = shards[i].holder
-            self._handles.append(holder.register_post_accumulate_grad_hook(hook))
+            self._handles.append(holder.register_post_accumulate_grad_hook(AccumulateHook(self, i)))
 
     def __del__(self) -> None:
         for handle in getattr(self, "_handles", ()):
             handle.remove()
 
-    def take(self) -> Tensor | None:
+    def take(self, gradients: Gradients) -> Tensor | None:
         """The statistic, [width], of all gradients; `None` if one was not taken, or has changed since.
 
         Every slot is empty afterwards: gradients that were measured once may be scaled unseen.
         """
-        slots, self._slots = self._slots, {}
+        versions, self._versions = self._versions, {}
         buckets, self._buckets, self.before = self._buckets, {}, None
-        statistics = []
-        for i, shard in enumerate(self._shards):
-            gradient = shard.holder.grad
-            if gradient is None:
-                continue
-            slot = slots.get(i)
-            if slot is None or slot.gradient is None or slot.gradient() is not gradient:
-                return None
-            assert shard.route is not None
-            if shard.route.mark_of(gradient) != slot.mark:
-                return None
-            statistics.append(slot.statistic)
+        table, places = gradients.addresses()
+        if table is None or not len(places) or not self._are_same(versions, table, places):
+            return None
         squares = [one for one in buckets.values() if one is not None]
         if squares and len(squares) == len(buckets):
             self.before = torch.stack(squares).sum(dim=0)
-        if not statistics:
-            return None
-        return self._norm.reduce(torch.tensor(statistics, dtype=torch.float64).unsqueeze(1))
+        taken = torch.from_numpy(self._statistics[np.sort(places)])
+        return self._norm.reduce(taken.unsqueeze(1))
+
+    def _are_same(
+        self, versions: Mapping[int, tuple[int, int]], table: kernels.AddressTable, places: np.ndarray
+    ) -> bool:
+        if not all(
+            versions.get(i) == _versions_of(gradient)
+            for i in places.tolist()
+            if (gradient := self._shards[i].holder.grad) is not None
+        ):
+            return False
+        prints = kernels.fingerprints(table)
+        return prints is not None and np.array_equal(self._bytes[places], np.stack([table.starts, prints], axis=1))
 
     def read(self, i: int) -> None:
         """Take the statistic of a gradient that is final."""
-        self._slots.pop(i, None)
+        self._versions.pop(i, None)
         reading: object = None
         with suppress(DistnormError):  # whoever measures is refused
             reading = self._shards[i].read()
-        if isinstance(reading, Tensor) and reading.is_contiguous():
-            self.read_local(i, reading.reshape(-1))
+        if isinstance(reading, Tensor) and reading.is_contiguous() and self.read_local(i, reading.reshape(-1)):
             self.mark([i])
 
-    def look_before(self, bucket: int, flat: Tensor) -> None:
-        """See this rank's own gradients, before others' are added; once in a step."""
-        if self.looks_before:
+    def read_before(self, bucket: int, flat: Tensor) -> None:
+        """Read this rank's own gradients, before others' are added; once in a step."""
+        if self.reads_before:
             seen = bucket in self._buckets
             self._buckets[bucket] = None if seen else self._norm.statistic([flat], flat.device)
 
-    def read_local(self, i: int, flat: Tensor) -> None:
-        """Take the statistic of elements that will be a gradient; `mark` makes it count."""
+    def read_local(self, i: int, flat: Tensor) -> bool:
+        """Take the statistic of elements that will be a gradient, if it can be; `mark` makes it count."""
+        self._versions.pop(i, None)
         share = self._shares[i]
-        if not kernels.split([flat])[1]:
-            counted = flat[share.start : share.stop]
-            statistic = self._norm.statistic([counted], flat.device)  # compiled code's are one number
-            self._slots[i] = _Slot(float(statistic), None, None)
+        if kernels.split([flat])[1]:
+            return False
+        counted = flat[share.start : share.stop]
+        self._statistics[i] = float(self._norm.statistic([counted], flat.device))  # compiled code's are one number
+        self._unmarked.add(i)
+        return True
 
     def mark(self, which: Sequence[int]) -> None:
-        """Remember which tensors some gradients are, now that they are final."""
-        for i in which:
-            shard, slot = self._shards[i], self._slots.get(i)
-            gradient = shard.holder.grad
-            if slot is not None and gradient is not None and shard.route is not None:
-                slot.gradient, slot.mark = weakref.ref(gradient), shard.route.mark_of(gradient)
+        """Remember what some gradients are, now that they are final."""
+        held = {i: self._shards[i].holder.grad for i in self._unmarked.intersection(which)}
+        self._unmarked.difference_update(which)
+        locals_ = {i: _local(gradient) for i, gradient in held.items() if gradient is not None}
+        fitting = [i for i, local in locals_.items() if local.is_contiguous() and not kernels.split([local])[1]]
+        table = kernels.AddressTable.of([locals_[i] for i in fitting])
+        prints = kernels.fingerprints(table)
+        if prints is None:
+            return
+        for i, address, fingerprint in zip(fitting, table.starts.tolist(), prints.tolist(), strict=True):
+            self._bytes[i] = address, fingerprint
+            gradient = held[i]
+            assert gradient is not None
+            self._versions[i] = _versions_of(gradient)
+
+
+class AccumulateHook:
+    """Tells an `Overlap` that a gradient is final. Copies and pickles of a parameter that bears it do nothing."""
+
+    def __init__(self, listener: Overlap | None = None, i: int = -1) -> None:
+        self._listener, self._i = None if listener is None else weakref.ref(listener), i
+
+    def __call__(self, holder: Tensor) -> None:
+        overlap = None if self._listener is None else self._listener()
+        if overlap is not None:
+            overlap.read(self._i)
+
+    def __reduce__(self) -> tuple[type[AccumulateHook], tuple[()]]:
+        return AccumulateHook, ()
 
 
 class _Relay:
-    """The communication hook of one DDP module: the user's or DDP's own, and then a look at the result."""
+    """The communication hook of one DDP module: the user's or DDP's own, and then a read of the result."""
 
     def __init__(self, module: DistributedDataParallel) -> None:
         if module._comm_hooks:
@@ -159,13 +180,15 @@ class _Relay:
                 "clip.overlap: expected a DDP module without a communication hook, found one; register it "
                 "after GradClipper or attach, which runs it then"
             )
-        self._inner: Callable[[Any, Bucket], Future[Any]] | None = None
-        self._state: Any = None
+        self.inner: Callable[[Any, Bucket], Future[Any]] | None = None
+        self.state: Any = None
         self._group = module.process_group
         self._listener: weakref.ref[Overlap] | None = None
         self._index: Mapping[int, int] = {}
-        module.register_comm_hook(None, lambda state, bucket: self._hook(bucket))
-        module.register_comm_hook = self._register  # type: ignore[method-assign]
+        module.register_comm_hook(self, _run_hook)
+        # A copy of the module has a reducer of its own, without our hook, and must not claim to have it.
+        module._comm_hooks.pop()
+        module.register_comm_hook = partial(_register_inner, module)  # type: ignore[method-assign]
 
     @classmethod
     def of(cls, module: DistributedDataParallel) -> _Relay:
@@ -178,21 +201,16 @@ class _Relay:
         """Tell the listener, and no other any more, of the parameters with these `id`s."""
         self._listener, self._index = listener, index
 
-    def _register(self, state: object, hook: Callable[[Any, Bucket], Future[Any]]) -> None:
-        self._state, self._inner = state, hook
-
-    def _hook(self, bucket: Bucket) -> Future[Any]:
+    def run(self, bucket: Bucket) -> Future[Any]:
+        """Reduce a bucket, and let the listener read it before and after."""
         listener = self._listener() if self._listener is not None else None
         if listener is not None:
-            listener.look_before(bucket.index(), bucket.buffer())
-        if self._inner is not None:
-            reduced = self._inner(self._state, bucket)
-        else:
-            reduced = average_bucket(self._group, bucket)
+            listener.read_before(bucket.index(), bucket.buffer())
+        reduced = average_bucket(self._group, bucket) if self.inner is None else self.inner(self.state, bucket)
         if listener is None:
             return reduced
         pieces = [(self._index.get(id(p)), p.numel(), p.is_contiguous()) for p in bucket.parameters()]
-        mark = partial(listener.mark, [i for i, _, _ in pieces if i is not None])
+        mark = partial(listener.mark, [i for i, _, is_whole in pieces if i is not None and is_whole])
         engine = torch.autograd.Variable._execution_engine
         # DDP's own callback, which puts buckets into gradients, is queued later than this one: so once more.
         engine.queue_callback(partial(engine.queue_callback, mark))
@@ -202,10 +220,17 @@ class _Relay:
 _relays: weakref.WeakKeyDictionary[DistributedDataParallel, _Relay] = weakref.WeakKeyDictionary()
 
 
-def _when_accumulated(listener: weakref.ref[Overlap], i: int, holder: Tensor) -> None:
-    overlap = listener()
-    if overlap is not None:
-        overlap.read(i)
+def _run_hook(relay: _Relay, bucket: Bucket) -> Future[Any]:
+    return relay.run(bucket)
+
+
+def _register_inner(module: DistributedDataParallel, state: object, hook: Callable[..., Future[Any]]) -> None:
+    """Stands for a DDP module's `register_comm_hook`; a copy of that module has no relay, and the original."""
+    relay = _relays.get(module)
+    if relay is None:
+        DistributedDataParallel.register_comm_hook(module, state, hook)
+    else:
+        relay.state, relay.inner = state, hook
 
 
 def _when_reduced(
@@ -224,7 +249,16 @@ def _when_reduced(
 
 def _can_be_taken(shard: GradShard) -> bool:
     holder = shard.holder
-    return shard.take is of_grad and shard.route is not None and holder.requires_grad and holder.is_leaf
+    return shard.source is Source.GRADIENT and shard.has_fast_path and holder.requires_grad and holder.is_leaf
+
+
+def _local(gradient: Tensor) -> Tensor:
+    local: Tensor = getattr(gradient, "_local_tensor", gradient)
+    return local
+
+
+def _versions_of(gradient: Tensor) -> tuple[int, int]:
+    return gradient._version, _local(gradient)._version
 
 
 def _replicated(modules: Sequence[nn.Module]) -> list[DistributedDataParallel]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
@@ -14,50 +18,127 @@ from torch.distributed import ProcessGroup
 from distnorm.errors import DistnormError
 
 _GATHERED = 8 << 20  # characters of text that an error gathers from all ranks together
-_TOLD = 8  # unlike facts that an error tells
+_SHOWN = 8  # different facts that an error lists
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX} if dist.is_available() else {}
+
+
+@dataclass(slots=True, weakref_slot=True)
+class GroupState:
+    """What all members of a process group know alike, since they make every plan together.
+
+    Args:
+        device_type: where vectors are reduced; `None` before the first plan.
+        is_packed: whether a consensus header is one number in the all-reduced vector.
+        compares_replicas: whether the vector has an element by which replicas are compared.
+        plans: of lists of tensors, by what was planned. Its size is bounded for each group by itself: every
+            member makes the same calls on a group, so all of them evict the same plan.
+    """
+
+    device_type: str | None = None
+    is_packed: bool = True
+    compares_replicas: bool = False
+    plans: OrderedDict[object, Any] = field(default_factory=OrderedDict)
+
+
+_states: weakref.WeakKeyDictionary[ProcessGroup, GroupState] = weakref.WeakKeyDictionary()
+_alone = GroupState()
 
 
 class Ranks:
     """The ranks that take part in a norm.
 
+    In torch's fake process group, where the other ranks don't exist, this rank plans as if it were alone;
+    `all_reduce_` is issued all the same.
+
     Args:
         group: a process group; default: the whole world, or this process alone where there is none.
+        alone: whether this process measures by itself, whatever groups there are.
 
     Raises:
-        DistnormError: this process is no member of the group.
+        DistnormError: this process is no member of the group, or the group was destroyed.
     """
 
-    def __init__(self, group: ProcessGroup | None = None) -> None:
-        self.connected = dist.is_available() and dist.is_initialized()
-        self.group = group if group is not None or not self.connected else dist.group.WORLD
-        self.rank = dist.get_rank(self.group) if self.connected else 0
-        self.size = dist.get_world_size(self.group) if self.connected else 1
+    def __init__(self, group: ProcessGroup | None = None, *, alone: bool = False) -> None:
+        self.is_alone = alone
+        self.is_connected = not alone and dist.is_available() and dist.is_initialized()
+        self.group = group if group is not None or not self.is_connected else dist.group.WORLD
+        if group is not None and not self.is_current:
+            raise DistnormError("group: expected a process group of this process, found one that was destroyed")
+        self.rank = dist.get_rank(self.group) if self.is_connected else 0
+        self.size = dist.get_world_size(self.group) if self.is_connected else 1
         if self.rank < 0:
             raise DistnormError("expected a process group that this rank is a member of")
         self._device_types = self._supported_device_types()
+        self.is_simulated = self.is_connected and dist.get_backend(self.group) == "fake"
+        if self.is_simulated:
+            self.rank, self.size = 0, 1
 
     def _supported_device_types(self) -> tuple[str, ...]:
-        if not self.connected:
+        if not self.is_connected:
             return ()
         config = str(dist.get_backend_config(self.group))  # such as "cpu:gloo,cuda:nccl"
         types = tuple(part.split(":")[0] for part in config.split(","))
         return tuple(t for t in types if t != "cuda" or torch.cuda.is_available())
 
-    def device(self, preferred: torch.device | None = None) -> torch.device:
-        """Where a tensor must be for this group's collectives: `preferred` if its backend can."""
-        if preferred is not None and (preferred.type in self._device_types or not self.connected):
-            return preferred
+    @property
+    def is_current(self) -> bool:
+        """Whether the group still is what it was: not destroyed, nor made after these ranks were."""
+        if self.is_alone or not (dist.is_available() and dist.is_initialized()):
+            return not self.is_connected
+        return self.group in dist.distributed_c10d._world.pg_map
+
+    @property
+    def state(self) -> GroupState:
+        """What the members of the group know alike."""
+        if self.group is None:
+            return _alone
+        if self.group not in _states:
+            _states[self.group] = GroupState()
+        return _states[self.group]
+
+    def device(self) -> torch.device:
+        """Where the tensors of planning are, and those of the collectives of errors."""
         if "cpu" in self._device_types or not self._device_types:
             return torch.device("cpu")
         return torch.device(self._device_types[0], torch.accelerator.current_device_index())
 
+    def reduce_device(self, preferred: torch.device) -> torch.device:
+        """Where a step's vector is reduced: on every rank the device type that the last plan agreed on.
+
+        Args:
+            preferred: where this rank has its gradients, which alone decides nothing.
+        """
+        if not self.is_connected:
+            return preferred
+        kind = self.state.device_type or self.device().type
+        if preferred.type == kind:
+            return preferred
+        return torch.device("cpu") if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
+
+    def agree_on_device(self, devices: Sequence[torch.device]) -> None:
+        """Choose where vectors are reduced: beside the gradients of any rank, if the backend can.
+
+        Collective: every rank must call it, with the devices of its own gradients.
+        """
+        own = {device.type for device in devices}
+        able = [kind for kind in self._device_types if kind != "cpu"]
+        wanted = torch.tensor([kind in own for kind in able], dtype=torch.int64, device=self.device())
+        found = self.all_reduce_(wanted, "max").tolist() if able else []
+        chosen = next((kind for kind, is_wanted in zip(able, found, strict=True) if is_wanted), None)
+        if chosen is not None or self.state.device_type is None:
+            self.state.device_type = chosen or self.device().type
+
     def all_reduce_(self, tensor: Tensor, op: str) -> Tensor:
         """Reduce in place over all ranks: ``"sum"`` or ``"max"``."""
-        if self.size > 1:
+        if self.size > 1 or self.is_simulated:
             dist.all_reduce(tensor, _OPS[op], self.group)
         return tensor
+
+    def any(self, *facts: bool) -> list[bool]:
+        """For each fact whether it holds on some rank."""
+        held = torch.tensor([int(fact) for fact in facts], dtype=torch.int64, device=self.device())
+        return [bool(value) for value in self.all_reduce_(held, "max").tolist()]
 
     def gather(self, fact: Any) -> list[Any]:
         """Everybody's fact, in the order of ranks: for errors, and for a few bytes at planning."""
@@ -79,6 +160,22 @@ class Ranks:
             f"{text[:most]}... ({len(text)} characters, {blake2b(text.encode(), digest_size=8).hexdigest()})"
         )
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run what may fail on some ranks only: afterwards every rank raises, or none.
+
+        Collective: every rank must enter and leave it. An exception that isn't ours is chained to ours.
+        """
+        error: DistnormError | None = None
+        try:
+            yield
+        except DistnormError as caught:
+            error = caught
+        except Exception as caught:
+            error = DistnormError(f"{type(caught).__name__}: {caught}")
+            error.__cause__ = caught
+        self.raise_together(error)
+
     def raise_together(self, error: DistnormError | None) -> None:
         """Raise on every rank if any rank has an error; its kind is that of the lowest such rank.
 
@@ -88,8 +185,7 @@ class Ranks:
             if error is not None:
                 raise error
             return
-        failed = torch.tensor([error is not None], dtype=torch.int64, device=self.device())
-        if not self.all_reduce_(failed, "max").item():
+        if not self.any(error is not None)[0]:
             return
         by_message: dict[tuple[type[DistnormError], str], list[int]] = {}
         mine = None if error is None else (type(error), self.shortened(str(error)))
@@ -98,10 +194,9 @@ class Ranks:
                 by_message.setdefault(fact, []).append(rank)
         (kind, only), ranks = next(iter(by_message.items()))
         if len(by_message) == 1 and len(ranks) == self.size:
-            raise kind(only)
-        raise kind(
-            "; ".join(told([f"on {_ranks(who)}: {message}" for (_, message), who in by_message.items()]))
-        )
+            raise kind(only) from error
+        facts = [f"on {name_ranks(who)}: {message}" for (_, message), who in by_message.items()]
+        raise kind("; ".join(shown(facts))) from error
 
     def join(self, keys: Tensor, rows: Tensor, answer: Callable[[Tensor], Tensor]) -> Tensor:
         """Answer every row by a rank that sees all ranks' rows of the same key: a distributed hash join.
@@ -134,13 +229,28 @@ class Ranks:
         return out
 
 
-def told(facts: Sequence[str]) -> list[str]:
-    """The first few of what ranks say, and how many more there are."""
-    more = len(facts) - _TOLD
-    return [*facts[:_TOLD], f"and {more} more"] if more > 0 else list(facts)
+@contextmanager
+def plain_operators() -> Iterator[None]:
+    """Run bookkeeping on real tensors in the host's memory, whatever modes the caller is in.
+
+    A default device, FakeTensorMode and counting modes apply to the caller's tensors, and not to ours.
+    """
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with ExitStack() as stack:
+        stack.enter_context(torch._C.DisableTorchFunction())
+        stack.enter_context(_disable_current_modes())
+        yield
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def shown(facts: Sequence[str]) -> list[str]:
+    """The first few of the facts that ranks report, and how many more there are."""
+    more = len(facts) - _SHOWN
+    return [*facts[:_SHOWN], f"and {more} more"] if more > 0 else list(facts)
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """``rank 3``, or ``ranks [1, 3]``."""
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {list(ranks)}"
 
 
@@ -152,6 +262,11 @@ def reduce_partial_(buffer: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
     for group in groups:
         dist.all_reduce(buffer, dist.ReduceOp.SUM, group)
     return buffer
+
+
+def ranks_of(group: ProcessGroup) -> tuple[int, ...]:
+    """The members of a group, by their ranks in the world."""
+    return tuple(dist.get_process_group_ranks(group))
 
 
 def average_bucket(group: ProcessGroup, bucket: Any) -> Any:

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from distnorm import kernels
 from distnorm.errors import ConfigError, CoverageError, DisagreementError, DistnormError, ReplicaError
-from distnorm.plan.collectives import Ranks, told
-from distnorm.sources.shards import GradShard
+from distnorm.plan.collectives import Ranks, name_ranks, plain_operators, shown
+from distnorm.sources.shards import GradShard, Source
 
 _NAMED_IN_ERRORS = 3
+_DOUBLE = (torch.float64, torch.complex128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +51,14 @@ class Plan:
     Args:
         shares: one for each shard.
         ident: the same number on all ranks, and another for another plan.
+        has_replicas: whether some rank holds a shard that has replicas.
+        is_double: whether some rank holds a tensor of float64 or complex128.
     """
 
     shares: tuple[Share, ...]
     ident: int
+    has_replicas: bool
+    is_double: bool
 
 
 def make_plan(
@@ -72,11 +77,20 @@ def make_plan(
         CoverageError: pieces of a parameter are missing, or overlap.
         ReplicaError: shards that claim to be replicas hold other parameter values.
     """
+    with plain_operators():
+        return _make_plan(ranks, shards, terms, replicas_share)
+
+
+def _make_plan(
+    ranks: Ranks, shards: Sequence[GradShard], terms: Mapping[str, object], replicas_share: bool
+) -> Plan:
     agree_on_terms(ranks, terms)
+    ranks.agree_on_device([shard.holder.device for shard in shards])
     rows = identity_rows(shards)
     sizes = torch.tensor([[s.numel, s.global_numel] for s in shards], dtype=torch.int64).view(-1, 2)
     replies = ranks.join(rows[:, 0], torch.cat([rows, sizes], dim=1), _holders).tolist()
-    _check_coverage(ranks, shards, replies)
+    if not ranks.is_simulated:
+        _check_coverage(ranks, shards, replies)
     keys = (rows[:, 0] ^ rows[:, 1]).tolist()
     shares = []
     for shard, key, (replicas, index, _, _) in zip(shards, keys, replies, strict=True):
@@ -86,7 +100,10 @@ def make_plan(
         start, stop = (shard.numel * i // parts for i in (which, which + 1))
         shares.append(Share(start, stop, replicas, index, key))
     _check_values(ranks, shards, rows, shares)
-    return Plan(tuple(shares), _ident(ranks, shards, terms))
+    has_replicas, is_double = ranks.any(
+        any(share.replicas > 1 for share in shares), any(shard.holder.dtype in _DOUBLE for shard in shards)
+    )
+    return Plan(tuple(shares), _ident(ranks, shards, terms), has_replicas, is_double)
 
 
 def agree_on_terms(ranks: Ranks, terms: Mapping[str, object] | None) -> None:
@@ -107,7 +124,7 @@ def agree_on_terms(ranks: Ranks, terms: Mapping[str, object] | None) -> None:
         for rank, theirs in everybody:
             values.setdefault(theirs.get(name, "absent"), []).append(rank)
         if len(values) > 1:
-            found = ", ".join(told([f"{value} on {_on(who)}" for value, who in values.items()]))
+            found = ", ".join(shown([f"{value} on {name_ranks(who)}" for value, who in values.items()]))
             differing.append(f"{name}: expected the same on every rank, found {found}")
     raise DisagreementError("; ".join(differing))
 
@@ -184,18 +201,22 @@ def _check_coverage(ranks: Ranks, shards: Sequence[GradShard], replies: list[lis
 
 
 def _check_values(ranks: Ranks, shards: Sequence[GradShard], rows: Tensor, shares: Sequence[Share]) -> None:
-    """A claim of replicas is checked once, by the bits of the parameters."""
+    """A claim of replicas is checked once, by the bits of the parameters.
+
+    Frozen parameters may be quantised or have no values at all, and are left alone: should one get a gradient,
+    the gradients of its replicas are compared in every step.
+    """
     claims = [
         i
         for i, (shard, share) in enumerate(zip(shards, shares, strict=True))
-        if share.replicas > 1 and not shard.measures_itself
+        if share.replicas > 1 and shard.source is Source.GRADIENT and _has_values(shard)
     ]
     sums = to_host([kernels.checksum(shards[i].witness()) for i in claims])
     values = torch.tensor(sums, dtype=torch.int64).view(-1, 1)
     mine = rows[claims]
     differs = ranks.join(mine[:, 0], torch.cat([mine, values], dim=1), differing).view(-1).tolist()
     facts = [
-        (shards[i].name, f"checksum {value & 0xFFFFFFFF:08x} of {_piece(shards[i])}")
+        (shards[i].name, f"checksum {value & 0xFFFFFFFFFFFFFFFF:016x} of {_piece(shards[i])}")
         for i, value, bad in zip(claims, sums, differs, strict=True)
         if bad
     ]
@@ -208,6 +229,11 @@ def _check_values(ranks: Ranks, shards: Sequence[GradShard], rows: Tensor, share
         "Ranks that hold the same name and piece are taken for replicas. If these are other parameters, "
         "give them whole-model names, or pp_mesh; if they are replicas, they have drifted apart.",
     )
+
+
+def _has_values(shard: GradShard) -> bool:
+    holder = shard.holder
+    return holder.requires_grad and not holder.is_meta and type(shard.witness()) in kernels.PLAIN
 
 
 def differing(rows: Tensor) -> Tensor:
@@ -226,8 +252,7 @@ def raise_named(
     advice: str,
 ) -> None:
     """Raise one error on every rank if any rank has facts, as (parameter, what was found). Collective."""
-    found = torch.tensor([len(facts)], dtype=torch.int64, device=ranks.device())
-    if not ranks.all_reduce_(found, "max").item():
+    if not ranks.any(bool(facts))[0]:
         return
     by_name: dict[str, dict[str, list[int]]] = {}
     brief = [
@@ -238,7 +263,7 @@ def raise_named(
             by_name.setdefault(name, {}).setdefault(fact, []).append(rank)
     lines = [
         f"parameter '{name}': expected {expected}, found "
-        + "; ".join(told([f"{fact} on {_on(who)}" for fact, who in by_name[name].items()]))
+        + "; ".join(shown([f"{fact} on {name_ranks(who)}" for fact, who in by_name[name].items()]))
         for name in sorted(by_name)[:_NAMED_IN_ERRORS]
     ]
     raise kind("\n".join([*lines, advice]))
@@ -280,7 +305,3 @@ def _ident(ranks: Ranks, shards: Sequence[GradShard], terms: Mapping[str, object
 def _piece(shard: GradShard) -> str:
     extents = (f"{e[0]}:{e[1]}" if isinstance(e, tuple) else e for e in shard.piece)
     return f"[{', '.join(extents)}]"
-
-
-def _on(ranks: Sequence[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {list(ranks)}"

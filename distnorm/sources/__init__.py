@@ -6,16 +6,16 @@ not imported already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from distnorm.errors import DistnormError
 from distnorm.sources import dtensor, fsdp1, plain
-from distnorm.sources.shards import GradShard, of_grad
+from distnorm.sources.inventory import Inventory, Managers
+from distnorm.sources.shards import GradShard, Source
 from distnorm.sources.targets import (
-    Inventory,
     Tied,
     canonical_names,
     checked_tied,
@@ -30,6 +30,8 @@ Target = Tensor | nn.Module | Iterable[Any]
 
 __all__ = [
     "Inventory",
+    "Managers",
+    "Source",
     "Target",
     "Tied",
     "checked_tied",
@@ -43,7 +45,7 @@ __all__ = [
 
 def shards_of(
     named: Sequence[tuple[str, Tensor]],
-    take: Callable[[Tensor], Tensor | None],
+    source: Source,
     *,
     target: Target = (),
     stage: int | None = None,
@@ -53,7 +55,7 @@ def shards_of(
 
     Args:
         named: names and tensors, as `named_tensors` gives them.
-        take: `distnorm.sources.shards.of_grad` or `distnorm.shards.itself`.
+        source: what is measured of them.
         target: what they were named from. Modules in it tell what parameters don't (FSDP1).
         stage: this rank's pipeline stage, put before every name that is not tied; `None` where names
             are those of the whole model already.
@@ -63,7 +65,7 @@ def shards_of(
         UnsupportedGradientError: a tensor that can't be described, named.
         DistnormError: gradients were given where parameters are meant, or one name twice.
     """
-    if take is of_grad and named and all(_never_has_grad(tensor) for _, tensor in named):
+    if source is Source.GRADIENT and named and all(_never_has_grad(tensor) for _, tensor in named):
         raise DistnormError(
             f"expected parameters, found {len(named)} tensors that hold no gradient and require none; "
             "were gradients passed where parameters are meant?"
@@ -73,10 +75,10 @@ def shards_of(
     shards: list[GradShard] = []
     for name, (_, tensor) in zip(names, named, strict=True):
         if id(tensor) in homes or fsdp1.holds(tensor):
-            shards.append(fsdp1.shard(name, tensor, take, homes))
+            shards.append(fsdp1.shard(name, tensor, source, homes))
         else:
-            source = dtensor if dtensor.holds(tensor) else plain
-            shards.append(source.shard(name, tensor, take))
+            framework = dtensor if dtensor.holds(tensor) else plain
+            shards.append(framework.shard(name, tensor, source))
     return shards
 
 

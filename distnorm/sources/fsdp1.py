@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from distnorm.errors import UnsupportedGradientError
-from distnorm.sources.shards import Extent, GradShard, require_dense, whole
+from distnorm.sources.shards import Extent, GradShard, Source, measurable, whole
 
 _FLAT = "_flat_param"
 
@@ -97,24 +97,21 @@ class FlatShard(GradShard):
         return self._unpadded(self.holder.detach())
 
     def read(self) -> Tensor | None:
-        value = self.take(self.holder)
+        value = self.value()
         if value is None:
             return None
         unfit = _unsettled(self.home.handle)
-        if unfit is None and not self.measures_itself:
+        if unfit is None and self.source is Source.GRADIENT:
             unfit = _unreduced(self.home.handle)
         if unfit is not None:
             raise UnsupportedGradientError(unfit)
-        require_dense(value)
-        return self._unpadded(value)
+        return self._unpadded(measurable(value))
 
     def _unpadded(self, tensor: Tensor) -> Tensor:
         return tensor if self.home.index is not None else tensor[: self.numel]
 
 
-def shard(
-    name: str, tensor: Tensor, take: Callable[[Tensor], Tensor | None], homes: Mapping[int, Home]
-) -> FlatShard:
+def shard(name: str, tensor: Tensor, source: Source, homes: Mapping[int, Home]) -> FlatShard:
     """Describe what this rank holds of one parameter.
 
     Raises:
@@ -137,7 +134,7 @@ def shard(
         raise UnsupportedGradientError(
             f"parameter '{name}': expected {held} local elements by its FSDP1 unit, found {tensor.numel()}"
         )
-    return FlatShard(name, tensor, take, piece, shape, global_shape, home)
+    return FlatShard(name, tensor, source, piece, shape, global_shape, home)
 
 
 _Described = tuple[tuple[Extent, ...], tuple[int, ...], tuple[int, ...], int]

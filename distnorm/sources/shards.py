@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from enum import Enum
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,29 +39,17 @@ class PartialGrad:
     wide: tuple[int, ...] = ()
 
 
-class LayoutChangedError(Exception):
-    """A gradient is missing, or is laid out otherwise than it was: it has to be read with care."""
+Reading = Tensor | PartialGrad | None
+"""A local gradient as it was found, or `None` where this rank has none in this step."""
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """How the gradients of all shards of a class are found, once each of them was read with care.
+class Source(Enum):
+    """What is measured of the tensor that the caller gave."""
 
-    Args:
-        layout_of: from a gradient to what is equal as long as its local tensor has the same shape, strides,
-            dtype and device.
-        addresses: from holders and the layouts of their gradients, of which local tensors are contiguous
-            in the CPU's memory, to the addresses of their first elements; or `LayoutChangedError`, or
-            `AttributeError` or `TypeError` where there is no gradient at all.
-        mark_of: from a gradient to what another change of its local tensor's elements changes: how many such
-            changes in place there were, and its address.
-        is_versioned: whether the gradient is the local tensor itself, so that autograd sees its version.
-    """
-
-    layout_of: Callable[[Tensor], object]
-    addresses: Callable[[Sequence[Tensor], Sequence[Any]], Iterator[int]]
-    mark_of: Callable[[Tensor], tuple[int, ...]]
-    is_versioned: bool
+    GRADIENT = "gradient"
+    """The gradient that it holds."""
+    TENSOR = "tensor"
+    """The tensor itself, be it a gradient, a parameter or an update."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,24 +58,30 @@ class GradShard(ABC):
 
     Args:
         name: the parameter's fully qualified name in the whole model.
-        holder: what the caller gave: the parameter, or the tensor that is measured itself.
-        take: finds this step's gradient on the holder, or `None` where there is none.
+        holder: what the caller gave.
+        source: what is measured of it.
         piece: which piece of the parameter this is, an extent for each dim of the global shape.
         shape: shape of the local piece.
         global_shape: shape of the whole parameter.
 
     Attributes:
-        route: the class's; `None` where every gradient is read with care in every step.
+        has_fast_path: whether the gradient is the `grad` of the holder and nothing else decides whether it
+            may be read.
     """
 
-    route: ClassVar[Route | None] = None
+    has_fast_path: ClassVar[bool] = False
 
     name: str
     holder: Tensor
-    take: Callable[[Tensor], Tensor | None]
+    source: Source
     piece: tuple[Extent, ...]
     shape: tuple[int, ...]
     global_shape: tuple[int, ...]
+
+    @property
+    def local_device(self) -> torch.device:
+        """Where the gradient is."""
+        return self.holder.device
 
     @property
     def numel(self) -> int:
@@ -99,10 +93,9 @@ class GradShard(ABC):
         """Number of elements of the whole parameter."""
         return math.prod(self.global_shape)
 
-    @property
-    def measures_itself(self) -> bool:
-        """Whether the tensor given is measured, and not a gradient that it holds."""
-        return self.take is itself
+    def value(self) -> Tensor | None:
+        """What is measured in this step, as its framework holds it; `None` where there is no gradient."""
+        return self.holder if self.source is Source.TENSOR else self.holder.grad
 
     @property
     def is_flat(self) -> bool:
@@ -159,27 +152,38 @@ class GradShard(ABC):
         """
 
 
-def of_grad(holder: Tensor) -> Tensor | None:
-    """Measure the gradient that the tensor holds."""
-    return holder.grad
-
-
-def itself(holder: Tensor) -> Tensor:
-    """Measure the tensor itself."""
-    return holder
-
-
 def whole(shape: tuple[int, ...]) -> tuple[Extent, ...]:
     """The piece that is a whole parameter."""
     return tuple((0, size) for size in shape)
 
 
-def require_dense(tensor: Tensor) -> None:
-    """Refuse what has no p-norm over plain elements: sparse layouts, integers, quantised values."""
-    if tensor.layout is not torch.strided:
+def measurable(tensor: Tensor) -> Tensor:
+    """The tensor as plain memory, if it has elements that can be measured and multiplied there.
+
+    Raises:
+        UnsupportedGradientError: it is sparse, nested, of integers or of packed numbers, or of a class whose
+            operators alone know what is inside.
+    """
+    if hasattr(tensor, "trigger_wait"):  # an asynchronous collective's result
+        tensor = tensor.trigger_wait()
+    if tensor.layout is not torch.strided or tensor.is_nested:
         raise UnsupportedGradientError(
             f"expected a dense gradient, found layout {tensor.layout}; "
             "make it dense (for nn.Embedding: sparse=False) before it is measured"
         )
-    if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
+    if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex) or tensor.dtype in _PACKED:
         raise UnsupportedGradientError(f"expected a floating-point or complex dtype, found {tensor.dtype}")
+    if type(tensor) is Tensor or type(tensor).__name__ == "FakeTensor":
+        return tensor
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise UnsupportedGradientError(
+            f"expected a tensor of plain memory, found {type(tensor).__name__}, whose operators alone know its "
+            "elements; convert the gradient to a plain tensor before it is measured"
+        )
+    return tensor.as_subclass(Tensor)
+
+
+_PACKED = tuple(
+    getattr(torch, name) for name in ("float8_e8m0fnu", "float4_e2m1fn_x2") if hasattr(torch, name)
+)
+"""No signs, or two numbers in an element: no gradient."""

@@ -1,0 +1,168 @@
+"""Whether replicas of a gradient were reduced: found in every step, by one more element of the all-reduce.
+
+Each replica takes the same small sample of the gradient and turns it into a number x that a last-bit difference
+moves by little, and another gradient by much. Weights of replicas add up to zero, so the sum of weighted x over
+all ranks, the difference, vanishes where replicas are equal. Where it doesn't, the ranks that read results
+compare their gradients whole.
+
+    x = sum(r_k g_k) / sum(|g_k|) + log2(sum(|g_k|)),  r_k = +1 or -1 by position
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distnorm import kernels
+from distnorm.errors import ReplicaError
+from distnorm.measure.norms import norm
+from distnorm.plan.collectives import Ranks, plain_operators
+from distnorm.plan.plan import Share, identity_rows, piece_groups, raise_named, spread
+from distnorm.sources.shards import GradShard
+
+_ROUNDING = 1e-9  # of fp64 sums of equal numbers
+_MARGIN = 16  # so many units in the last place may replicas differ before they are compared
+_AT_ONCE = 8  # shards a step where each sample costs launches: which of them changes from step to step
+
+
+@dataclass(slots=True)
+class ReplicaCheck:
+    """Compares replicas in every step of one plan. Made by all ranks together.
+
+    Args:
+        positions: of this rank's shards that have replicas.
+        weights: [positions] of their numbers; over all replicas of a shard they add up to zero.
+        tolerance: what the difference may be before gradients are compared whole; the same on every rank.
+        turns: in so many steps each shard has its turn, where not all are sampled in each.
+    """
+
+    positions: np.ndarray
+    weights: np.ndarray
+    keys: np.ndarray
+    tolerance: float
+    turns: int
+    _step: int = 0
+
+    @classmethod
+    def of(cls, ranks: Ranks, shards: Sequence[GradShard], shares: Sequence[Share]) -> ReplicaCheck:
+        """Collective: every rank must call it, with the shards of one plan."""
+        held = [i for i, share in enumerate(shares) if share.replicas > 1]
+        # The first replica against the mean of all; a factor for each shard, so that shards don't cancel.
+        factors = [0.5 + (shares[i].key >> 20 & 0xFFFF) / 0xFFFF for i in held]
+        first = [(shares[i].index == 0) - 1 / shares[i].replicas for i in held]
+        own = [i for i in held if shares[i].index == 0]
+        noise = sum(torch.finfo(shards[i].holder.dtype).eps ** 2 for i in own)
+        total = torch.tensor([noise, len(own)], dtype=torch.float64, device=ranks.device())
+        squares, count = ranks.all_reduce_(total, "sum").tolist()
+        return cls(
+            np.array(held, dtype=np.int64),
+            np.array(factors) * np.array(first),
+            np.array([shares[i].key for i in held], dtype=np.int64),
+            _ROUNDING + _MARGIN * math.sqrt(squares),
+            max(1, math.ceil(count / _AT_ONCE)),
+        )
+
+    def of_addresses(self, table: kernels.AddressTable, places: np.ndarray) -> float:
+        """This rank's summand, of gradients in the CPU's memory.
+
+        Args:
+            table: where gradients lie.
+            places: [positions] the place of each of ours in the table; -1 where it has no gradient.
+        """
+        there = places >= 0
+        at = places[there]
+        mine = replace(table, starts=table.starts[at], numels=table.numels[at], codes=table.codes[at])
+        signed, magnitudes = kernels.samples(mine).T
+        return float(self.weights[there] @ _number(signed, magnitudes))
+
+    def of_tensors(self, gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
+        """This rank's summand, 0-d fp64, of gradients anywhere. No device is waited for."""
+        self._step += 1
+        turn = self._step % self.turns
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for i, weight, key in zip(self.positions.tolist(), self.weights.tolist(), self.keys.tolist(), strict=True):
+            gradient = gradients[i]
+            if gradient is None or (not gradient.is_cpu and key % self.turns != turn):
+                continue
+            signed, magnitude = kernels.moved(kernels.sample_of(gradient), device).unbind()
+            number = torch.where(magnitude == 0, 0.0, signed / magnitude + magnitude.log2())
+            total += weight * number
+        return total
+
+    def is_suspect(self, difference: Tensor | float) -> Tensor | bool:
+        """Whether a difference is more than rounding explains; a NaN is."""
+        within = abs(difference) <= self.tolerance
+        return ~within if isinstance(within, Tensor) else not within
+
+    def learn(self, difference: float) -> None:
+        """Take in that replicas with this difference were found equal but for their last digits."""
+        self.tolerance = max(self.tolerance, 4 * abs(difference))
+
+
+def _number(signed: np.ndarray, magnitudes: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(magnitudes == 0, 0.0, signed / magnitudes + np.log2(magnitudes))
+
+
+def compare_replicas(
+    ranks: Ranks,
+    shards: Sequence[GradShard],
+    shares: Sequence[Share],
+    gradients: Sequence[Tensor | None],
+    apart_from: Container[int] = (),
+) -> None:
+    """Compare the norms of all gradients that have replicas, to half of their dtype's digits.
+
+    Replicas may differ in the last bits: each may have computed the gradient for itself. Collective.
+
+    Args:
+        ranks: who takes part.
+        shards, shares, gradients: this rank's.
+        apart_from: positions of those that are not compared, on any rank.
+
+    Raises:
+        ReplicaError: replicas hold different gradients, or only some of them hold one.
+    """
+    held = [i for i, share in enumerate(shares) if share.replicas > 1 and shards[i].numel and i not in apart_from]
+    l2, found = norm(2), []
+    for i in held:
+        gradient = gradients[i]
+        if gradient is None:
+            found.append((-1.0, 0.0))
+        else:
+            value = float(l2.finalise(l2.statistic([gradient], gradient.device)))
+            found.append((value, math.sqrt(torch.finfo(gradient.dtype).eps)))
+    with plain_operators():
+        values = torch.tensor(found, dtype=torch.float64, device="cpu").view(-1, 2)
+        identities = identity_rows([shards[i] for i in held])
+        rows = torch.cat([identities, values.view(torch.int64)], dim=1)
+        differs = ranks.join(identities[:, 0], rows, _differing_norms).view(-1).tolist()
+        raise_named(
+            ranks,
+            [
+                (shards[i].name, "no gradient" if value < 0 else f"a gradient of norm {value:.9g}")
+                for i, (value, _), bad in zip(held, found, differs, strict=True)
+                if bad
+            ],
+            ReplicaError,
+            "the same gradient on every replica",
+            "Replicas' gradients must be reduced (by DDP, FSDP, or an all-reduce of your own) before they are "
+            "measured; for parameters that are no replicas give whole-model names, or pp_mesh.",
+        )
+
+
+def _differing_norms(rows: Tensor) -> Tensor:
+    """[m, (name, piece, norm, tolerance)] -> [m, 1]: whether replicas differ; a norm of -1 is no gradient."""
+    of, count = piece_groups(rows)
+    norms, tolerance = rows[:, 2:].contiguous().view(torch.float64).unbind(1)
+    finite = norms.isfinite()
+    unlike = spread(finite.long(), of, count) > 0
+    norms = torch.where(finite, norms, 0.0)
+    most, allowed = (torch.zeros_like(norms[:count]).scatter_reduce_(0, of, v, "amax") for v in (norms, tolerance))
+    unlike |= spread(norms, of, count) > most * allowed
+    return unlike[of].long().view(-1, 1)

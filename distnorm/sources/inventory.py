@@ -1,0 +1,115 @@
+"""A target's tensors, whether they are still the same, and whether their gradients may be read."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import starmap, zip_longest
+from operator import is_
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distnorm import kernels
+from distnorm.errors import DistnormError, UnsupportedGradientError
+from distnorm.sources.fsdp2 import UnreducedGradients, managed_parameters
+from distnorm.sources.targets import modules_of, named_tensors
+
+
+class Inventory:
+    """A target's tensors, and whether they are still the same.
+
+    Args:
+        target: what `read_once` has seen.
+
+    Attributes:
+        named: names and tensors, as `named_tensors` gives them.
+
+    Raises:
+        DistnormError: something in the target is no tensor, pair or module.
+    """
+
+    def __init__(self, target: Tensor | nn.Module | Collection[Any]) -> None:
+        self.named = named_tensors(target)
+        self.holders = [tensor for _, tensor in self.named]
+        # A single tensor or module stays the same one, and is not kept alive.
+        self._items = () if isinstance(target, Tensor | nn.Module) else target
+        self._given = list(self._present())
+        self._owners: list[Mapping[str, Any]] = [
+            owned
+            for module in modules_of(target)
+            for inner in module.modules()
+            for owned in (inner._modules, inner._parameters)
+        ]
+        self._owned: list[object] = [value for owned in self._owners for value in owned.values()]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether nothing was added, taken out or replaced; by identity, so that it costs little."""
+        missing = object()
+        same = all(starmap(is_, zip_longest(self._present(), self._given, fillvalue=missing)))
+        return same and kernels.hold_just(self._owners, self._owned)
+
+    def _present(self) -> Iterable[object]:
+        return self._items.values() if isinstance(self._items, Mapping) else self._items
+
+
+class Managers:
+    """The DDP and FSDP2 modules that reduce the gradients of some parameters, wherever they are.
+
+    A list of parameters doesn't name them, so the process is searched once.
+
+    Args:
+        named: names and parameters.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, Tensor]]) -> None:
+        self._names = {id(tensor): name for name, tensor in named}
+        self._trained = {id(tensor) for _, tensor in named if tensor.requires_grad}
+        found = _managing(self._names) if dist.is_available() and dist.is_initialized() else []
+        self._replicated = [weakref.ref(m) for m in found if isinstance(m, DistributedDataParallel)]
+        self._unreduced = UnreducedGradients(found)
+
+    def refuse_unreduced(self) -> None:
+        """Refuse gradients that FSDP2 holds back.
+
+        Raises:
+            UnsupportedGradientError: naming one of their parameters.
+        """
+        for parameter, fact in self._unreduced.find():
+            if id(parameter) in self._names:
+                raise UnsupportedGradientError(f"parameter '{self._names[id(parameter)]}': {fact}")
+
+    @property
+    def is_joining(self) -> bool:
+        """Whether DDP runs under torch's `Join`, where ranks that are out of data make no step.
+
+        Raises:
+            DistnormError: a parameter is not DDP's, so that the norm needs the ranks that are out of data.
+        """
+        joining = [m for m in (ref() for ref in self._replicated) if m is not None and m._join_config.enable]
+        if not joining:
+            return False
+        rest = self._trained.difference(id(p) for module in joining for p in module.parameters())
+        if rest:
+            raise DistnormError(
+                "expected under Join parameters that DDP replicates, found "
+                f"'{self._names[min(rest)]}', which is none of its"
+            )
+        return True
+
+
+def _managing(names: Mapping[int, str]) -> list[nn.Module]:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kinds = (DistributedDataParallel, *((fsdp.FSDPModule,) if hasattr(fsdp, "FSDPModule") else ()))
+    # By type: `isinstance` would ask an object's own `__class__`, which may run code of lazy modules.
+    found = [module for module in gc.get_objects() if issubclass(type(module), kinds)]
+    return [m for m in found if any(id(p) in names for p in _parameters(m))]
+
+
+def _parameters(module: nn.Module) -> Iterable[Tensor]:
+    return module.parameters() if isinstance(module, DistributedDataParallel) else managed_parameters(module)
