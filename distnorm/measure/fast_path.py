@@ -21,7 +21,7 @@ from torch import Tensor
 from distnorm import kernels
 from distnorm.measure.readings import Reading
 from distnorm.plan.plan import Share
-from distnorm.sources.shards import GradShard, LayoutChangedError, Route, of_grad
+from distnorm.sources.shards import GradShard, Route, of_grad
 
 Ints = npt.NDArray[np.int64]
 Pick = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -34,34 +34,25 @@ _GRAD = attrgetter("grad")
 class Spans:
     """Where one step's gradients lie: `all` of this rank's, and what it `counted` of them."""
 
-    all: kernels.Spans
-    counted: kernels.Spans
+    all: kernels.AddressTable
+    counted: kernels.AddressTable
 
 
 @dataclass(slots=True)
 class _Kind:
-    """Gradients of one class of shards, their layouts, and where in the list of all they are."""
+    """Gradients of one class of shards, what finds them, and where in the list of all they are."""
 
     route: Route
     pick: Pick
-    layouts: list[object]
+    finder: kernels.Finder
     place: slice
-    table: kernels.SpanTable
-    walker: kernels.Walker | None = None
-    asked: bool = False  # whether there can be a walker
 
-    def find(self, holders: Sequence[Tensor], addresses: Ints) -> None:
-        """Fill in the addresses of its gradients.
-
-        Raises:
-            LayoutChangedError, AttributeError, TypeError, RuntimeError: some must be looked at with care.
-        """
-        mine, out = self.pick(holders), addresses[self.place]
-        if not self.asked and kernels.can_walk(len(out)):
-            self.asked = True
-            self.walker = kernels.walker(self.table, None if self.route.is_versioned else self.layouts)
-        if self.walker is None or not self.walker(mine, out):
-            out[:] = np.fromiter(self.route.addresses(mine, self.layouts), np.int64, len(out))
+    def find(self, holders: Sequence[Tensor], addresses: Ints) -> bool:
+        """Fill in the addresses of its gradients; whether none must be looked at with care."""
+        found = self.finder(self.pick(holders))
+        if found is not None:
+            addresses[self.place] = found.addresses
+        return found is not None
 
 
 class Steady:
@@ -79,7 +70,7 @@ class Steady:
     ) -> None:
         self._kinds, self._absent = kinds, absent
         starts, stops = np.array([(s.start, s.stop) for s in shares], dtype=np.int64).reshape(-1, 2).T
-        whole = kernels.SpanTable.of(tensors)
+        whole = kernels.AddressTable.of(tensors)
         self._tables = whole, whole.part(starts, stops - starts)
         self._addresses: Ints = np.zeros(0, dtype=np.int64)
         self._spans: Spans | None = None
@@ -105,8 +96,11 @@ class Steady:
             return None
         holders = [shard.holder for shard in shards]
         kinds: list[_Kind] = []
-        for route, of in found.items():
-            kinds.append(_kind(route, holders, of, kinds[-1].place.stop if kinds else 0))
+        try:
+            for route, of in found.items():
+                kinds.append(_kind(route, holders, of, kinds[-1].place.stop if kinds else 0))
+        except ValueError:
+            return None
         return cls(kinds, _picker(absent, len(shards)), list(tensors.values()), [shares[i] for i in tensors])
 
     def read(self, holders: Sequence[Tensor]) -> Spans | None:
@@ -119,10 +113,7 @@ class Steady:
             return None
         whole, counted = self._tables
         addresses = np.empty(len(whole.numels), dtype=np.int64)
-        try:
-            for kind in self._kinds:
-                kind.find(holders, addresses)
-        except (LayoutChangedError, AttributeError, TypeError, RuntimeError):
+        if not all(kind.find(holders, addresses) for kind in self._kinds):
             return None
         if self._spans is None or not np.array_equal(addresses, self._addresses):
             self._addresses, self._spans = addresses, Spans(whole.at(addresses), counted.at(addresses))
@@ -130,17 +121,15 @@ class Steady:
 
     def scale_(self, spans: Spans, coef: Tensor, holders: Sequence[Tensor]) -> None:
         """Multiply the gradients that `read` has just found, in place, and tell autograd."""
-        if kernels.scale_spans_(spans.all, coef):
+        if kernels.scale_at_(spans.all, coef):
             for kind in self._kinds:
                 if kind.route.is_versioned:
                     torch.autograd.graph.increment_version(list(map(_GRAD, kind.pick(holders))))
 
 
 def _kind(route: Route, holders: Sequence[Tensor], which: Mapping[int, Tensor], start: int) -> _Kind:
-    layouts = [route.layout_of(_GRAD(holders[i])) for i in which]
-    table = kernels.SpanTable.of(list(which.values()))
-    place = slice(start, start + len(which))
-    return _Kind(route, _picker(list(which), len(holders)), layouts, place, table)
+    finder = kernels.Finder([_GRAD(holders[i]) for i in which])
+    return _Kind(route, _picker(list(which), len(holders)), finder, slice(start, start + len(which)))
 
 
 def _picker(which: Sequence[int], count: int) -> Pick:

@@ -81,10 +81,10 @@ class Norm(ABC):
         assert self.width == 1
         return self.finalise(self.of_block(norms.clone()) if norms.numel() else self.zeros(norms.device))
 
-    def statistic_of_spans(self, spans: kernels.Spans) -> Tensor:
+    def statistic_of_spans(self, spans: kernels.AddressTable) -> Tensor:
         """The statistic, [width] fp64, of the CPU's memory; only where there is a `kernel`."""
         assert self.kernel is not None
-        return kernels.measure_spans(spans, self.kernel)
+        return kernels.statistic_at(spans, self.kernel)
 
     def zeros(self, device: torch.device) -> Tensor:
         """The statistic of nothing."""
