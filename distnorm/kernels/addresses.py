@@ -143,8 +143,8 @@ def on_host(tensor: Tensor) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether it is contiguous but for the order of its dims, and no lazily negated view."""
-    if tensor.is_neg():
+    """Whether it is contiguous but for the order of its dims, and what it says is what lies in memory."""
+    if tensor.is_neg() or tensor._is_zerotensor():
         return False
     if tensor.is_contiguous():
         return True

@@ -106,7 +106,7 @@ def checksum(tensor: Tensor) -> Tensor:
 
     Odd weights keep a change of any single element visible; elements that trade places change the sum.
     """
-    bits = tensor.detach().reshape(-1)
+    bits = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
     bits = torch.view_as_real(bits).reshape(-1) if bits.is_complex() else bits
     bits = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
     size = min(_BLOCK.get(bits.device.type, _BLOCK_ELSEWHERE), max(bits.numel(), 1))
@@ -166,7 +166,7 @@ def scale_each_(tensors: Sequence[Tensor], coefs: Tensor) -> None:
 
 def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
     """Put every element within plus and minus `bound`, in place; NaN stays. Of complex ones both parts."""
-    real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+    real = [torch.view_as_real(t.conj() if t.is_conj() else t) if t.is_complex() else t for t in tensors]
     for (_, dtype), members in _by_kind(real).items():
         if dtype in _FLOAT8:
             for part, wide in _widened_parts(members):

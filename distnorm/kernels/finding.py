@@ -39,8 +39,10 @@ class Found:
 
     def mark_changed(self) -> None:
         """Tell autograd that every (local) tensor is changed in place."""
-        if self._compiled is None or self._compiled.distnorm_changed(self._held):
-            torch.autograd.graph.increment_version(self.tensors())
+        if self._compiled is None:
+            torch.autograd.graph.increment_version(self._held)
+        else:
+            self._compiled.distnorm_changed(self._held)
 
 
 class Finder:
@@ -56,17 +58,14 @@ class Finder:
     """
 
     def __init__(self, gradients: Sequence[Tensor]) -> None:
-        self._kind = type(gradients[0]) if gradients else Tensor
-        self._specs: list[Any] | None = None
-        if self._kind is not Tensor:
-            self._specs = [gradient._spec for gradient in _dtensors(gradients)]
+        self._kind, self._specs = _kind_of(gradients)
         tensors = [self._local(gradient) for gradient in gradients]
         self._dtypes = [tensor.dtype for tensor in tensors]
-        for i, (gradient, tensor) in enumerate(zip(gradients, tensors, strict=True)):
-            if type(gradient) is not self._kind or not self._fits(tensor, tensor.numel(), tensor.dtype):
+        for i, tensor in enumerate(tensors):
+            if not _fits(tensor, tensor.numel(), tensor.dtype):
                 raise ValueError(
-                    f"expected a {self._kind.__name__} that is contiguous in the CPU's memory, found "
-                    f"gradient {i} of {type(gradient).__name__}, {tensor.dtype}, on {tensor.device}"
+                    "expected (local) gradients that are dense and contiguous in the CPU's memory, found "
+                    f"gradient {i}: {type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
                 )
         self.table = AddressTable.of(tensors)
         """Where the tensors were when it was made; `table.at(found.addresses)` is where they are."""
@@ -81,19 +80,22 @@ class Finder:
         """Look at the gradients of the parameters.
 
         Args:
-            holders: a list or tuple of the parameters, in the order of the gradients given.
+            holders: as many parameters, in the order of the gradients given.
 
         Returns:
             `None` if one has no gradient, or one of another class, dtype, size, device, layout or spec, or
             whose memory is not its own and all there: then all have to be read with care.
         """
+        if len(holders) != len(self._numels):
+            return None
         if self._compiled is None and self._asks:
             self._take(walking.library(len(holders)))
         if self._compiled is None:
             return self._by_attributes(holders)
         addresses = np.empty(len(self._numels), dtype=np.int64)
         arrays = (*self._columns, addresses.ctypes.data, self._scratch.ctypes.data)
-        held = self._compiled.distnorm_find(holders, self._specs, *arrays, *self._slots)
+        listed = holders if isinstance(holders, list | tuple) else list(holders)
+        held = self._compiled.distnorm_find(listed, self._specs, *arrays, *self._slots)
         return None if held is None else Found(addresses, held, self._compiled)
 
     def _take(self, compiled: ctypes.PyDLL | None) -> None:
@@ -114,41 +116,49 @@ class Finder:
             gradient: Any = holder.grad
             if type(gradient) is not self._kind:
                 return None
-            if spec is not None and gradient._spec is not spec and gradient._spec != spec:
+            if spec is not None and not self._has(spec, gradient):
                 return None
             tensor = self._local(gradient)
-            if not self._fits(tensor, numel, dtype):
+            if not _fits(tensor, numel, dtype):
                 return None
             held.append(tensor)
         return Found(addresses_of(held), held)
+
+    @staticmethod
+    def _has(spec: Any, gradient: Any) -> bool:
+        return gradient._spec is spec or bool(gradient._spec == spec)
 
     def _local(self, gradient: Any) -> Tensor:
         local: Tensor = gradient if self._specs is None else gradient._local_tensor
         return local
 
-    @staticmethod
-    def _fits(tensor: Tensor, numel: int, dtype: torch.dtype) -> bool:
-        return (
-            type(tensor) is Tensor
-            and tensor.dtype is dtype
-            and dtype in CODES
-            and tensor.is_cpu
-            and tensor.layout is torch.strided
-            and tensor.numel() == numel
-            and tensor.is_contiguous()
-            and not tensor.is_neg()
-            and not torch._C._is_cow_tensor(tensor)  # type: ignore[attr-defined]
-            and has_memory(tensor, numel * tensor.element_size())
-        )
 
-
-def _dtensors(gradients: Sequence[Tensor]) -> Sequence[Any]:
-    """The gradients, which are DTensors, of just that class."""
-    kind = sys.modules["torch.distributed.tensor"].DTensor if "torch.distributed.tensor" in sys.modules else None
+def _kind_of(gradients: Sequence[Any]) -> tuple[type, list[Any] | None]:
+    """The one class of all gradients; and of DTensors what each one's `_spec` is."""
+    module = sys.modules.get("torch.distributed.tensor")
+    dtensor = Tensor if module is None else module.DTensor
+    kind = type(gradients[0]) if gradients else Tensor
     for i, gradient in enumerate(gradients):
-        if type(gradient) is not kind:
+        if type(gradient) is not kind or kind not in (Tensor, dtensor):
             raise ValueError(
-                f"expected gradients of exactly torch.Tensor, or of exactly DTensor, found gradient {i} of "
-                f"{type(gradient).__name__}"
+                "expected gradients of exactly torch.Tensor, or of exactly DTensor, found gradient "
+                f"{i} of {type(gradient).__name__}"
             )
-    return gradients
+    return kind, None if kind is Tensor else [gradient._spec for gradient in gradients]
+
+
+def _fits(tensor: Tensor, numel: int, dtype: torch.dtype) -> bool:
+    """Whether this is just such a tensor in the CPU's memory, and all of it is there."""
+    return (
+        type(tensor) is Tensor
+        and tensor.dtype is dtype
+        and dtype in CODES
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and tensor.numel() == numel
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()
+        and not torch._C._is_cow_tensor(tensor)  # type: ignore[attr-defined]
+        and has_memory(tensor, numel * tensor.element_size())
+    )

@@ -111,7 +111,8 @@ class DeviceTable:
 
 
 _tables: OrderedDict[tuple[object, ...], DeviceTable] = OrderedDict()
-_captured: dict[int, DeviceTable] = {}  # graphs read these as long as they live, and nobody tells when they end
+# Graphs read these as long as they live, and nobody tells when they end.
+_captured: dict[int, DeviceTable] = {}
 
 
 def table_of(tensors: Sequence[Tensor]) -> DeviceTable | None:

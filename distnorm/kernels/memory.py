@@ -63,17 +63,20 @@ def once(tensors: Sequence[Tensor]) -> list[Tensor]:
     Raises:
         SharedMemoryError: some share memory, but not a whole run of one dtype.
     """
-    plain = [i for i, tensor in enumerate(tensors) if type(tensor) in PLAIN and not tensor.is_meta]
-    if len(plain) < len(tensors):  # such as in a dry run: there is no memory, but there may be one tensor twice
-        apart = list({id(tensor): tensor for tensor in tensors if type(tensor) not in PLAIN}.values())
-        apart += list({id(t): t for t in tensors if type(t) in PLAIN and t.is_meta}.values())
-        return [*once([tensors[i] for i in plain]), *apart]
+    if not all(
+        map(_has_addresses, tensors)
+    ):  # a dry run: of memory that isn't there, a tensor is the measure
+        return list({id(tensor): tensor for tensor in tensors}.values())
     starts = addresses_of(tensors)
     ends = starts + np.fromiter(map(_extent, tensors), np.int64, len(tensors))
     order = np.argsort(starts, kind="stable")
     if (starts[order][1:] >= ends[order][:-1]).all():
         return list(tensors)
     return [view for members in _clusters(starts, ends, order) for view in _once(tensors, members)]
+
+
+def _has_addresses(tensor: Tensor) -> bool:
+    return type(tensor) in PLAIN and not tensor.is_meta
 
 
 def _extent(tensor: Tensor) -> int:

@@ -102,6 +102,7 @@ bool find(Gradients &gradients, PyObject *holders, PyObject *specs, const int64_
     auto **tensors = reinterpret_cast<c10::TensorImpl **>(scratch);
     for (Py_ssize_t i = 0; i < count; i++) {
         if (i + AHEAD < count) fetch(holder[i + AHEAD], OBJECT);
+        if (!THPVariable_Check(holder[i])) return false;
         tensors[i] = THPVariable_Unpack(holder[i]).unsafeGetTensorImpl();
         fetch(tensors[i], TENSOR);
     }
@@ -192,12 +193,8 @@ extern "C" PyObject *distnorm_tensors(PyObject *capsule) {
     return list;
 }
 
-// Count a change in place of each tensor that a capsule holds. Returns 0, or -1 if one can't be told.
-extern "C" int32_t distnorm_changed(PyObject *capsule) {
-    try {
-        for (const Held &gradient : *of_capsule(capsule)) gradient->bump_version();
-        return 0;
-    } catch (...) { // an inference tensor
-        return -1;
-    }
+// Count a change in place of each tensor that a capsule holds; inference tensors count none.
+extern "C" void distnorm_changed(PyObject *capsule) {
+    for (const Held &gradient : *of_capsule(capsule))
+        if (!gradient->is_inference()) gradient->bump_version();
 }

@@ -85,6 +85,7 @@ def _load(*, compiles: bool) -> ctypes.PyDLL | None:
     compiled.distnorm_tensors.argtypes = [instance]
     compiled.distnorm_tensors.restype = instance
     compiled.distnorm_changed.argtypes = [instance]
+    compiled.distnorm_changed.restype = None
     assert isinstance(compiled, ctypes.PyDLL)
     _ready.append(compiled)
     return compiled
