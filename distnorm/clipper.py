@@ -14,16 +14,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from distnorm.config import Config, load_config
 from distnorm.errors import DistnormError, NonFiniteGradientError
 from distnorm.measure.exchange import Lanes
+from distnorm.measure.gradients import Gradients
 from distnorm.measure.meter import Meter
 from distnorm.measure.norms import norm
 from distnorm.measure.readings import Measured
 from distnorm.monitor import Monitor
 from distnorm.monitor.snapshot import Look
 from distnorm.monitor.watching import Watch, alike
-from distnorm.payload.payload import Joined
+from distnorm.payload.payload import PayloadParts
 from distnorm.plan.collectives import Ranks
 from distnorm.policies.deciding import Decider, Outcome
-from distnorm.policies.groups import Rules
+from distnorm.policies.groups import PolicyGroups
 from distnorm.policies.results import ClipResult
 from distnorm.sources import Inventory, Target, Tied, checked_tied, modules_of, read_once, shards_of, stage_of
 from distnorm.sources.shards import GradShard, of_grad
@@ -77,7 +78,7 @@ class GradClipper:
             self.config = load_config(config)
             self._check()
             order = norm(self.config.norm.type)
-            self._rules = Rules(self.config.clip, order, ranks)
+            self._rules = PolicyGroups(self.config.clip, order, ranks)
             self._target = read_once(target)
             self._stage, self._tied = stage_of(pp_mesh), checked_tied(tied)
         except DistnormError as caught:
@@ -118,7 +119,7 @@ class GradClipper:
         """
         with torch.no_grad():
             outcome, measured = self._decide()
-            self._decider.apply(outcome, measured)
+            self._decider.apply(outcome, Gradients(measured.gradients(), measured.scale_))
         return outcome.result
 
     def decide(self) -> ClipResult:
@@ -151,7 +152,7 @@ class GradClipper:
             self._watch.note(loss, tokens)
 
     @property
-    def rules(self) -> Rules:
+    def rules(self) -> PolicyGroups:
         """What decides."""
         return self._rules
 
@@ -225,7 +226,7 @@ class GradClipper:
         return outcome, measured
 
     def _of_rules(self, more: Tensor | None) -> Tensor | None:
-        return None if more is None or self._rules.lanes is None else more[: self._rules.lanes.length]
+        return None if more is None or self._rules.payload is None else more[: self._rules.payload.length]
 
     def _made(self, measured: Measured, result: ClipResult, loss_scale: float = 1.0) -> None:
         """Count a step, and have it told."""
@@ -257,7 +258,7 @@ class GradClipper:
     def _begin(self, shards: list[GradShard]) -> None:
         """Take over the shards of a new plan. Collective."""
         self._shards = shards
-        self._rules.bind(self._meter, shards)
+        self._rules.bind(self._meter.ranks, shards, self._meter.shares)
         self._overlap_backward()
         if self._watch is not None:
             self._watch.prepare(shards, self._meter.shares, self._meter.overlap)
@@ -292,9 +293,9 @@ class GradClipper:
         """What looks at layers in the step that is clipped next."""
         return None if self._watch is None else self._watch.look(self._steps + 1)
 
-    def _lanes(self, *, store: bool) -> Joined | None:
+    def _lanes(self, *, store: bool) -> PayloadParts | None:
         """What travels with the total norm: what policies need, and in some steps that are clipped a look."""
-        parts: list[Lanes] = [] if self._rules.lanes is None else [self._rules.lanes]
+        parts: list[Lanes] = [] if self._rules.payload is None else [self._rules.payload]
         if store and (look := self._look()) is not None:
             parts.append(look)
-        return Joined(parts) if parts else None
+        return PayloadParts(parts) if parts else None

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distnorm import policies
 from distnorm.errors import DistnormError
+from distnorm.measure.gradients import Gradients
 from distnorm.measure.meter import Meter
 from distnorm.measure.norms import norm
 from distnorm.measure.readings import Measured
@@ -106,7 +107,7 @@ def clip_grads_with_norm_(
     gradients = [r.tensor if isinstance(r, PartialGrad) else r for r in readings if r is not None]
     total = torch.as_tensor(total_norm)
     total = total.full_tensor() if hasattr(total, "full_tensor") else total
-    apply(policies.constant(total.double(), threshold), Measured.of(total, gradients))
+    apply(policies.constant(total.double(), threshold), Gradients(gradients))
 
 
 @torch.no_grad()
@@ -145,7 +146,8 @@ def clip_grad_norm_(
         >>> distnorm.clip_grad_norm_(model.parameters(), max_norm=1.0)
     """
     measured = _measure(parameters, of_grad, norm_type, error_if_nonfinite, pp_mesh, group, tied, max_norm)
-    apply(policies.constant(measured.total_norm, policies.check_max_norm(max_norm)), measured)
+    decision = policies.constant(measured.total_norm, policies.check_max_norm(max_norm))
+    apply(decision, Gradients(measured.gradients(), measured.scale_))
     return measured.total_norm.float()
 
 

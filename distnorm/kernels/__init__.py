@@ -12,7 +12,7 @@ from distnorm.kernels.dispatch import (
     scale_spans_,
     summaries,
 )
-from distnorm.kernels.eager import blocks, clamp_, moved, zero_unless_
+from distnorm.kernels.eager import blocks, clamp_, moved, on_host, zero_unless_
 from distnorm.kernels.native import Kernel, Spans, SpanTable, addresses_of, split
 from distnorm.kernels.walking import Walker, can_walk, hold_just, walker
 
@@ -30,6 +30,7 @@ __all__ = [
     "measure",
     "measure_spans",
     "moved",
+    "on_host",
     "row_squares",
     "scale_",
     "scale_each_",

@@ -116,6 +116,11 @@ def checksum(tensor: Tensor) -> Tensor:
     return total
 
 
+def on_host(tensor: Tensor) -> bool:
+    """Whether its values can be read at once: in the CPU's memory, and of no class that only pretends."""
+    return type(tensor) is Tensor and tensor.is_cpu
+
+
 def moved(value: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """The value on a device, without a wait; save in the host's memory, where it could be read too soon."""
     return value.to(device=device, dtype=dtype, non_blocking=device.type != "cpu")
@@ -155,7 +160,7 @@ def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
 
 def zero_unless_(tensors: Sequence[Tensor], keep: Tensor) -> None:
     """Set every element to zero, NaN and inf too, unless the 0-d bool tensor `keep` is true."""
-    if keep.is_cpu and keep.numpy():  # there is no device to wait for, and nothing to do
+    if on_host(keep) and keep.numpy():  # there is no device to wait for, and nothing to do
         return
     for (device, _), members in _by_kind(tensors).items():
         drop = ~moved(keep, device)

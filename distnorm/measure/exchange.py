@@ -41,6 +41,9 @@ class Lanes(Protocol):
         """This rank's, [length] on the device, of its local gradients, in the order of its shards."""
 
 
+Payload = Lanes
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """What all ranks said together.

@@ -121,7 +121,7 @@ class EngineClipper(GradClipper):
     def _failed(self, error: NonFiniteGradientError) -> Measured:
         if self._watch is not None:
             self._watch.failed(self._steps + 1, error)
-        device, lanes = self._meter.ranks.device(), self._rules.lanes
+        device, lanes = self._meter.ranks.device(), self._rules.payload
         norm = torch.tensor(error.total_norm, dtype=torch.float64, device=device)
         # A loss, which doesn't count in such a step.
         more = None if lanes is None else torch.ones(lanes.length, dtype=torch.float64, device=device)
