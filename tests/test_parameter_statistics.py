@@ -277,7 +277,10 @@ def test_the_first_bad_parameter_and_its_rank_are_named(ranks):
             assert (first, bad) == (("l.10", 1), [2, 0, 0])
             assert norms.count("nan") == largest.count("nan") == 1  # beside an inf of another rank
             first, bad, norms, largest = reports[3 * i + 1]
-            assert (first, bad) == (("l.10", 2), [1, 1, 0])  # the last rank counts the last elements of a copy
+            assert (first, bad) == (
+                ("l.10", 2),
+                [1, 1, 0],
+            )  # the last rank counts the last elements of a copy
             assert "nan" not in norms + largest
             assert norms.count("inf") == largest.count("inf") == 2
             assert reports[3 * i + 2][:2] == (None, [0, 0, 0])
