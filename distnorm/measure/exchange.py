@@ -39,6 +39,7 @@ class Payload(Protocol):
         """This rank's, [length] on the device, of its local gradients, in the order of its shards."""
 
 
+
 @dataclass(frozen=True, slots=True)
 class ReducedStatistics:
     """What the all-reduce gave.

@@ -13,12 +13,12 @@ from distnorm.config import MonitorConfig
 from distnorm.measure.exchange import Lanes
 from distnorm.measure.norms import Norm
 from distnorm.monitor import LayerRow
-from distnorm.payload.noise import Noise
-from distnorm.payload.parameters import Detail
-from distnorm.payload.payload import Joined, Part
-from distnorm.payload.replicas import Divergence, Replicas
+from distnorm.payload.noise import NoiseScalePayload
+from distnorm.payload.parameters import ParameterStatistics
+from distnorm.payload.payload import PayloadParts
+from distnorm.payload.replicas import Divergence, ReplicaChecksums
 from distnorm.plan.collectives import Ranks
-from distnorm.plan.model_table import make_table
+from distnorm.plan.model_table import make_model_table
 from distnorm.plan.plan import Share
 from distnorm.sources.shards import GradShard
 
@@ -54,7 +54,7 @@ class Look:
         noise: a lane of its own, or `None` on all ranks.
 
     Raises:
-        ConfigError: on every rank; see `Detail` and `Replicas`.
+        ConfigError: on every rank; see `ParameterStatistics` and `ReplicaChecksums`.
     """
 
     def __init__(
@@ -64,16 +64,15 @@ class Look:
         norm: Norm,
         shards: Sequence[GradShard],
         shares: Sequence[Share],
-        noise: Noise | None = None,
+        noise: NoiseScalePayload | None = None,
     ) -> None:
-        table = make_table(ranks, shards, shares)
-        self._detail = Detail(table, shares, norm, by=config.by, weights=True)
-        self._replicas = Replicas(table) if config.replicas else None
+        table = make_model_table(ranks, shards, shares)
+        self._detail = ParameterStatistics(table, shards, shares, norm, by=config.by, weights=True)
+        self._replicas = ReplicaChecksums(table) if config.replicas else None
         self.noise = noise
-        parts: list[Lanes] = [Part(self._detail.length, self._of_layers)]
+        parts: list[Lanes] = [self._detail]
         parts += [part for part in (self._replicas, noise) if part is not None]
-        self._lanes = Joined(parts)
-        self._shards = tuple(shards)
+        self._lanes = PayloadParts(parts)
 
     @property
     def length(self) -> int:
@@ -83,9 +82,6 @@ class Look:
     def local(self, gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
         """This rank's lanes, [length] fp64."""
         return self._lanes.local(gradients, device)
-
-    def _of_layers(self, gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
-        return self._detail.local(gradients, [shard.witness() for shard in self._shards], device)
 
     def read(self, reduced: Tensor, loss_scale: float = 1.0) -> Findings:
         """What the reduced lanes say, [length] fp64 in the host's memory, of gradients without the scale."""

@@ -21,7 +21,7 @@ from distnorm.measure.readings import Measured, completed, read_gradients
 from distnorm.monitor import Monitor
 from distnorm.monitor.journal import Entry, Journal, first_of, numbers_of
 from distnorm.monitor.snapshot import Look
-from distnorm.payload.noise import noise_of
+from distnorm.payload.noise import noise_scale_payload
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.plan import Share
 from distnorm.sources.shards import GradShard
@@ -74,7 +74,7 @@ class Watch:
         """
         self._look = None
         if self._config.every is not None:
-            noise = noise_of(self._ranks, self._norm, shares, overlap)
+            noise = noise_scale_payload(self._ranks, self._norm, shares, overlap)
             if noise is None and self._ranks.rank == 0:
                 _log.info("noise_scale is not available: it needs clip.overlap, norm.type 2, and DDP alone")
             self._look = Look(self._config, self._ranks, self._norm, shards, shares, noise)

@@ -6,7 +6,8 @@ ranks, and b of their mean:
 
     |G|^2 = (R b - s) / (R - 1)        S = (s - b) / (1 - 1/R)
 
-Both are averaged over looks, each by itself, before they are divided. The unit is the batch of one rank.
+Both are averaged over monitored steps, each by itself, before they are divided. The unit is the batch of one
+rank.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from distnorm.measure.overlap import Overlap
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.plan import Share
 
-# Weight of the past at each look.
+# Weight of the past at each monitored step.
 _BETA = 0.9
 _ORDER = 2
 
 
-class Noise:
-    """One lane: the mean over ranks of the squared norm of their own gradients.
+class NoiseScalePayload:
+    """One value: the mean over ranks of the squared norm of their own gradients.
 
     Args:
         overlap: sees gradients before they are reduced.
@@ -49,8 +50,10 @@ class Noise:
         return kernels.moved(before, device) / self.replicas
 
 
-def noise_of(ranks: Ranks, norm: Norm, shares: Sequence[Share], overlap: Overlap | None) -> Noise | None:
-    """The lane, where all of every rank's gradient goes through DDP under `clip.overlap`, and p is 2.
+def noise_scale_payload(
+    ranks: Ranks, norm: Norm, shares: Sequence[Share], overlap: Overlap | None
+) -> NoiseScalePayload | None:
+    """The payload, where all of every rank's gradient goes through DDP under `clip.overlap`, and p is 2.
 
     Collective: every rank must call it, after it planned. `None` on all ranks, or on none.
     """
@@ -58,7 +61,11 @@ def noise_of(ranks: Ranks, norm: Norm, shares: Sequence[Share], overlap: Overlap
         return None
     alike = all(share.replicas == overlap.replicas for share in shares if share.stop > share.start)
     found = set(ranks.gather(overlap.replicas if alike else 0))
-    return Noise(overlap, overlap.replicas) if found == {overlap.replicas} and overlap.replicas > 1 else None
+    return (
+        NoiseScalePayload(overlap, overlap.replicas)
+        if found == {overlap.replicas} and overlap.replicas > 1
+        else None
+    )
 
 
 class NoiseScale:
@@ -68,7 +75,7 @@ class NoiseScale:
         self._signal = self._noise = 0.0
 
     def add(self, replicas: int, small: float, big: float) -> None:
-        """Take in a look: the squared norms s and b; what isn't finite says nothing."""
+        """Take in a monitored step: the squared norms s and b; what isn't finite says nothing."""
         if math.isfinite(small) and math.isfinite(big):
             signal = (replicas * big - small) / (replicas - 1)
             noise = (small - big) / (1 - 1 / replicas)
@@ -77,7 +84,7 @@ class NoiseScale:
 
     @property
     def value(self) -> float | None:
-        """The scale; `None` while the noise hides the signal, and before the first look."""
+        """The scale; `None` while the noise hides the signal, and before the first monitored step."""
         return max(self._noise, 0.0) / self._signal if self._signal > 0 else None
 
     def state(self) -> list[float]:

@@ -10,15 +10,14 @@ from torch import Tensor
 
 from distnorm import kernels
 from distnorm.errors import DistnormError
-from distnorm.measure.exchange import Lanes
-from distnorm.measure.header import on_device
+from distnorm.measure.exchange import Payload
 from distnorm.plan.collectives import Ranks
 
 Local = Callable[[Sequence[Tensor | None], torch.device], Tensor]
 
 
-class Part:
-    """Lanes made of a function: see `Lanes.local`."""
+class FunctionPayload:
+    """A payload made of a function: see `Payload.local`."""
 
     def __init__(self, length: int, local: Local) -> None:
         self.length, self._local = length, local
@@ -27,10 +26,10 @@ class Part:
         return self._local(gradients, device)
 
 
-class Joined:
-    """Lanes one behind the other."""
+class PayloadParts:
+    """Payloads one behind the other."""
 
-    def __init__(self, parts: Sequence[Lanes]) -> None:
+    def __init__(self, parts: Sequence[Payload]) -> None:
         self._parts = tuple(parts)
 
     @property
@@ -45,21 +44,21 @@ class Joined:
         return list(torch.split(reduced, [part.length for part in self._parts]))
 
 
-class Loss:
+class LossPayload:
     """The newest loss: each rank's own, of which the mean over the ranks that have one is wanted.
 
     Args:
         ranks: who takes part.
-        op: by which lanes are reduced.
+        op: by which payloads are reduced.
     """
 
     def __init__(self, ranks: Ranks, op: str) -> None:
-        self._ranks, self._added = ranks, op == "sum"
+        self._ranks, self._is_sum = ranks, op == "sum"
         self._newest: Tensor | float | None = None
         self._was_given = False
 
     def note(self, loss: Tensor | float | None) -> None:
-        """Keep it for the next measurement.
+        """Keep its value for the next measurement; the tensor may be overwritten afterwards.
 
         Raises:
             DistnormError: it is no single number.
@@ -67,25 +66,29 @@ class Loss:
         is_one = loss.numel() == 1 if isinstance(loss, Tensor) else isinstance(loss, float | int | None)
         if not is_one:
             raise DistnormError(f"loss: expected a 0-d tensor, a number or None, found {loss!r}")
-        self._newest = loss.detach() if isinstance(loss, Tensor) else loss
+        self._newest = loss.detach().clone() if isinstance(loss, Tensor) else loss
 
     @property
     def length(self) -> int:
-        return 2 if self._added else self._ranks.size
+        return 2 if self._is_sum else self._ranks.size
 
     def local(self, gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
-        """The loss and a one, to be added up; for a maximum a lane for each rank, which loses no summand."""
+        """The loss and a one, to be added up; for a maximum a value for each rank, which loses no summand."""
+        fill = 0.0 if self._is_sum else -math.inf
+        values = torch.full((self.length,), fill, dtype=torch.float64, device=device)
         loss = self._newest
+        if loss is None:
+            return values
         if isinstance(loss, Tensor):
-            loss = kernels.moved(loss.reshape(1), device, torch.float64)
-        elif loss is not None:
-            loss = on_device([loss], device)
-        if self._added:
-            return torch.zeros(2, dtype=torch.float64, device=device) if loss is None else _with_one(loss)
-        lanes = torch.full((self._ranks.size,), -math.inf, dtype=torch.float64, device=device)
-        if loss is not None:  # a maximum may lose NaN
-            lanes[self._ranks.rank] = loss[0].nan_to_num(math.inf, math.inf, math.inf)
-        return lanes
+            loss = kernels.moved(loss.reshape(()), device, torch.float64)
+            if not self._is_sum:  # a maximum may lose NaN
+                loss = loss.nan_to_num(math.inf, math.inf, math.inf)
+        elif not self._is_sum and not math.isfinite(loss):
+            loss = math.inf
+        values[0 if self._is_sum else self._ranks.rank] = loss
+        if self._is_sum:
+            values[1] = 1.0
+        return values
 
     def forget(self) -> None:
         """The step that it was of is over."""
@@ -97,20 +100,23 @@ class Loss:
         Raises:
             DistnormError: no rank gave one. On a device only the first step is asked, which waits for it.
         """
-        if self._added:
+        if self._is_sum:
             total, count = reduced
         else:
             given = reduced > -math.inf
             total, count = torch.where(given, reduced, 0.0).sum(), given.sum().double()
-        if (count.is_cpu or not self._was_given) and float(count.cpu().numpy()) == 0:
+        if self._is_known_to_be_none(count):
             raise DistnormError(
                 "expected a loss with every step, as the configuration looks at it; found none on any rank: "
                 "call note(loss=...) before"
             )
-        self._was_given = True
         mean: Tensor = total / count
         return mean
 
-
-def _with_one(loss: Tensor) -> Tensor:
-    return torch.cat([loss, torch.ones_like(loss)])
+    def _is_known_to_be_none(self, count: Tensor) -> bool:
+        if kernels.on_host(count):
+            return float(count.numpy()) == 0
+        if type(count) is not Tensor or self._was_given:  # a dry run's tensors have no values
+            return False
+        self._was_given = True
+        return float(count.item()) == 0

@@ -1,6 +1,6 @@
 """Whether replicas of a gradient have the same bits, and whose differ: a faulty device, or a desync.
 
-Each rank writes the checksum of every gradient that has replicas into lanes that only it writes, as two
+Each rank writes the checksum of every gradient that has replicas into values that only it writes, as two
 halves that fp64 holds exactly. So any reduction is a gather, all 64 bits are compared, and one flipped bit
 always shows. The cost is 16 bytes for each replicated shard of each rank, and one reading of all of each such
 gradient, on the steps that ask for it.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distnorm import kernels
 from distnorm.errors import ConfigError
-from distnorm.plan.model_table import MOST_ROWS, Table, first_device
+from distnorm.plan.model_table import MOST_ROWS, ModelTable
 
 _HALF = 0xFFFFFFFF
 
@@ -36,8 +36,8 @@ class Divergence:
     ranks: tuple[int, ...]
 
 
-class Replicas:
-    """The lanes for the checksums of one set of shards.
+class ReplicaChecksums:
+    """The payload of the checksums of one set of shards.
 
     Args:
         table: the model's parameters.
@@ -46,7 +46,7 @@ class Replicas:
         ConfigError: the table has no rows. It is the same on every rank, and so is this error.
     """
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: ModelTable) -> None:
         if table.rows is None:
             raise ConfigError(
                 f"monitor.replicas: expected at most {MOST_ROWS} shards over all ranks, found more; "
@@ -65,24 +65,26 @@ class Replicas:
 
     @property
     def length(self) -> int:
-        """Number of lanes."""
+        """Number of values."""
         return 2 * len(self._checked)
 
-    def local(self, gradients: Sequence[Tensor | None], device: torch.device | None = None) -> Tensor:
-        """This rank's lanes, [length] fp64. No device is waited for.
+    def local(self, gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
+        """This rank's values, [length] fp64. No device is waited for.
 
         Args:
             gradients: of all shards, in their order: the whole local ones. A missing one counts as zeros do.
-            device: where the lanes are to be; default: where the first gradient is.
+            device: where the values are to be.
         """
-        device = device or first_device(gradients)
-        lanes = torch.zeros(2, len(self._checked), dtype=torch.float64, device=device)
+        values = torch.zeros(2, len(self._checked), dtype=torch.float64, device=device)
         mine = [gradients[i] for i in self._shards]
-        sums = [torch.zeros((), dtype=torch.int64) if g is None else kernels.checksum(g) for g in mine]
+        sums = [
+            torch.zeros((), dtype=torch.int64, device=device) if g is None else kernels.checksum(g)
+            for g in mine
+        ]
         if sums:
             stacked = torch.stack([kernels.moved(one, device) for one in sums])
-            lanes[:, self._mine] = torch.stack([(stacked >> 32) & _HALF, stacked & _HALF]).double()
-        return lanes.view(-1)
+            values[:, self._mine] = torch.stack([(stacked >> 32) & _HALF, stacked & _HALF]).double()
+        return values.view(-1)
 
     def diverged(self, reduced: Tensor) -> tuple[Divergence, ...]:
         """The parameters whose replicas differ, in the table's order.

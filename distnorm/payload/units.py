@@ -1,7 +1,7 @@
 """Norms of the output units of parameters, for adaptive gradient clipping, right for every sharding.
 
-A unit is an index along dim 0 of a parameter of two or more dims, and all of a smaller one. Every unit of
-the model has a lane in one vector for its gradient and one for its weight, to which each rank adds the part
+A unit is an index along dim 0 of a parameter of two or more dims, and all of a smaller one. The payload has a
+value for the gradient and one for the weight of every unit of the model, to which each rank adds the part
 that it holds; replicas of a shard share its rows.
 
 The cost is 16 bytes a unit in the all-reduce: about a thousandth of the gradient's own elements.
@@ -13,21 +13,25 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from distnorm import kernels
 from distnorm.errors import UnsupportedGradientError
+from distnorm.payload.indices import Indices
+from distnorm.payload.parameters import trained_weights
 from distnorm.plan.collectives import Ranks
-from distnorm.plan.model_table import Table, first_device
+from distnorm.plan.model_table import Ints, ModelTable
 from distnorm.plan.plan import Share, raise_named
 from distnorm.sources.shards import GradShard
 
-_ALL = -1
+_ALL = "all that are counted"
+_NONE = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _HeldUnits:
     """What this rank has of the units of one of its shards.
 
     Args:
@@ -40,16 +44,16 @@ class _Part:
     rows: int
     start: int
     stop: int
-    units: Tensor
+    units: Ints
 
     @property
-    def counted(self) -> Tensor:
+    def counted(self) -> Ints:
         """The places of the units that this rank adds something to."""
         return self.units[self.start : self.stop] if self.rows else self.units
 
 
-class Units:
-    """The lanes for the units of one set of shards. Collective: every rank must make one.
+class UnitStatistics:
+    """The payload of the units of one set of shards. Collective: every rank must make one.
 
     Args:
         ranks: who takes part.
@@ -65,7 +69,7 @@ class Units:
     def __init__(
         self,
         ranks: Ranks,
-        table: Table,
+        table: ModelTable,
         shards: Sequence[GradShard],
         shares: Sequence[Share],
         names: Container[str] | None = None,
@@ -85,62 +89,52 @@ class Units:
         ]
         starts = [0, *accumulate(sizes)]
         self.count = starts[-1]
-        self._parts = {i: _part(shards[i], shares[i], starts[table.slots[i]]) for i in held}
-        counted = [part.counted for part in self._parts.values()]
-        self._units = torch.cat([torch.zeros(0, dtype=torch.int64), *counted])
-        self._copies: dict[tuple[int, torch.device], Tensor] = {}
-        self._shapes = [shard.global_shape for shard in shards]
+        self._shards = tuple(shards)
+        self._held = {i: _held_units(shards[i], shares[i], starts[table.slots[i]]) for i in held}
+        self._indices = Indices()
+        for i, units in self._held.items():
+            self._indices[i] = units.units
+        self._indices[_ALL] = np.concatenate([_NONE, *(units.counted for units in self._held.values())])
 
     @property
     def length(self) -> int:
-        """Number of lanes."""
+        """Number of values."""
         return 2 * self.count
 
-    def local(
-        self,
-        gradients: Sequence[Tensor | None],
-        weights: Sequence[Tensor],
-        device: torch.device | None = None,
-    ) -> Tensor:
-        """This rank's lanes, [length] fp64, which are to be added up. No device is waited for.
+    def local(self, gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
+        """This rank's values, [length] fp64, which are to be added up. No device is waited for.
 
         Args:
-            gradients: of all shards, in their order: the whole local ones. Missing ones add nothing.
-            weights: their parameters' local values.
-            device: where the lanes are to be; default: where the first gradient is.
+            gradients: of all shards, in their order: the whole local ones. Missing ones add nothing, nor do
+                the weights of frozen parameters.
+            device: where the values are to be.
         """
-        device = device or first_device(gradients)
-        lanes = torch.zeros(2, self.count, dtype=torch.float64, device=device)
-        if not self._parts:
-            return lanes.view(-1)
-        counted = self._copy(_ALL, self._units, device)
-        for row, tensors in zip(lanes, (gradients, weights), strict=True):
-            rows = [self._rows(i, part, tensors[i]) for i, part in self._parts.items()]
+        values = torch.zeros(2, self.count, dtype=torch.float64, device=device)
+        if not self._held:
+            return values.view(-1)
+        weights = trained_weights(self._shards, gradients, self._held)
+        counted = self._indices.at(_ALL, device)
+        for row, tensors in zip(values, (gradients, weights), strict=True):
+            rows = [self._rows(i, held, tensors[i], device) for i, held in self._held.items()]
             together = [rows] if len({one.device for one in rows}) == 1 else [[one] for one in rows]
             squares = [kernels.moved(kernels.row_squares(ones), device) for ones in together]
-            values = torch.cat(squares)
-            row.index_add_(0, counted, values)
-        return lanes.view(-1)
+            row.index_add_(0, counted, torch.cat(squares))
+        return values.view(-1)
 
-    def _copy(self, of: int, units: Tensor, device: torch.device) -> Tensor:
-        """Units on a device, copied once."""
-        if (of, device) not in self._copies:
-            self._copies[of, device] = units.to(device)
-        return self._copies[of, device]
-
-    def _rows(self, i: int, part: _Part, tensor: Tensor | None) -> Tensor:
+    def _rows(self, i: int, held: _HeldUnits, tensor: Tensor | None, device: torch.device) -> Tensor:
         """What is counted, each unit a row."""
         if tensor is None:
-            return torch.empty(len(part.counted), 0)
-        if not part.rows:
-            return tensor.reshape(-1)[part.start : part.stop].view(1, -1)
-        return self._with_rows(i, part, tensor)[part.start : part.stop]
+            return torch.empty(len(held.counted), 0, device=device)
+        if not held.rows:
+            return tensor.reshape(-1)[held.start : held.stop].view(1, -1)
+        return self._with_rows(i, tensor)[held.start : held.stop]
 
-    def _with_rows(self, i: int, part: _Part, tensor: Tensor) -> Tensor:
-        return tensor if tensor.dim() > 1 else tensor.reshape(self._shapes[i])  # a whole one may come flat
+    def _with_rows(self, i: int, tensor: Tensor) -> Tensor:
+        # A whole one may come flat.
+        return tensor if tensor.dim() > 1 else tensor.reshape(self._shards[i].global_shape)
 
     def norms(self, reduced: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each unit the 2-norms of gradient and weight, [units] fp64 each, of the reduced lanes."""
+        """Of each unit the 2-norms of gradient and weight, [units] fp64 each, of the reduced values."""
         gradients, weights = reduced.view(2, -1).sqrt()
         return gradients, weights
 
@@ -154,7 +148,7 @@ class Units:
             coefs: [units], on any device.
         """
         on: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        for i, part in self._parts.items():
+        for i, held in self._held.items():
             gradient = gradients[i]
             if gradient is None:
                 continue
@@ -162,9 +156,9 @@ class Units:
             kind = (gradient.device, torch.float64 if exact else torch.float32)
             if kind not in on:
                 on[kind] = kernels.moved(coefs, *kind)
-            mine = on[kind][self._copy(i, part.units, gradient.device)]
-            if part.rows:
-                rows = self._with_rows(i, part, gradient)
+            mine = on[kind][self._indices.at(i, gradient.device)]
+            if held.rows:
+                rows = self._with_rows(i, gradient)
                 rows.mul_(mine.view(-1, *[1] * (rows.dim() - 1)))
             else:
                 gradient.mul_(mine.view(()))
@@ -174,13 +168,13 @@ def _units_of(shape: tuple[int, ...]) -> int:
     return shape[0] if len(shape) > 1 else 1
 
 
-def _part(shard: GradShard, share: Share, first: int) -> _Part:
+def _held_units(shard: GradShard, share: Share, first: int) -> _HeldUnits:
     """Replicas split the rows, or the elements of what is one unit, whatever the norm says of shares."""
     if len(shard.global_shape) > 1:
         whole = shard.numel == shard.global_numel
-        units = torch.arange(shard.global_shape[0]) if whole else shard.indices(0)
+        units = np.arange(shard.global_shape[0]) if whole else shard.indices(0).numpy()
         rows, size = len(units), len(units)
     else:
-        units, rows, size = torch.zeros(1, dtype=torch.int64), 0, shard.numel
+        units, rows, size = np.zeros(1, dtype=np.int64), 0, shard.numel
     start, stop = (size * i // share.replicas for i in (share.index, share.index + 1))
-    return _Part(rows, start, stop, units + first)
+    return _HeldUnits(rows, start, stop, units + first)

@@ -2,7 +2,8 @@
 
 Made once, and only where something needs more than the total norm: per-layer monitoring, a policy that looks
 at single parameters, a comparison of replicas. Each name travels once: of the ranks that hold it one is
-chosen by hash, which spreads the load. Which rank holds what travels as numbers.
+chosen by hash, which spreads the load. Which rank holds what travels as numbers, and so does each name's
+place on the lowest rank that holds it, from which the order of the table is made (see `model_order`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +21,14 @@ import torch
 from torch import Tensor
 
 from distnorm.plan.collectives import Ranks
+from distnorm.plan.model_order import merged
 from distnorm.plan.plan import Share, identity_rows
 from distnorm.sources.shards import GradShard
 
 Ints = npt.NDArray[np.int64]
 
 MOST_ROWS = 1 << 20
-"""Over all ranks. Above, no rank knows what the others hold, and no vector has a lane for each of it."""
+"""Over all ranks. Above, no rank knows what the others hold, and no payload has a value for each of it."""
 _DIGITS = re.compile(r"([0-9]+)")
 
 
@@ -56,8 +60,8 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
-    """The parameters of the whole model in natural order: ``blocks.2`` stands before ``blocks.10``.
+class ModelTable:
+    """The parameters of the whole model in the order of its definition, the same on every rank.
 
     Args:
         names: of all parameters.
@@ -77,18 +81,26 @@ class Table:
         return tuple(map(math.prod, self.shapes))
 
 
-def make_table(ranks: Ranks, shards: Sequence[GradShard], shares: Sequence[Share]) -> Table:
+def make_model_table(ranks: Ranks, shards: Sequence[GradShard], shares: Sequence[Share]) -> ModelTable:
     """List the model's parameters. Collective: every rank must call it, with the shards of one plan."""
-    named = identity_rows(shards)[:, :1]
-    chosen = ranks.join(named[:, 0], named, _publishers).view(-1).tolist()
-    mine = [(s.name, s.global_shape) for s, publishes in zip(shards, chosen, strict=True) if publishes]
-    published = [pair for theirs in ranks.gather(mine) for pair in theirs]
-    published.sort(key=lambda pair: natural(pair[0]))
-    names = tuple(name for name, _ in published)
+    hashes = identity_rows(shards)[:, :1]
+    places = torch.arange(len(shards), device="cpu").view(-1, 1)
+    rows = torch.cat([hashes, torch.full_like(places, ranks.rank), places], dim=1)
+    answers = ranks.join(hashes[:, 0], rows, _publishers).tolist()
+    mine = [
+        (rank, place, shard.name, shard.global_shape)
+        for shard, (publishes, rank, place) in zip(shards, answers, strict=True)
+        if publishes
+    ]
+    published = sorted(fact for theirs in ranks.gather(mine) for fact in theirs)
+    shapes = {name: shape for _, _, name, shape in published}
+    by_rank = groupby(published, key=itemgetter(0))
+    names = tuple(merged([name for _, _, name, _ in theirs] for _, theirs in by_rank))
     place = {name: slot for slot, name in enumerate(names)}
     slots = tuple(place[shard.name] for shard in shards)
-    rows = _rows(ranks, shards, shares, slots)
-    return Table(names, tuple(shape for _, shape in published), slots, rows)
+    return ModelTable(
+        names, tuple(shapes[name] for name in names), slots, _rows(ranks, shards, shares, slots)
+    )
 
 
 def natural(name: str) -> tuple[list[str | int], str]:
@@ -98,14 +110,19 @@ def natural(name: str) -> tuple[list[str | int], str]:
 
 
 def _publishers(rows: Tensor) -> Tensor:
-    """[m, (name,)] -> [m, 1]: whether this is the row that publishes its name."""
+    """[m, (name, rank, place)] -> [m, (publishes, rank, place)].
+
+    Whether this is the row that publishes its name; the lowest rank that holds the name, and the place there.
+    """
     names, of, count = torch.unique(rows[:, 0], return_inverse=True, return_counts=True)
     order = of.argsort(stable=True)
+    begins = count.cumsum(0) - count
     index = torch.empty_like(order)
-    index[order] = torch.arange(len(rows)) - (count.cumsum(0) - count)[of[order]]
+    index[order] = torch.arange(len(rows), device=rows.device) - begins[of[order]]
     # Other bits of the hash than those that chose the rank on which the rows of one name meet.
-    publishes: Tensor = index == ((names >> 20) % count)[of]
-    return publishes.long().view(-1, 1)
+    publishes = index == ((names >> 20) % count)[of]
+    lowest = rows[order[begins]]  # rows come by rank, and then by their order there
+    return torch.cat([publishes.long().view(-1, 1), lowest[of, 1:]], dim=1)
 
 
 def _rows(
@@ -117,8 +134,10 @@ def _rows(
     held = ranks.all_reduce_(counts, "sum").tolist()
     if sum(held) > MOST_ROWS:
         return None
-    told = np.array([(slots[i], shares[i].key, shares[i].index) for i in mine], dtype=np.int64).reshape(-1, 3)
-    everything = np.concatenate(ranks.gather(told))
+    facts = np.array([(slots[i], shares[i].key, shares[i].index) for i in mine], dtype=np.int64).reshape(
+        -1, 3
+    )
+    everything = np.concatenate(ranks.gather(facts))
     _, identities = np.unique(everything[:, 1], return_inverse=True)
     return Rows(
         mine,

@@ -142,7 +142,7 @@ def identity_rows(shards: Sequence[GradShard]) -> Tensor:
         [stable_hash(s.name), stable_hash(repr((s.piece, s.global_shape)) if s.numel else "empty")]
         for s in shards
     ]
-    return torch.tensor(rows, dtype=torch.int64).view(-1, 2)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 2)
 
 
 def stable_hash(text: str) -> int:

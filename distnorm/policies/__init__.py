@@ -7,7 +7,7 @@ from distnorm.policies.factory import policy_of
 from distnorm.policies.fixed import Constant, constant
 from distnorm.policies.per_tensor import PerTensor
 from distnorm.policies.percentile import Percentile
-from distnorm.policies.policy import Policy, Reads, Seen
+from distnorm.policies.policy import Policy, Reads, StepStatistics
 from distnorm.policies.schedule import Schedule
 from distnorm.policies.skip_spikes import SkipSpikes
 from distnorm.policies.value import Value
@@ -24,8 +24,8 @@ __all__ = [
     "Policy",
     "Reads",
     "Schedule",
-    "Seen",
     "SkipSpikes",
+    "StepStatistics",
     "Value",
     "ZClip",
     "check_max_norm",

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from distnorm import kernels
 from distnorm.policies.decision import EPS, Decision, settle
-from distnorm.policies.policy import Policy, Seen
+from distnorm.policies.policy import Policy, StepStatistics
 
 
 def constant(total_norm: Tensor, max_norm: float, nonfinite: str = "propagate") -> Decision:
@@ -23,11 +24,15 @@ def constant(total_norm: Tensor, max_norm: float, nonfinite: str = "propagate") 
         arXiv 1211.5063; `torch.nn.utils.clip_grad_norm_` for the 1e-6.
     """
     may_clip = not math.isinf(max_norm)
-    if total_norm.is_cpu and math.isfinite(norm := float(total_norm.numpy())):
+    if (
+        nonfinite != "zero"
+        and kernels.on_host(total_norm)
+        and math.isfinite(norm := float(total_norm.numpy()))
+    ):
         # The same numbers by fewer operators, which are dear where their code isn't in the caches.
         both = (min(1.0, max_norm / (norm + EPS)) if may_clip else 1.0, max_norm)
-        coef, threshold = torch.tensor(both, dtype=torch.float64).unbind()
-        return Decision(coef, threshold, may_clip, zero=nonfinite == "zero")
+        coef, threshold = torch.tensor(both, dtype=torch.float64, device="cpu").unbind()
+        return Decision(coef, threshold, may_clip)
     threshold = torch.full_like(total_norm, max_norm)
     coef = (max_norm / (total_norm + EPS)).clamp(max=1.0) if may_clip else torch.ones_like(total_norm)
     return settle(Decision(coef, threshold, may_clip), total_norm, nonfinite)
@@ -39,5 +44,5 @@ class Constant(Policy):
     name = "constant"
     looks_back = False
 
-    def decide(self, seen: Seen) -> Decision:
-        return constant(seen.total_norm, self._max_norm, self._nonfinite)
+    def decide(self, step: StepStatistics) -> Decision:
+        return constant(step.total_norm, self._max_norm, self._nonfinite)

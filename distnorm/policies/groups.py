@@ -1,7 +1,7 @@
 """The policies of one clipper: one for each of `clip.groups`, and one for all other parameters.
 
 A single policy that goes by the total norm adds nothing to the all-reduce, needs no list of the model's
-parameters, and leaves one coefficient, as if there were no policies. What looks closer adds lanes to it.
+parameters, and leaves one coefficient, as if there were no policies. What looks closer adds a payload to it.
 """
 
 from __future__ import annotations
@@ -9,56 +9,56 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from distnorm.config import ClipConfig, GroupConfig
 from distnorm.errors import ConfigError, DistnormError
-from distnorm.measure.exchange import Lanes
-from distnorm.measure.meter import Meter
+from distnorm.measure.exchange import Payload
 from distnorm.measure.norms import Norm
-from distnorm.payload.parameters import Detail
-from distnorm.payload.payload import Joined, Loss, Part
-from distnorm.payload.units import Units
+from distnorm.payload.parameters import ParameterStatistics
+from distnorm.payload.payload import LossPayload, PayloadParts
+from distnorm.payload.units import UnitStatistics
 from distnorm.plan.collectives import Ranks
-from distnorm.plan.model_table import Table, make_table
-from distnorm.policies import Policy, policy_of
+from distnorm.plan.model_table import make_model_table
+from distnorm.plan.plan import Share
+from distnorm.policies.factory import policy_of
+from distnorm.policies.ownership import Ownership
+from distnorm.policies.policy import Policy
 from distnorm.sources.shards import GradShard
 
-_SHOWN = 3
 _AGC_ORDER = 2
+_KINDS_OF_COEFFICIENTS = {
+    "parameters": "has a coefficient for each parameter",
+    "units": "has a coefficient for each output unit",
+    "nothing": "multiplies nothing",
+}
 
 
 @dataclass(slots=True)
-class Rule:
+class PolicyGroup:
     """A policy and the parameters that it is for.
 
     Args:
+        index: its place among the groups, of which the last is the one of all other parameters.
         policy: what decides.
-        group: its group's config; `None`: it is for the parameters in no group.
-        slots: places of its parameters in the table, ascending.
-        names: their names.
+        config: its group's; `None`: it is for the parameters in no group.
+        applies: whether there are any parameters of its own.
         units: their output units, for a policy that reads these.
     """
 
+    index: int
     policy: Policy
-    group: GroupConfig | None
-    slots: tuple[int, ...] = ()
-    names: tuple[str, ...] = ()
-    units: Units | None = None
-
-    applies: bool = True  # whether there are any of them
+    config: GroupConfig | None
+    applies: bool = True
+    units: UnitStatistics | None = None
 
     @property
     def goes_by_whole(self) -> bool:
-        """Whether its policy is told the norm of the whole model, though it has parameters of its own."""
-        return self.group is not None and self.group.norm == "shared"
+        """Whether its policy is given the norm of the whole model, though it has parameters of its own."""
+        return self.config is not None and self.config.norm == "shared"
 
 
-class Rules:
+class PolicyGroups:
     """What decides, and what has to be measured for it.
 
     Args:
@@ -67,14 +67,15 @@ class Rules:
         ranks: who takes part.
 
     Attributes:
-        rules: those of the groups, in their order, and last the one of all other parameters.
+        groups: those of `clip.groups`, in their order, and last the one of all other parameters.
         loss: what a policy may look at beside the gradients.
+        payload: what has to travel with the total norm; `None` where nothing has to.
         is_single: whether there is one policy for all parameters.
         obstacle: why one coefficient of the total norm isn't all that is decided; `None` if it is.
         measures: whether any norm is needed.
         may_skip: whether a step may have to be skipped.
-        detail: the norms of single parameters, where they are needed.
-        table: the model's parameters, where they are needed.
+        statistics: the norms of single parameters, where they are needed.
+        ownership: which parameters are whose, where that matters.
 
     Raises:
         ConfigError: a policy doesn't go with the norm.
@@ -82,53 +83,45 @@ class Rules:
 
     def __init__(self, clip: ClipConfig, norm: Norm, ranks: Ranks) -> None:
         self.clip, self.norm = clip, norm
-        self.loss = Loss(ranks, norm.op)
-        self.rules = self._made()
-        for rule in self.rules:
-            if rule.policy.reads == "units" and norm.order != _AGC_ORDER:
+        self.groups = self._new_groups()
+        for group in self.groups:
+            if group.policy.reads == "units" and norm.order != _AGC_ORDER:
                 raise ConfigError(
-                    f"clip.policy: expected norm.type {_AGC_ORDER} under policy {rule.policy.name}, which "
+                    f"clip.policy: expected norm.type {_AGC_ORDER} under policy {group.policy.name}, which "
                     f"goes by the 2-norms of output units; found {norm.order:g}"
                 )
         self.is_single, self.obstacle = not clip.groups, self._obstacle()
         self.measures = not self.is_single or self.default.reads != "nothing"
-        spikes = any(rule.policy.name == "skip_spikes" for rule in self.rules)
+        spikes = any(group.policy.name == "skip_spikes" for group in self.groups)
         self.may_skip = spikes or clip.nonfinite == "skip"
-        self.detail: Detail | None = None
-        self.table: Table | None = None
-        self._lanes: Joined | None = None
-        self._slots: Sequence[int] = ()
-        self._copies: dict[tuple[str, torch.device], Tensor] = {}
+        self.loss = LossPayload(ranks, norm.op)
+        self.payload: PayloadParts | None = None
+        self.statistics: ParameterStatistics | None = None
+        self.ownership: Ownership | None = None
 
-    def _made(self) -> list[Rule]:
-        groups = self.clip.groups
-        rules = [Rule(policy_of(self.clip, group), group) for group in groups]
-        return [*rules, Rule(policy_of(self.clip), None)]
+    def _new_groups(self) -> list[PolicyGroup]:
+        configs = [*self.clip.groups, None]
+        return [PolicyGroup(i, policy_of(self.clip, config), config) for i, config in enumerate(configs)]
 
     @property
     def default(self) -> Policy:
         """The policy of the parameters in no group."""
-        return self.rules[-1].policy
+        return self.groups[-1].policy
 
     def _obstacle(self) -> str | None:
         if self.clip.groups:
             return "clip.groups, which have coefficients of their own"
-        kinds = {
-            "parameters": "has a coefficient for each parameter",
-            "units": "has a coefficient for each output unit",
-            "nothing": "multiplies nothing",
-        }
-        name, reads = self.default.name, self.default.reads
-        return f"policy {name}, which {kinds[reads]}" if reads in kinds else None
+        kind = _KINDS_OF_COEFFICIENTS.get(self.default.reads)
+        return kind and f"policy {self.default.name}, which {kind}"
 
-    @property
-    def lanes(self) -> Joined | None:
-        """What has to travel with the total norm."""
-        return self._lanes
+    def max_norm(self, group: PolicyGroup) -> float:
+        """The configured max norm of a group, inf where there is none."""
+        if group.policy.reads == "nothing":  # its bound is that of elements
+            return math.inf
+        value = self.clip.max_norm if group.config is None else group.config.max_norm
+        return math.inf if value is None else value
 
-    # ---- whose parameters are whose
-
-    def bind(self, meter: Meter, shards: Sequence[GradShard]) -> None:
+    def bind(self, ranks: Ranks, shards: Sequence[GradShard], shares: Sequence[Share]) -> None:
         """Learn which parameters there are; again whenever they are others. Collective.
 
         Raises:
@@ -136,109 +129,41 @@ class Rules:
             UnsupportedGradientError: a policy can't read a shard; on every rank.
             DistnormError: a state that was loaded is of other parameters; on every rank.
         """
-        parts: list[Lanes] = []
-        reads = {rule.policy.reads for rule in self.rules}
+        parts: list[Payload] = []
+        reads = {group.policy.reads for group in self.groups}
         by_parameter = not self.is_single or "parameters" in reads
         if by_parameter or "units" in reads:
-            self.table = make_table(meter.ranks, shards, meter.shares)
-            self._slots, self._copies = self.table.slots, {}
-            self._share_out(self.table.names)
-        if by_parameter:
-            assert self.table is not None
-            self.detail = detail = Detail(self.table, meter.shares, self.norm, watch=False)
-            parts.append(Part(detail.length, lambda grads, device: detail.local(grads, device=device)))
-        for rule in self.rules:
-            if rule.policy.reads == "units":
-                parts.append(self._units_of(rule, meter, shards))
-        if any(rule.policy.wants_loss for rule in self.rules):
+            table = make_model_table(ranks, shards, shares)
+            self.ownership = ownership = Ownership(table, self.clip.groups)
+            if by_parameter:
+                self.statistics = ParameterStatistics(table, shards, shares, self.norm, layers=False)
+                parts.append(self.statistics)
+            for group in self.groups:
+                group.applies = self.is_single or bool(ownership.names(group.index))
+                if group.policy.reads == "units":
+                    names = frozenset(ownership.names(group.index))
+                    group.units = UnitStatistics(ranks, table, shards, shares, names)
+                    parts.append(group.units)
+            self._bind_policies(ranks, ownership)
+        if any(group.policy.wants_loss for group in self.groups):
             parts.append(self.loss)
-        self._lanes = Joined(parts) if parts else None
-        if self.table is not None:
-            self._bind_policies(meter.ranks)
+        self.payload = PayloadParts(parts) if parts else None
 
-    def _units_of(self, rule: Rule, meter: Meter, shards: Sequence[GradShard]) -> Part:
-        assert self.table is not None
-        units = Units(meter.ranks, self.table, shards, meter.shares, frozenset(rule.names))
-        rule.units = units
-
-        def local(gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
-            return units.local(gradients, [shard.witness() for shard in shards], device)
-
-        return Part(units.length, local)
-
-    def _share_out(self, names: Sequence[str]) -> None:
-        owner: dict[int, Rule] = {}
-        useless, twice = [], []
-        for rule in self.rules[:-1]:
-            assert rule.group is not None
-            for pattern in rule.group.params:
-                found = [slot for slot, name in enumerate(names) if fnmatchcase(name, pattern)]
-                if not found:
-                    useless.append(f"{pattern!r} of group {rule.group.name!r}")
-                for slot in found:
-                    other = owner.setdefault(slot, rule).group
-                    if other is not None and other is not rule.group:
-                        twice.append(f"{names[slot]!r} in {other.name!r} and {rule.group.name!r}")
-        if useless:
-            raise ConfigError(
-                f"clip.groups: expected patterns that match parameters, found {_few(useless)}, which match "
-                f"none; the model has {_few([repr(name) for name in names])}"
-            )
-        if twice:
-            raise ConfigError(
-                f"clip.groups: expected each parameter in one group at most, found {_few(twice)}"
-            )
-        rest = self.rules[-1]
-        for rule in self.rules:
-            rule.slots = tuple(i for i in range(len(names)) if owner.get(i, rest) is rule)
-            rule.names = tuple(names[i] for i in rule.slots)
-            rule.applies = bool(rule.slots) or self.is_single
-
-    def _bind_policies(self, ranks: Ranks) -> None:
+    def _bind_policies(self, ranks: Ranks, ownership: Ownership) -> None:
         error: DistnormError | None = None
         try:
-            for rule in self.rules:
-                rule.policy.bind(rule.names)
+            for group in self.groups:
+                group.policy.bind(ownership.names(group.index))
         except DistnormError as caught:
             error = caught
         ranks.raise_together(error)
-
-    # ---- as indices, wherever the norms are
-
-    def members(self, rule: Rule, device: torch.device) -> Tensor:
-        """The places of a rule's parameters in the table."""
-        return self._copy(f"members {self.rules.index(rule)}", rule.slots, device)
-
-    def numels(self, device: torch.device) -> Tensor:
-        """The number of elements of each parameter of the table."""
-        assert self.table is not None
-        return self._copy("numels", self.table.numels, device)
-
-    def places(self, device: torch.device) -> Tensor:
-        """For each of this rank's shards the place of its parameter among the members of all rules."""
-        if ("places", device) in self._copies:  # every step asks, and there may be thousands
-            return self._copies["places", device]
-        place = {slot: i for i, slot in enumerate(slot for rule in self.rules for slot in rule.slots)}
-        return self._copy("places", [place[slot] for slot in self._slots], device)
-
-    def shards_of(self, rule: Rule, shards: int) -> list[int]:
-        """Positions, among so many shards of this rank, of those of a rule's parameters."""
-        slots = frozenset(rule.slots)
-        if self.table is None:  # then there is one rule
-            return list(range(shards))
-        return [i for i, slot in enumerate(self._slots) if slot in slots]
-
-    def _copy(self, name: str, values: Sequence[int], device: torch.device) -> Tensor:
-        if (name, device) not in self._copies:
-            self._copies[name, device] = torch.tensor(values, dtype=torch.int64).to(device)
-        return self._copies[name, device]
 
     # ---- what a checkpoint needs
 
     def state_dict(self) -> dict[str, Any]:
         """The policies' states, of numbers, strings and lists."""
-        groups = {rule.group.name: rule.policy.state_dict() for rule in self.rules if rule.group is not None}
-        return {"policy": self.default.state_dict(), "groups": groups}
+        states = {group.config.name: group.policy.state_dict() for group in self.groups if group.config}
+        return {"policy": self.default.state_dict(), "groups": states}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Go on from a `state_dict`, or begin anew; if it doesn't fit, nothing has changed.
@@ -246,35 +171,21 @@ class Rules:
         Raises:
             DistnormError: it is of other policies, groups or parameters.
         """
-        fresh = self._made()
+        fresh = self._new_groups()
         if state is not None:
-            self._fill(fresh, state)
-        for new, rule in zip(fresh, self.rules, strict=True):
-            if self.table is not None:
-                new.policy.bind(rule.names)
-        for new, rule in zip(fresh, self.rules, strict=True):
-            rule.policy = new.policy
-
-    def _fill(self, fresh: Sequence[Rule], state: Mapping[str, Any]) -> None:
-        groups = state.get("groups")
-        names = {rule.group.name for rule in fresh if rule.group is not None}
-        if not isinstance(groups, Mapping) or set(groups) != names:
-            found = sorted(map(str, groups)) if isinstance(groups, Mapping) else groups
-            raise DistnormError(f"expected the states of the groups {sorted(names)}, found {found!r}")
-        for rule in fresh:  # a policy refuses what is no state of its own
-            rule.policy.load_state_dict(
-                state.get("policy", {}) if rule.group is None else groups[rule.group.name]
-            )
+            _fill(fresh, state)
+        if self.ownership is not None:
+            for new in fresh:
+                new.policy.bind(self.ownership.names(new.index))
+        for new, group in zip(fresh, self.groups, strict=True):
+            group.policy.take_over(new.policy)
 
 
-def _few(facts: Sequence[str]) -> str:
-    more = len(facts) - _SHOWN
-    return ", ".join(facts[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-def max_norm_of(rule: Rule, clip: ClipConfig) -> float:
-    """The configured max norm of a rule, inf where there is none."""
-    if rule.policy.reads == "nothing":  # its bound is that of elements
-        return math.inf
-    value = clip.max_norm if rule.group is None else rule.group.max_norm
-    return math.inf if value is None else value
+def _fill(fresh: Sequence[PolicyGroup], state: Mapping[str, Any]) -> None:
+    states = state.get("groups")
+    names = {group.config.name for group in fresh if group.config}
+    if not isinstance(states, Mapping) or set(states) != names:
+        found = sorted(map(str, states)) if isinstance(states, Mapping) else states
+        raise DistnormError(f"expected the states of the groups {sorted(names)}, found {found!r}")
+    for group in fresh:  # a policy refuses what is no state of its own
+        group.policy.load_state_dict(states[group.config.name] if group.config else state.get("policy", {}))

@@ -1,4 +1,4 @@
-"""What a step's measurement and clipping are told as."""
+"""What a step's measurement and clipping found and did."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from distnorm.policies import Decision
+from distnorm import kernels
+from distnorm.policies.decision import Decision
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,9 @@ class GroupResult:
     threshold: Tensor
     was_clipped: Tensor
 
+    def __repr__(self) -> str:
+        return _in_a_line(self)
+
 
 @dataclass(frozen=True, slots=True)
 class ClipResult:
@@ -43,7 +47,7 @@ class ClipResult:
         clip_coef: fp64; what every gradient was multiplied by (by `measure`: 1); the smallest, where they
             have coefficients of their own.
         clipped_norm: fp64; the norm of the whole model's gradient after clipping. NaN where policy value has
-            a part in it: no norm tells what a clamp leaves.
+            a part in it: no norm says what a clamp leaves.
         threshold: fp64; the max norm in force, inf where none is; with groups that of all other parameters.
         is_finite: bool; whether the total norm is finite; true where nothing is measured.
         was_clipped: bool; whether the coefficient is below 1.
@@ -71,18 +75,40 @@ class ClipResult:
             plain["groups"] = {name: _plain(group) for name, group in self.groups.items()}
         return plain
 
+    def __repr__(self) -> str:
+        """One line; values only where they are in the host's memory, so that no device is waited for."""
+        return _in_a_line(self)
+
 
 def clip_result(total_norm: Tensor, is_finite: Tensor, decision: Decision, skipped: Tensor) -> ClipResult:
     """What a decision that is one coefficient makes of a norm."""
     clipped_norm = total_norm * decision.coef
-    if decision.zero:
-        clipped_norm = clipped_norm.where(is_finite, 0.0)
+    if decision.zero_unless is not None:
+        clipped_norm = clipped_norm.where(decision.zero_unless, 0.0)
     clipped = decision.coef < 1
     return ClipResult(
         total_norm, decision.coef, clipped_norm, decision.threshold, is_finite, clipped, skipped
     )
 
 
-def _plain(result: ClipResult | GroupResult) -> dict[str, Any]:
+def _tensors(result: ClipResult | GroupResult) -> dict[str, Tensor]:
     values = ((field.name, getattr(result, field.name)) for field in fields(result))
-    return {name: value.item() for name, value in values if isinstance(value, Tensor)}
+    return {name: value for name, value in values if isinstance(value, Tensor)}
+
+
+def _plain(result: ClipResult | GroupResult) -> dict[str, Any]:
+    return {name: value.item() for name, value in _tensors(result).items()}
+
+
+def _in_a_line(result: ClipResult | GroupResult) -> str:
+    tensors = _tensors(result)
+    if all(map(kernels.on_host, tensors.values())):
+        facts = [
+            f"{name}={value if isinstance(value, bool) else format(value, '.6g')}"
+            for name, value in _plain(result).items()
+        ]
+    else:  # to_dict() would wait for it
+        facts = [f"on {next(iter(tensors.values())).device}"]
+    if isinstance(result, ClipResult) and result.groups:
+        facts.append(f"groups={dict(result.groups)}")
+    return f"{type(result).__name__}({', '.join(facts)})"

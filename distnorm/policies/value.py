@@ -7,7 +7,7 @@ import math
 import torch
 
 from distnorm.policies.decision import Decision
-from distnorm.policies.policy import Policy, Seen
+from distnorm.policies.policy import Policy, StepStatistics
 
 
 class Value(Policy):
@@ -23,7 +23,7 @@ class Value(Policy):
     name = "value"
     reads = "nothing"
 
-    def decide(self, seen: Seen) -> Decision:
-        ones = torch.ones_like(seen.total_norm)
+    def decide(self, step: StepStatistics) -> Decision:
+        ones = torch.ones_like(step.total_norm)
         clamp = None if math.isinf(self._max_norm) else self._max_norm
         return Decision(ones, torch.full_like(ones, math.inf), may_clip=False, clamp=clamp)

@@ -107,7 +107,7 @@ class GradShard(ABC):
         """The indices that the piece holds along one dim of the global shape, [n] int64."""
         extent = self.piece[dim]
         assert isinstance(extent, tuple), "a source that gives digests tells what they stand for"
-        return torch.arange(*extent)
+        return torch.arange(*extent, device="cpu")
 
     @property
     def replicated_axes(self) -> tuple[int, ...]:

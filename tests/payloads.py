@@ -1,4 +1,4 @@
-"""One step's lanes for single parameters, as a measurement would add and reduce them."""
+"""One step's payload of single parameters, as a measurement would make and reduce it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distnorm.measure.exchange import Payload
 from distnorm.measure.norms import Norm, norm
 from distnorm.measure.partials import agree_on_partials
 from distnorm.measure.readings import completed, read_gradients
 from distnorm.plan.collectives import Ranks
-from distnorm.plan.model_table import Table, make_table
+from distnorm.plan.model_table import ModelTable, make_model_table
 from distnorm.plan.plan import Share, make_plan
 from distnorm.sources import shards_of, stage_of
 from distnorm.sources.shards import GradShard, of_grad
@@ -39,7 +41,7 @@ class Model:
     norm: Norm
     shards: list[GradShard]
     shares: tuple[Share, ...]
-    table: Table
+    table: ModelTable
     batches: Any = None
 
     @classmethod
@@ -51,7 +53,7 @@ class Model:
         ranks = Ranks(dist.new_group() if dist.is_initialized() else None)
         by = norm(order)
         shares = make_plan(ranks, shards, {}, replicas_share=by.replicas_share).shares
-        return cls(ranks, by, shards, shares, make_table(ranks, shards, shares))
+        return cls(ranks, by, shards, shares, make_model_table(ranks, shards, shares))
 
     @classmethod
     def of_topology(cls, topology: Topology) -> tuple[Model, list[Any]]:
@@ -69,11 +71,14 @@ class Model:
             batch.reduce(self.shards, readings, store=False)
         return completed(self.shards, readings, store=False)[0]
 
-    def weights(self) -> list[Tensor]:
-        return [shard.witness() for shard in self.shards]
-
-    def reduced(self, lanes: Tensor, op: str | None = None) -> Tensor:
-        return self.ranks.all_reduce_(lanes, op or self.norm.op)
+    def reduced(
+        self, payload: Payload, gradients: Sequence[Tensor | None] | None = None, op: str | None = None
+    ) -> Tensor:
+        """What all ranks' payloads are reduced to, of gradients that are read here if they aren't given."""
+        gradients = self.gradients() if gradients is None else gradients
+        local = payload.local(gradients, torch.device("cpu"))
+        assert local.shape == (payload.length,)
+        return self.ranks.all_reduce_(local, op or self.norm.op)
 
 
 def steps(topology: Topology, held: list[Any]) -> Any:

@@ -15,10 +15,10 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 from distnorm.errors import UnsupportedGradientError
-from distnorm.payload.units import Units
+from distnorm.payload.units import UnitStatistics
 from distnorm.sources.deepspeed import Piece, shards
 from tests import oracle
-from tests.lanes import Model, dense_parameters, name_of, steps
+from tests.payloads import Model, dense_parameters, name_of, steps
 from tests.refusals import Heard, heard
 from tests.test_topologies import RANDOM, topologies
 from tests.topologies import DTYPES, Topology, cut, local_of
@@ -32,11 +32,11 @@ def units_of_all(batch: list[Topology]) -> list[list[Any]]:
 
 def units_of(topology: Topology) -> list[Any]:
     model, held = Model.of_topology(topology)
-    units = Units(model.ranks, model.table, model.shards, model.shares)
+    units = UnitStatistics(model.ranks, model.table, model.shards, model.shares)
     seen = []
     for step in steps(topology, held):
         gradients = model.gradients()
-        reduced = model.reduced(units.local(gradients, model.weights()), "sum")
+        reduced = model.reduced(units, gradients, "sum")
         norms = units.norms(reduced)
         coefs = 1 / (1 + torch.arange(units.count, dtype=torch.float64))
         units.scale_(gradients, coefs)
@@ -105,8 +105,8 @@ def test_only_the_parameters_that_are_meant():
     for _, parameter in named:
         parameter.grad = parameter.detach() * 3
     model = Model.of(named)
-    units = Units(model.ranks, model.table, model.shards, model.shares, {"b"})
-    gradients, weights = units.norms(units.local(model.gradients(), model.weights()))
+    units = UnitStatistics(model.ranks, model.table, model.shards, model.shares, {"b"})
+    gradients, weights = units.norms(model.reduced(units))
     assert gradients.tolist() == pytest.approx([6 * math.sqrt(3)] * 2, rel=1e-15)
     assert weights.tolist() == pytest.approx([2 * math.sqrt(3)] * 2, rel=1e-15)
     units.scale_(model.gradients(), torch.tensor([1.0, 0.5], dtype=torch.float64))
@@ -130,15 +130,15 @@ def flat_units(strategy: str, use_orig_params: bool) -> Heard:
     model = Model.of(list(module.named_parameters()), target=[module])
 
     def measure(names: set[str] | None) -> torch.Tensor:
-        units = Units(model.ranks, model.table, model.shards, model.shares, names)
-        lanes = model.reduced(units.local(model.gradients(), model.weights()))
-        return units.norms(lanes)[1]
+        units = UnitStatistics(model.ranks, model.table, model.shards, model.shares, names)
+        reduced = model.reduced(units)
+        return units.norms(reduced)[1]
 
     if use_orig_params:
         bias = next(name for name in model.table.names if name.endswith("bias"))
         assert measure({bias}).tolist() == pytest.approx(expected[1:])  # all of it is one unit
     if strategy == "NO_SHARD":
-        assert measure(None).tolist() == pytest.approx([expected[1], *expected[0]])
+        assert measure(None).tolist() == pytest.approx([*expected[0], expected[1]])
     return heard(lambda: measure(None).sum())
 
 
@@ -168,24 +168,24 @@ def partition(cut_at: int) -> Any:
         )
     model = Model.of([])
     held = [shard for shard in shards(pieces, {}) if shard.numel]
-    from distnorm.plan.model_table import make_table
+    from distnorm.plan.model_table import make_model_table
     from distnorm.plan.plan import make_plan
 
     plan = make_plan(model.ranks, held, {}, replicas_share=True)
-    made = make_table(model.ranks, held, plan.shares)
+    made = make_model_table(model.ranks, held, plan.shares)
     try:
-        units = Units(model.ranks, made, held, plan.shares)
+        units = UnitStatistics(model.ranks, made, held, plan.shares)
     except UnsupportedGradientError as error:
         return str(error)
     gradients = [shard.read() for shard in held]
-    lanes = model.reduced(units.local(gradients, [shard.witness() for shard in held]))  # type: ignore[arg-type]
-    return units.norms(lanes)[0].tolist()
+    reduced = model.reduced(units, gradients)  # type: ignore[arg-type]
+    return units.norms(reduced)[0].tolist()
 
 
 def test_partitions_of_zero_have_units_only_where_they_are_whole(ranks):
     for message in ranks(2, partition, 5):
         assert "'w'" in message and "'b'" not in message and "flat parameter on ranks [0, 1]" in message
     rows = np.arange(12.0).reshape(4, 3)
-    expected = [np.linalg.norm(rows), *np.linalg.norm(rows, axis=1)]
+    expected = [*np.linalg.norm(rows, axis=1), np.linalg.norm(rows)]
     for found in ranks(2, partition, 12):
         assert found == pytest.approx(expected, rel=1e-15)

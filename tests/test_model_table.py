@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from distnorm.plan import model_table as table
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.model_table import natural
-from tests.lanes import Model
+from tests.payloads import Model
 
 
 def with_gradient(*shape: int) -> nn.Parameter:
@@ -76,10 +76,13 @@ def test_every_rank_knows_all_names_and_who_holds_them(ranks, world):
     found = ranks(world, tables_of_ranks)
     pairs = [(name, shape, rank) for rank in range(world) for name, shape in held_by(rank, world)]
     shapes = {name: shape for name, shape, _ in pairs}
-    names = sorted(shapes, key=lambda name: [int(p) if p.isdigit() else p for p in name.split(".")])
     holders = {name: [rank for other, _, rank in pairs if other == name] for name in shapes}
+    lowest = [[name for name, _ in held_by(rank, world) if holders[name][0] == rank] for rank in range(world)]
     for one in found:
-        assert list(one["names"]) == names
+        names = one["names"]
+        assert names == found[0]["names"] and sorted(names) == sorted(shapes)
+        for mine in lowest:  # every rank's own order
+            assert [name for name in names if name in mine] == mine
         assert list(one["shapes"]) == [shapes[name] for name in names]
         assert one["who"] == sorted((name, rank) for name, _, rank in pairs)
         assert one["replicated"] == sorted(name for name in names if len(holders[name]) > 1)
@@ -103,7 +106,7 @@ def what_is_gathered() -> tuple[list[int], float]:
 
     Ranks.gather = seen  # type: ignore[method-assign]
     started = time.perf_counter()
-    table.make_table(model.ranks, model.shards, model.shares)
+    table.make_model_table(model.ranks, model.shards, model.shares)
     (counts,) = published
     return counts, time.perf_counter() - started
 
@@ -143,6 +146,6 @@ def test_a_limit_bounds_what_a_rank_knows_of_others(ranks):
 
 def test_without_a_process_group():
     model = Model.of([("b", with_gradient(2)), ("a", with_gradient(3, 2))])
-    assert model.table.names == ("a", "b")
-    assert model.table.slots == (1, 0)
+    assert model.table.names == ("b", "a")
+    assert model.table.slots == (0, 1)
     assert Model.of([]).table.names == ()

@@ -18,11 +18,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from distnorm.errors import ConfigError
 from distnorm.measure.norms import norm
 from distnorm.payload.layers import layers_of
-from distnorm.payload.parameters import Detail
-from distnorm.payload.replicas import Replicas
+from distnorm.payload.parameters import ParameterStatistics
+from distnorm.payload.replicas import ReplicaChecksums
 from distnorm.plan import model_table as table
 from tests import oracle
-from tests.lanes import Model, dense_parameters, steps
+from tests.payloads import Model, dense_parameters, steps
 from tests.test_topologies import RANDOM, topologies
 from tests.topologies import Topology
 
@@ -36,29 +36,28 @@ FEW = settings(RANDOM, max_examples=3)
 # ---- any topology
 
 
-def details_of_all(batch: list[Topology]) -> list[list[dict[str, Any]]]:
-    return [details_of(topology) for topology in batch]
+def statistics_of_all(batch: list[Topology]) -> list[list[dict[str, Any]]]:
+    return [statistics_of(topology) for topology in batch]
 
 
-def details_of(topology: Topology) -> list[dict[str, Any]]:
+def statistics_of(topology: Topology) -> list[dict[str, Any]]:
     model, held = Model.of_topology(topology)
-    detail = Detail(model.table, model.shares, model.norm, weights=True)
-    lean = Detail(model.table, model.shares, model.norm, watch=False)
-    replicas = Replicas(model.table)
+    statistics = ParameterStatistics(model.table, model.shards, model.shares, model.norm, weights=True)
+    lean = ParameterStatistics(model.table, model.shards, model.shares, model.norm, layers=False)
+    replicas = ReplicaChecksums(model.table)
     seen = []
     for _ in steps(topology, held):
         gradients = model.gradients()
-        reduced = model.reduced(detail.local(gradients, model.weights()))
-        narrow = model.reduced(lean.local(gradients))
-        stats = detail.read(reduced)
+        reduced = model.reduced(statistics, gradients)
+        narrow = model.reduced(lean, gradients)
+        stats = statistics.read(reduced)
         seen.append(
             {
-                "names": detail.layer_names,
+                "names": statistics.layer_names,
                 **{field: getattr(stats, field).tolist() for field in FIELDS},
                 "parameter norms": lean.parameter_norms(narrow).tolist(),
-                "parameter rms": lean.parameter_rms(narrow).tolist(),
-                "first bad": detail.first_bad(reduced),
-                "diverged": replicas.diverged(model.reduced(replicas.local(gradients))),
+                "first bad": statistics.first_bad(reduced),
+                "diverged": replicas.diverged(model.reduced(replicas, gradients)),
             }
         )
     return seen
@@ -85,7 +84,7 @@ def test_every_parameter_of_every_topology(ranks, world, data):
     drawn = data.draw(st.lists(topologies(world), min_size=2, max_size=2))
     order = data.draw(st.sampled_from([2.0, 1.0, 1.5, math.inf]))
     batch = [Topology(**{**vars(topology), "order": order}) for topology in drawn]
-    reports = ranks(world, details_of_all, batch)
+    reports = ranks(world, statistics_of_all, batch)
     for position, topology in enumerate(batch):
         for step in range(topology.steps):
             found = [report[position][step] for report in reports]
@@ -105,7 +104,6 @@ def check(topology: Topology, step: int, found: dict[str, Any]) -> None:
             else:
                 assert found[field][i] == pytest.approx(exact, **EXACT), (name, field, topology)
         assert found["parameter norms"][i] == pytest.approx(expected[0], **EXACT)
-        assert found["parameter rms"][i] == pytest.approx(expected[1], **EXACT)
     assert (found["first bad"], found["diverged"]) == (None, ())
 
 
@@ -193,8 +191,10 @@ def two_layers(orders: list[float]) -> list[dict[str, Any]]:
     found = []
     for order in orders:
         model = Model.of(named, order)
-        detail = Detail(model.table, model.shares, model.norm, by="depth", weights=True)
-        stats = detail.read(model.reduced(detail.local(model.gradients(), model.weights())))
+        statistics = ParameterStatistics(
+            model.table, model.shards, model.shares, model.norm, by="depth", weights=True
+        )
+        stats = statistics.read(model.reduced(statistics))
         found.append({field: getattr(stats, field).tolist() for field in FIELDS})
     return found
 
@@ -208,7 +208,7 @@ LAYOUT = [
 
 
 def test_layers_of_several_parameters(ranks):
-    layers: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {"h.2": ([], []), "h.10": ([], [])}
+    layers: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {"h.10": ([], []), "h.2": ([], [])}
     for i, (name, _) in enumerate(LAYOUT):
         weight, gradient = values_of(i)
         layers[name[:-2]][0].append(gradient.numpy())
@@ -249,11 +249,16 @@ def planted(order: float, where: list[tuple[str, int, float]]) -> Any:
     for name, rank, value in where:
         if dist.get_rank() == rank:
             local(named[name]).view(-1)[-1] = value
-    detail = Detail(model.table, model.shares, model.norm)
-    reduced = model.reduced(detail.local(model.gradients()))
-    stats = detail.read(reduced)
+    statistics = ParameterStatistics(model.table, model.shards, model.shares, model.norm)
+    reduced = model.reduced(statistics)
+    stats = statistics.read(reduced)
     assert stats.max is not None
-    return detail.first_bad(reduced), stats.bad.tolist(), repr(stats.norm.tolist()), repr(stats.max.tolist())
+    return (
+        statistics.first_bad(reduced),
+        stats.bad.tolist(),
+        repr(stats.norm.tolist()),
+        repr(stats.max.tolist()),
+    )
 
 
 ORDERS = [2.0, 1.5, math.inf]
@@ -269,10 +274,13 @@ def test_the_first_bad_parameter_and_its_rank_are_named(ranks):
     for reports in ranks(4, planted_in_turn):
         for i in range(len(ORDERS)):
             first, bad, norms, largest = reports[3 * i]
-            assert (first, bad) == (("l.10", 1), [0, 0, 2])
+            assert (first, bad) == (("l.10", 1), [2, 0, 0])
             assert norms.count("nan") == largest.count("nan") == 1  # beside an inf of another rank
             first, bad, norms, largest = reports[3 * i + 1]
-            assert (first, bad) == (("l.9", 3), [0, 1, 1])  # the last rank counts the last elements of a copy
+            assert (first, bad) == (
+                ("l.10", 2),
+                [1, 1, 0],
+            )  # the last rank counts the last elements of a copy
             assert "nan" not in norms + largest
             assert norms.count("inf") == largest.count("inf") == 2
             assert reports[3 * i + 2][:2] == (None, [0, 0, 0])
@@ -285,15 +293,15 @@ def flipped(order: float, where: list[tuple[str, int]], highest: bool) -> Any:
             held = local(named[name])
             bits = held.view(torch.int64 if held.dtype is torch.float64 else torch.int32).view(-1)
             bits[5] ^= torch.iinfo(bits.dtype).min if highest else 1
-    replicas = Replicas(model.table)
-    return [(d.name, d.ranks) for d in replicas.diverged(model.reduced(replicas.local(model.gradients())))]
+    replicas = ReplicaChecksums(model.table)
+    return [(d.name, d.ranks) for d in replicas.diverged(model.reduced(replicas))]
 
 
 FLIPS = {
     2: [([("l.1", 1)], [("l.1", (0, 1))])],
     3: [([("l.9", 0)], [("l.9", (0,))])],
     4: [
-        ([("l.1", 2), ("l.9", 3), ("l.9", 1)], [("l.1", (2,)), ("l.9", (0, 1, 2, 3))]),
+        ([("l.1", 2), ("l.9", 3), ("l.9", 1)], [("l.9", (0, 1, 2, 3)), ("l.1", (2,))]),
         ([("l.10", 1)], []),  # has no replica that could tell
         ([], []),
     ],
@@ -318,11 +326,11 @@ def hybrid() -> Any:
     parameter = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Replicate(), Shard(0)]))
     parameter.grad = torch.ones_like(parameter) * (1 + mesh.get_local_rank(1))
     model = Model.of([("w", parameter)])
-    replicas = Replicas(model.table)
-    before = replicas.diverged(model.reduced(replicas.local(model.gradients())))
+    replicas = ReplicaChecksums(model.table)
+    before = replicas.diverged(model.reduced(replicas))
     if dist.get_rank() == 3:
         local(parameter)[0, 0] = 7
-    after = replicas.diverged(model.reduced(replicas.local(model.gradients())))
+    after = replicas.diverged(model.reduced(replicas))
     return before, [(d.name, d.ranks) for d in after]
 
 
@@ -338,15 +346,18 @@ def above_the_limit() -> Any:
     model, named = model_with()
     local(named["l.9"])[0, 0] = math.nan
     assert model.table.rows is None
-    detail = Detail(model.table, model.shares, model.norm)
-    reduced = model.reduced(detail.local(model.gradients()))
+    statistics = ParameterStatistics(model.table, model.shards, model.shares, model.norm)
+    reduced = model.reduced(statistics)
     refusals = []
-    for make in (lambda: Replicas(model.table), lambda: Detail(model.table, model.shares, norm("inf"))):
+    for make in (
+        lambda: ReplicaChecksums(model.table),
+        lambda: ParameterStatistics(model.table, model.shards, model.shares, norm("inf")),
+    ):
         with pytest.raises(ConfigError) as error:
             make()
         refusals.append(str(error.value).split(":")[0])
-    stats = detail.read(reduced)
-    return stats.max, detail.first_bad(reduced), stats.bad.tolist(), refusals
+    stats = statistics.read(reduced)
+    return stats.max, statistics.first_bad(reduced), stats.bad.tolist(), refusals
 
 
 def test_above_a_number_of_shards_there_is_no_maximum_and_no_rank(ranks):
@@ -357,15 +368,17 @@ def test_above_a_number_of_shards_there_is_no_maximum_and_no_rank(ranks):
 def test_orders_whose_statistic_is_wide_are_refused():
     model = Model.of([("w", nn.Parameter(torch.ones(2)))])
     with pytest.raises(ConfigError, match=r"up to 6.5, or inf.*found 7"):
-        Detail(model.table, model.shares, norm(7))
+        ParameterStatistics(model.table, model.shards, model.shares, norm(7))
 
 
-def test_nothing_and_missing_gradients_have_lanes_of_zeros():
+def test_nothing_and_missing_gradients_have_values_of_zeros():
     for named in ([], [("w", nn.Parameter(torch.ones(2))), ("v", nn.Parameter(torch.zeros(0, 3)))]):
         for order in (2.0, 3.0, math.inf):
             model = Model.of(named, order)
-            detail = Detail(model.table, model.shares, model.norm, weights=True)
-            lanes = detail.local(model.gradients(), model.weights())
-            stats = detail.read(lanes)
+            statistics = ParameterStatistics(
+                model.table, model.shards, model.shares, model.norm, weights=True
+            )
+            reduced = model.reduced(statistics)
+            stats = statistics.read(reduced)
             assert stats.norm.tolist() == stats.rms.tolist() == [0.0] * len(named)
-            assert Replicas(model.table).local(model.gradients()).shape == (0,)
+            assert model.reduced(ReplicaChecksums(model.table)).shape == (0,)

@@ -315,8 +315,8 @@ def costs() -> dict[str, Any]:
                 parameter.grad = gradient
             clipper.note(loss=1.0)
             seen = collectives_and_reads(clipper.clip) if step else clipper.clip()
-        lanes = clipper.rules.lanes
-        found[name] = (*seen, 0 if lanes is None else lanes.length)
+        payload = clipper.rules.payload
+        found[name] = (*seen, 0 if payload is None else payload.length)
     return found
 
 
@@ -325,17 +325,17 @@ def test_one_all_reduce_a_step_and_no_host_read(ranks: Any) -> None:
     extra = {"per_tensor": parameters, "rms": parameters, "adagc": parameters, "agc": 2 * units, "loss": loss}
     extra["groups"] = parameters + 2 * 6
     for found in ranks(2, costs):
-        for name, (collectives, reads, lanes) in found.items():
+        for name, (collectives, reads, length) in found.items():
             assert collectives == ({} if name == "value" else {"c10d::allreduce_": 1}), name
             assert reads == {}, name
-            assert lanes == extra.get(name, 0), name
+            assert length == extra.get(name, 0), name
 
 
 def test_total_norm_policies_need_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("a table was made")
 
-    monkeypatch.setattr(rules, "make_table", refuse)
+    monkeypatch.setattr(rules, "make_model_table", refuse)
     for name in ("constant", "schedule", "percentile", "zclip", "skip_spikes", "value"):
         distnorm.GradClipper([with_gradient(1.0)], {"clip": POLICIES[name]}).clip()
     with pytest.raises(AssertionError):
