@@ -8,8 +8,8 @@ from typing import Any
 
 from distnorm.config import overrides as _overrides
 from distnorm.config.models import Config
+from distnorm.config.problems import IN_CODE, Document, check, given_in_code, vocabulary
 from distnorm.config.reading import read_file
-from distnorm.config.report import IN_CODE, Document, check, given_in_code, vocabulary
 
 
 def load_config(

@@ -96,7 +96,7 @@ def check(model: type[Model], document: Document) -> Model:
     known, result = vocabulary(model), None
     while result is None:
         try:
-            result = model.model_validate(document.data)
+            result = model.model_validate(document.data, context=model)
             break
         except ValidationError as error:
             errors = error.errors(include_url=False)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, PlainValidator, WithJsonSchema
 
-from distnorm.config.degrees import Conflict
-from distnorm.config.section import Location, PositiveInt, Section
+from distnorm.config.section import Conflict, Location, PositiveInt, Section
 
 _KINDS = ("parameter", "module", "depth")
 _TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
@@ -128,10 +127,8 @@ class MonitorConfig(Section):
         "auto is a bar on a terminal, where rich is installed.",
     )
 
-    @model_validator(mode="after")
-    def _possible(self) -> MonitorConfig:
+    def conflicts(self) -> Iterator[Conflict]:
+        """Replicas are compared on monitored steps only."""
         if self.replicas and self.every is None:
             text = "expected monitor.every, which says when replicas are compared, found null"
-            found = (Conflict(("replicas", "every"), text),)
-            raise PydanticCustomError("conflict", "{text}", {"text": text, "conflicts": found})
-        return self
+            yield Conflict(("replicas", "every"), text)
