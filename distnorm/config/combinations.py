@@ -38,7 +38,7 @@ def of_norm(order: float, clip: ClipConfig, monitor: MonitorConfig) -> Iterator[
         keys = (f"{at}policy.name", f"{at}policy", "norm.type")
         if policy.name == "agc" and order != _UNITS_ORDER:
             text = "which goes by the 2-norms of output units"
-            yield Conflict(keys, f"expected norm.type = 2 under policy agc, {text}, found {order:g}")
+            yield Conflict(keys, f"expected norm.type 2 under policy agc, {text}, found {order:g}")
         elif policy.name in ("per_tensor", "adagc") and is_too_high:
             yield _too_high(keys, f"under policy {policy.name}", order)
     if clip.groups and is_too_high:
@@ -97,11 +97,10 @@ def _policies(clip: ClipConfig) -> Iterator[tuple[AnyPolicy, str]]:
 
 
 def _too_high(keys: tuple[str, ...], where: str, order: float) -> Conflict:
-    text = f"expected norm.type up to {LARGEST_PARAMETER_ORDER:g}, or inf, {where}"
-    return Conflict(keys, f"{text}: norms of single parameters are needed; found {order:g}")
+    text = f"expected an order up to {LARGEST_PARAMETER_ORDER:g}, or inf, {where}"
+    return Conflict(keys, f"{text}, for norms of single parameters; found norm.type {order:g}")
 
 
 def _not_optimizer(key: str, found: str) -> Conflict:
-    return Conflict(
-        ("clip.apply", key), f"expected auto or scale: an optimizer multiplies by one number; found {found}"
-    )
+    text = "expected fused optimizers, which multiply by one number, to be enough for all that is clipped"
+    return Conflict(("clip.apply", key), f"{text}, found {found}")

@@ -183,19 +183,19 @@ ONLY_TOTAL = "expected a policy that goes by the total norm under backend deepsp
         (
             "{norm: {type: inf}, clip: {policy: agc}}",
             (1, 36, "clip.policy"),
-            "expected norm.type = 2 under policy agc, which goes by the 2-norms of output units, found inf",
+            "expected norm.type 2 under policy agc, which goes by the 2-norms of output units, found inf",
         ),
         ("{norm: {type: 3}, clip: {policy: {name: agc}}}", (1, 41, "clip.policy.name"), "found 3"),
         (
             "{norm: {type: 1}, clip: {groups: [{params: [a], policy: agc}]}}",
             (1, 57, "clip.groups[0].policy"),
-            "expected norm.type = 2 under policy agc",
+            "expected norm.type 2 under policy agc",
         ),
         (
             "{norm: {type: 7}, clip: {policy: per_tensor}}",
             (1, 34, "clip.policy"),
-            "expected norm.type up to 6.5, or inf, under policy per_tensor: norms of single parameters are "
-            "needed; found 7",
+            "expected an order up to 6.5, or inf, under policy per_tensor, for norms of single parameters; "
+            "found norm.type 7",
         ),
         ("{norm: {type: 7}, clip: {policy: adagc}}", (1, 34, "clip.policy"), "or inf, under policy adagc"),
         ("{norm: {type: 7}, clip: {groups: [{params: [a]}]}}", (1, 34, "clip.groups"), "with clip.groups"),
@@ -204,8 +204,8 @@ ONLY_TOTAL = "expected a policy that goes by the total norm under backend deepsp
         (
             "{clip: {apply: optimizer, policy: value}}",
             (1, 16, "clip.apply"),
-            "expected auto or scale: an optimizer multiplies by one number; found policy value, which "
-            "multiplies nothing",
+            "expected fused optimizers, which multiply by one number, to be enough for all that is clipped, "
+            "found policy value, which multiplies nothing",
         ),
         (
             "{clip: {apply: optimizer, groups: [{params: [a]}]}}",
@@ -284,7 +284,7 @@ train: {model: {dim: 130}}
 def test_an_override_that_makes_a_conflict_is_its_place(file: Path) -> None:
     problem = only(problems(file, "clip: {policy: agc}", "norm.type=inf"))
     assert (problem.file, problem.path) == ("--set norm.type=inf", "norm.type")
-    with pytest.raises(ConfigError, match=r"clip\.policy\.name: expected norm\.type = 2 under policy agc"):
+    with pytest.raises(ConfigError, match=r"clip\.policy\.name: expected norm\.type 2 under policy agc"):
         Config(norm=NormConfig(type=3.0), clip=ClipConfig(policy={"name": "agc"}))  # type: ignore[arg-type]
 
 
