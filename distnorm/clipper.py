@@ -13,13 +13,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distnorm.config import Config, load_config
 from distnorm.errors import DistnormError, NonFiniteGradientError
+from distnorm.measure.diagnosis import found_not_finite
 from distnorm.measure.exchange import Lanes
 from distnorm.measure.meter import Meter
 from distnorm.measure.norms import norm
-from distnorm.measure.readings import Measured
+from distnorm.measure.readings import Measured, completed, read_gradients
 from distnorm.monitor import Monitor
-from distnorm.monitor.snapshot import Look
-from distnorm.monitor.watching import Watch, alike
+from distnorm.monitor.snapshot import LayerSnapshot
+from distnorm.monitor.step_monitor import StepMonitor, monitor_terms
 from distnorm.payload.payload import Joined
 from distnorm.plan.collectives import Ranks
 from distnorm.policies.deciding import Decider, Outcome
@@ -89,11 +90,11 @@ class GradClipper:
         terms = {
             "norm.type": order.order,
             **{f"clip.{key}": value for key, value in clip.items()},
-            **alike(self.config.monitor),
+            **monitor_terms(self.config.monitor),
             "tied": self._tied,
         }
         self._meter = Meter(ranks, order, terms, self._tied, raises=self.config.clip.nonfinite == "raise")
-        self._watch = Watch.of(self.config.monitor, ranks, order)
+        self._watch = StepMonitor.of(self.config.monitor, ranks, order)
         self._begin(self._meter.prepare(self._read_target))
 
     def clip(self) -> ClipResult:
@@ -118,7 +119,9 @@ class GradClipper:
         """
         with torch.no_grad():
             outcome, measured = self._decide()
+            told = self._found(measured)
             self._decider.apply(outcome, measured)
+            self._made(outcome.result, *told)
         return outcome.result
 
     def decide(self) -> ClipResult:
@@ -131,7 +134,9 @@ class GradClipper:
             DistnormError: as `clip`.
         """
         with torch.no_grad():
-            return self._decide()[0].result
+            outcome, measured = self._decide()
+            self._made(outcome.result, *self._found(measured))
+            return outcome.result
 
     def note(self, *, loss: Tensor | float | None = None, tokens: int | None = None) -> None:
         """Say what belongs to the step that is clipped next. Not collective.
@@ -221,19 +226,36 @@ class GradClipper:
     def _decide(self) -> tuple[Outcome, Measured]:
         measured = self._measured()
         outcome = self._decider.decide(measured.total_norm, self._of_rules(measured.more))
-        self._made(measured, outcome.result)
         return outcome, measured
 
     def _of_rules(self, more: Tensor | None) -> Tensor | None:
         return None if more is None or self._rules.lanes is None else more[: self._rules.lanes.length]
 
-    def _made(self, measured: Measured, result: ClipResult, loss_scale: float = 1.0) -> None:
+    def _found(self, measured: Measured) -> tuple[Tensor | None, tuple[tuple[str, int], ...]]:
+        """The snapshot's reduced part, and which gradients aren't finite, before they are scaled."""
+        snapshot = self._look()
+        if self._watch is None or snapshot is not None:
+            payload = measured.more
+            return None if snapshot is None or payload is None else payload[-snapshot.length :], ()
+        norm = measured.total_norm
+        if not norm.is_cpu or norm.numpy() < torch.inf or not measured.well:
+            return None, ()
+        gradients = completed(self._shards, read_gradients(self._shards)[0], store=False)[0]
+        return None, found_not_finite(self._meter.ranks, self._shards, gradients)
+
+    def _made(
+        self,
+        result: ClipResult,
+        payload: Tensor | None,
+        where: tuple[tuple[str, int], ...],
+        loss_scale: float = 1.0,
+    ) -> None:
         """Count a step, and have it told."""
         self._steps += 1
         self.last = result
         if self._watch is not None:
             self._expect()
-            self._watch.made(self._steps, result, measured, self._shards, loss_scale)
+            self._watch.record(self._steps, result, payload, where, loss_scale)
 
     def _measured(self) -> Measured:
         if not self._rules.measures and self._look() is None:
@@ -288,9 +310,9 @@ class GradClipper:
         if self._meter.overlap is not None:
             self._meter.overlap.looks_before = self._look() is not None
 
-    def _look(self) -> Look | None:
+    def _look(self) -> LayerSnapshot | None:
         """What looks at layers in the step that is clipped next."""
-        return None if self._watch is None else self._watch.look(self._steps + 1)
+        return None if self._watch is None else self._watch.snapshot(self._steps + 1)
 
     def _lanes(self, *, store: bool) -> Joined | None:
         """What travels with the total norm: what policies need, and in some steps that are clipped a look."""

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.overrides import TorchFunctionMode
 
 import distnorm
-from distnorm.monitor.host_copy import Fetch
+from distnorm.monitor.pending_steps import AsyncHostCopy
 from tests.counting import collectives_and_reads
 from tests.refusals import heard
 
@@ -235,7 +235,7 @@ def test_a_refused_gradient_leaves_nobody_waiting(ranks: Callable[..., list[Any]
     assert [row["finite"] for _, row in found] == [False, True, False, False]
 
 
-class Late(Fetch):
+class Late(AsyncHostCopy):
     """Values that take two steps to arrive, as a device's may."""
 
     waits = 0
@@ -255,7 +255,7 @@ class Late(Fetch):
 
 
 def test_no_step_waits_for_values_on_their_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distnorm.monitor.journal.Fetch", Late)
+    monkeypatch.setattr("distnorm.monitor.step_monitor.AsyncHostCopy", Late)
     monkeypatch.setattr(Late, "waits", 0)
     model = Model()
     clipper = distnorm.GradClipper(list(model.named.items()), config(tmp_path))
@@ -434,7 +434,7 @@ def watched_by_one(folder: Path) -> Any:
 def test_a_monitor_on_one_rank_alone_is_refused(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     for kind, message in ranks(2, watched_by_one, tmp_path, timeout=30):
         assert kind == "DisagreementError"
-        assert "monitor" in message and "not watched" in message
+        assert "monitor" in message and "not monitored" in message
 
 
 def test_a_checkpoint_of_torch_brings_back_the_monitors_memory(tmp_path: Path) -> None:

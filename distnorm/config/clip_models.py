@@ -28,7 +28,7 @@ class GroupConfig(Section):
     max_norm: Threshold = Field(None, description=_MAX_NORM + "null or inf never clips.")
     policy: PolicyChoice = Field(default_factory=default_policy, description=_POLICY)
     norm: Literal["own", "shared"] = Field(
-        "own", description="Which norm the policy is told: that of the group, or of the whole model."
+        "own", description="Which norm the policy goes by: that of the group, or that of the whole model."
     )
 
     @model_validator(mode="before")

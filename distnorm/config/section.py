@@ -108,7 +108,7 @@ class Section(BaseModel):
 
     @model_validator(mode="after")
     def _possible(self, info: ValidationInfo) -> Section:
-        # `check` names the outermost section, which alone looks: so all conflicts are found at once.
+        # `check` names the outermost section, which alone searches, so all conflicts are found at once.
         if isinstance(info.context, type) and info.context is not type(self):
             return self
         if found := tuple(self.all_conflicts()):

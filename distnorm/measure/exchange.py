@@ -153,3 +153,6 @@ class Exchange:
 
 def _zeros(lanes: int, device: torch.device) -> Tensor:
     return torch.zeros(lanes, dtype=torch.float64, device=device)
+
+
+Payload = Lanes

@@ -85,3 +85,6 @@ class NoiseScale:
 
     def load(self, state: Sequence[float]) -> None:
         self._signal, self._noise = state
+
+
+NoiseScalePayload = Noise

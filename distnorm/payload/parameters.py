@@ -294,3 +294,6 @@ def _by_tensor(
     if not parts:
         return torch.zeros(len(tensors), 4, dtype=torch.float64, device=device)
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
+
+
+ParameterStatistics = Detail

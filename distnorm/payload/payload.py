@@ -114,3 +114,6 @@ class Loss:
 
 def _with_one(loss: Tensor) -> Tensor:
     return torch.cat([loss, torch.ones_like(loss)])
+
+
+FunctionPayload, PayloadParts = Part, Joined

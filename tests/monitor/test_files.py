@@ -15,7 +15,7 @@ import pytest
 
 from distnorm import Monitor
 from distnorm.config import MonitorConfig
-from distnorm.monitor.jsonl import LineWriter
+from distnorm.monitor.sinks.jsonl import LineWriter
 from tests.monitor.feeding import layer_row, step_row, watched
 
 FILES = ("metrics.jsonl", "layers.jsonl", "alerts.jsonl")

@@ -107,7 +107,7 @@ class EngineClipper(GradClipper):
             outcome = self._decider.decide(measured.total_norm / loss_scale, self._of_rules(measured.more))
             if error is None:
                 try:
-                    self._made(measured, outcome.result, loss_scale)
+                    self._made(outcome.result, *self._found(measured), loss_scale)
                 except NonFiniteGradientError as caught:  # by monitor.stop_after
                     error = caught
             else:
