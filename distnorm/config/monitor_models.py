@@ -68,7 +68,8 @@ class AlertsConfig(Section):
     non_finite: bool = Field(True, description="Whether a norm that is inf or NaN gives an alert.")
     warmup: PositiveInt = Field(
         5,
-        description="Monitored steps in which a layer has a gradient before drop and exploding go by its average.",
+        description="Monitored steps in which a layer has a gradient, before drop and exploding go by its "
+        "average.",
     )
     hysteresis: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
         2.0,

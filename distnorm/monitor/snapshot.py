@@ -15,7 +15,7 @@ from distnorm.measure.norms import Norm
 from distnorm.monitor.records import LayerRow
 from distnorm.payload.noise import NoiseScalePayload
 from distnorm.payload.parameters import ParameterStatistics
-from distnorm.payload.payload import FunctionPayload, PayloadParts
+from distnorm.payload.payload import PayloadParts
 from distnorm.payload.replicas import Divergence, ReplicaChecksums
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.model_table import make_model_table
@@ -67,13 +67,11 @@ class LayerSnapshot:
         noise: NoiseScalePayload | None = None,
     ) -> None:
         table = make_model_table(ranks, shards, shares)
-        self._shards = tuple(shards)
-        self._statistics = ParameterStatistics(table, shares, norm, by=config.by, weights=True)
+        self._statistics = ParameterStatistics(table, shards, shares, norm, by=config.by, weights=True)
         self._checksums = ReplicaChecksums(table) if config.replicas else None
         self._noise = noise
-        parts: list[Payload] = [FunctionPayload(self._statistics.length, self._of_layers)]
-        parts += [part for part in (self._checksums, noise) if part is not None]
-        self._parts = PayloadParts(parts)
+        parts: tuple[Payload | None, ...] = (self._statistics, self._checksums, noise)
+        self._parts = PayloadParts([part for part in parts if part is not None])
 
     @property
     def length(self) -> int:
@@ -88,14 +86,6 @@ class LayerSnapshot:
     def local(self, gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
         """This rank's values, [length] fp64 on the device, of its gradients in the order of the shards."""
         return self._parts.local(gradients, device)
-
-    def _of_layers(self, gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
-        # Frozen weights may be of a kind that can't be read, so nobody touches them without a gradient.
-        weights = [
-            shard.witness() if gradient is not None or shard.holder.requires_grad else None
-            for shard, gradient in zip(self._shards, gradients, strict=True)
-        ]
-        return self._statistics.local(gradients, weights, device)
 
     def read(self, reduced: Tensor, loss_scale: float = 1.0) -> SnapshotRows:
         """What the reduced values say, [length] fp64 in the host's memory, of gradients without the scale."""

@@ -24,7 +24,7 @@ from distnorm.measure.overlap import Overlap
 from distnorm.monitor.monitor import Monitor
 from distnorm.monitor.pending_steps import AsyncHostCopy, Path, PendingStep, PendingSteps, Where, first_of
 from distnorm.monitor.snapshot import LayerSnapshot
-from distnorm.payload.noise import noise_of
+from distnorm.payload.noise import noise_scale_payload
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.plan import Share
 from distnorm.sources.shards import GradShard
@@ -78,7 +78,7 @@ class StepMonitor:
         """
         self._snapshot = None
         if self._config.every is not None:
-            noise = noise_of(self._ranks, self._norm, shares, overlap)
+            noise = noise_scale_payload(self._ranks, self._norm, shares, overlap)
             if noise is None and self._ranks.rank == 0:
                 _log.info("noise_scale is not available: it needs clip.overlap, norm.type 2, and DDP alone")
             self._snapshot = LayerSnapshot(self._config, self._ranks, self._norm, shards, shares, noise)

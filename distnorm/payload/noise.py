@@ -88,3 +88,4 @@ class NoiseScale:
 
 
 NoiseScalePayload = Noise
+noise_scale_payload = noise_of

@@ -24,6 +24,7 @@ from distnorm.measure.norms import Norm
 from distnorm.payload.layers import LayerStats, grouped, layers_of
 from distnorm.plan.model_table import MOST_ROWS, Ints, Table, first_device
 from distnorm.plan.plan import Share
+from distnorm.sources.shards import GradShard
 
 
 class Detail:
@@ -296,4 +297,23 @@ def _by_tensor(
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
 
 
-ParameterStatistics = Detail
+class ParameterStatistics(Detail):
+    """The statistics with the shards whose weights are read."""
+
+    def __init__(
+        self,
+        table: Table,
+        shards: Sequence[GradShard],
+        shares: Sequence[Share],
+        norm: Norm,
+        *,
+        by: str | Sequence[str],
+        weights: bool,
+    ) -> None:
+        super().__init__(table, shares, norm, by=by, weights=weights)
+        self._held = tuple(shards)
+
+    def local(  # type: ignore[override]
+        self, gradients: Sequence[Tensor | None], device: torch.device
+    ) -> Tensor:
+        return super().local(gradients, [shard.witness() for shard in self._held], device)
