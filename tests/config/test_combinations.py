@@ -129,7 +129,7 @@ def test_impossible_combinations_point_at_the_key(file: Path, train: str, place:
     assert message in problem.message
 
 
-def test_replicas_are_compared_in_looks_only(file: Path) -> None:
+def test_replicas_are_compared_in_monitored_steps_only(file: Path) -> None:
     problem = only(problems(file, "monitor: {replicas: true}"))
     assert (problem.line, problem.column, problem.path) == (1, 21, "monitor.replicas")
     assert "expected monitor.every, which says when" in problem.message
