@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         module.main = main  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, name, module)
         # `from package import last` takes the attribute, where there is one, before the module.
-        monkeypatch.setattr(sys.modules[package], last, module, raising=False)
+        monkeypatch.setattr(importlib.import_module(package), last, module, raising=False)
 
     trainer = ModuleType("distnorm.trainer")
     monkeypatch.setitem(sys.modules, "distnorm.trainer", trainer)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from distnorm.config.problems import Document, Finding, Mark
 from distnorm.config.reading import parse
-from distnorm.config.report import Document, Finding, Mark
 from distnorm.config.vocabulary import Path, Vocabulary
 
 PREFIX = "DISTNORM_"

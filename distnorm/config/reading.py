@@ -8,7 +8,7 @@ from os import PathLike, fspath
 import yaml
 
 from distnorm.config import scalars
-from distnorm.config.report import Document, Mark
+from distnorm.config.problems import Document, Mark
 from distnorm.config.vocabulary import NO_VALUE, Path
 
 _MAX_BYTES = 1 << 18

@@ -1,4 +1,4 @@
-"""The rules that look at layers and steps, and find what somebody should know."""
+"""The rules that judge layers and steps, and the alerts that follow."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from distnorm.monitor.records import Alert, Kind, LayerRow
 # but for rounding, never was.
 _ALIVE = 1e3
 # An expert that got no token has no gradient on that step, and is as alive as before.
-_ZERO_LOOKS = 3
+_ZERO_STEPS = 3
 _DEFAULT_FACTOR = 10.0
 
 
-class Rules:
-    """What is remembered of each layer, and which alerts follow from what is seen.
+class AlertRules:
+    """Remembers each layer's norms, and finds what somebody should know.
 
     Args:
         config: the bounds.
@@ -33,27 +33,27 @@ class Rules:
         self._layers: dict[str, History] = {}
 
     def clip_rate(self, step: int, rate: float) -> Iterator[Alert]:
-        """What the share of clipped steps over a full window says."""
+        """Alerts of the share of clipped steps over a full window."""
         bound = self._config.clip_rate
         if bound is not None:
             beyond, back = rate > bound, rate <= bound / self._config.hysteresis
             text = f"{rate:.0%} of the window's steps were clipped, more than {bound:.0%}"
-            yield from self._tell("clip_rate", step, beyond, back, text, value=rate, bound=bound)
+            yield from self._when_due("clip_rate", step, beyond, back, text, value=rate, bound=bound)
 
     def finite(
         self, step: int, finite: bool, norm: float | None, parameter: str | None, ranks: Sequence[int] | None
     ) -> Iterator[Alert]:
-        """What follows from a norm that is inf or NaN: where, so far as parameter and ranks are known."""
+        """The alert of a norm that is inf or NaN, with parameter and ranks as far as they are known."""
         if finite:
             self._latch.release("non_finite")
         elif self._config.non_finite:
             text = f"the norm is {'inf or NaN' if norm is None else norm}{_on(ranks)}"
-            yield from self._tell(
+            yield from self._when_due(
                 "non_finite", step, True, False, text, layer=parameter, ranks=ranks, value=norm
             )
 
     def layers(self, step: int, rows: Sequence[LayerRow]) -> Iterator[Alert]:
-        """What the rows of a look say."""
+        """Alerts of a monitored step's layers."""
         factor = self._config.exploding or _DEFAULT_FACTOR
         for row in rows:
             history = self._layers.setdefault(row.layer, History())
@@ -74,10 +74,10 @@ class Rules:
         if not bounds:
             return
         bound = max(bounds)
-        missing = row.norm == 0.0 and history.zeros + 1 < _ZERO_LOOKS
+        missing = row.norm == 0.0 and history.zeros + 1 < _ZERO_STEPS
         beyond, back = row.norm < bound and not missing, row.norm >= bound * config.hysteresis
         text = f"the gradient's norm is {row.norm:.3e}, less than {bounds[bound]}"
-        yield from self._tell(
+        yield from self._when_due(
             "vanishing", step, beyond, back, text, layer=row.layer, value=row.norm, bound=bound
         )
 
@@ -89,7 +89,7 @@ class Rules:
         beyond, back = row.norm > bound, row.norm <= bound / self._config.hysteresis
         times = row.norm / history.average
         text = f"the gradient's norm is {row.norm:.3e}, {times:.3g} times its average, {history.average:.3e}"
-        yield from self._tell(
+        yield from self._when_due(
             "exploding", step, beyond, back, text, layer=row.layer, value=row.norm, bound=bound
         )
 
@@ -100,7 +100,7 @@ class Rules:
             # The key is the kind of block, whichever of its ends is the low one.
             beyond, back = trend.ratio < bound, trend.ratio >= min(bound * self._config.hysteresis, 1.0)
             text = f"norms fall from {trend.high} to {trend.low} to {trend.ratio:.1e}, less than {bound:.1e}"
-            yield from self._tell(
+            yield from self._when_due(
                 "vanishing",
                 step,
                 beyond,
@@ -113,11 +113,11 @@ class Rules:
             )
 
     def diverged(self, step: int, layer: str | None, ranks: Sequence[int] | None) -> Iterator[Alert]:
-        """Replicas differ. Told again after every cool-down for as long as they do."""
+        """The alert of replicas that differ: again after every cool-down for as long as they do."""
         text = f"replicas of the gradient differ bit by bit{_on(ranks)}"
-        yield from self._tell("divergence", step, True, True, text, layer=layer, ranks=ranks)
+        yield from self._when_due("divergence", step, True, True, text, layer=layer, ranks=ranks)
 
-    def _tell(
+    def _when_due(
         self,
         kind: Kind,
         step: int,

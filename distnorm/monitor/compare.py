@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distnorm.errors import RunError
+from distnorm.monitor.records import METRICS_FILE
 
-_METRICS_FILE = "metrics.jsonl"
 _COMPARED = ("grad_norm", "loss")
 
 
@@ -74,11 +74,11 @@ def relative_difference(a: float, b: float) -> float:
 
 def _read(path: Path) -> Mapping[int, tuple[float, float]]:
     """Norm and loss of every step of a run."""
-    file = path / _METRICS_FILE if path.is_dir() else path
+    file = path / METRICS_FILE if path.is_dir() else path
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"expected a run's folder or its {_METRICS_FILE}, found {error}") from error
+        raise RunError(f"expected a run's folder or its {METRICS_FILE}, found {error}") from error
     rows: dict[int, tuple[float, float]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -1,4 +1,4 @@
-"""When what a rule found is told: once, until it was better for a while."""
+"""When what a rule found becomes an alert: once, until it was better for a while."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Latch:
             key: what is judged.
             step: when.
             beyond: the value is beyond its bound.
-            back: the value is well within it: from here on it can be told again.
+            back: the value is well within it: from here on there can be an alert again.
         """
         if back:
             self._fired.discard(key)

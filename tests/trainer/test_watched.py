@@ -182,7 +182,7 @@ def test_sinks_that_fail_leave_the_run_going(
         return real_write(descriptor, line)
 
     monkeypatch.setattr(builtins, "__import__", without_wandb)
-    monkeypatch.setattr("distnorm.monitor.lines.os.write", full_disk)
+    monkeypatch.setattr("distnorm.monitor.sinks.jsonl.os.write", full_disk)
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from distnorm.monitor.report.lines import Broken, Row, read
 from distnorm.monitor.report.numbers import number, percentiles
+from distnorm.monitor.report.row_reader import Row, UnreadableLines, read_rows
 
-LAYERS_FILE = "layers.jsonl"
 PERCENTS = (0, 5, 25, 50, 75, 95, 100)
 _MAX_ROWS, _MAX_COLUMNS = 1000, 400
 
@@ -40,7 +39,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """All layers in the model's order; `bins` are the first and last step of each column."""
+    """All layers in the order of the model; `bins` are the first and last step of each column."""
 
     layers: tuple[Layer, ...] = ()
     bins: tuple[tuple[int, int], ...] = ()
@@ -56,6 +55,7 @@ class _Series:
     steps: array[int] = field(default_factory=lambda: array("q"))
     norms: array[float] = field(default_factory=lambda: array("d"))
     last: Row = field(default_factory=dict)
+    line: int = 0  # of the last row
 
 
 def read_layers(file: Path, max_cells: int) -> Layers:
@@ -67,9 +67,9 @@ def read_layers(file: Path, max_cells: int) -> Layers:
     """
     if not file.is_file():
         return Layers()
-    broken = Broken(file.name)
+    broken = UnreadableLines(file.name)
     series: dict[str, _Series] = {}
-    for rows in read(file, broken):
+    for rows in read_rows(file, broken):
         for line, row in rows:
             try:
                 name, step, norm = row["layer"], row["step"], row["norm"]
@@ -81,9 +81,15 @@ def read_layers(file: Path, max_cells: int) -> Layers:
             except (KeyError, ValueError, TypeError, OverflowError):
                 broken.add(line)
             else:
-                of.last = row
+                of.last, of.line = row, line
     notes = (str(broken),) if broken.count else ()
-    return _grid(list(series.values()), max_cells, notes)
+    return _grid(_in_order(list(series.values())), max_cells, notes)
+
+
+def _in_order(all_series: list[_Series]) -> list[_Series]:
+    """The order of the newest step's rows, which is that of the model; then the layers that it lacks."""
+    newest = max((of.steps[-1] for of in all_series), default=0)
+    return sorted(all_series, key=lambda of: of.line if of.steps[-1] == newest else math.inf)
 
 
 def _grid(all_series: Sequence[_Series], max_cells: int, notes: tuple[str, ...]) -> Layers:

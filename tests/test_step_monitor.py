@@ -1,12 +1,14 @@
-"""A clipper that is watched: planted faults are told in time, and steps cost what they cost."""
+"""A monitored clipper: planted faults give alerts in time, and steps cost what they cost."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.overrides import TorchFunctionMode
 
 import distnorm
-from distnorm.monitor.host_copy import Fetch
+from distnorm.config import MonitorConfig
+from distnorm.measure.norms import norm
+from distnorm.monitor.pending_steps import AsyncHostCopy
+from distnorm.monitor.step_monitor import StepMonitor
+from distnorm.plan.collectives import Ranks
 from tests.counting import collectives_and_reads
 from tests.refusals import heard
 
@@ -72,11 +79,11 @@ def config(folder: Path | None, nonfinite: str = "propagate", **monitor: Any) ->
 def costs_of_steps(folder: Path) -> list[Any]:
     model = Model()
     clipper = distnorm.GradClipper(list(model.named.items()), config(folder))
-    unwatched = distnorm.GradClipper(list(model.named.items()), {"clip": config(None)["clip"]})
+    unmonitored = distnorm.GradClipper(list(model.named.items()), {"clip": config(None)["clip"]})
     seen = []
     for step in range(1, 3 * EVERY + 1):
         model.backward(step)
-        plain = collectives_and_reads(unwatched.measure)
+        plain = collectives_and_reads(unmonitored.measure)
         clipper.note(loss=torch.tensor(0.5), tokens=100)
         seen.append((plain, collectives_and_reads(clipper.clip)))
     return seen
@@ -142,10 +149,10 @@ PLANTED = (6 * EVERY, 6 * EVERY + 1, 6 * EVERY + 2)
 
 def run_with_fault(folder: Path, kind: str, planted: int) -> list[Any]:
     """The alerts that callbacks got on this rank, with the step that had been made then."""
-    model, told, made = Model(), [], [0]
+    model, alerted, made = Model(), [], [0]
     clipper = distnorm.GradClipper(list(model.named.items()), config(folder))
     assert clipper.monitor is not None
-    clipper.monitor.on_alert(lambda alert: told.append((made[0], alert)))
+    clipper.monitor.on_alert(lambda alert: alerted.append((made[0], alert)))
     for step in range(1, planted + EVERY + 1):
         model.backward(step)
         if step >= planted:
@@ -153,7 +160,7 @@ def run_with_fault(folder: Path, kind: str, planted: int) -> list[Any]:
         clipper.clip()
         made[0] = step
     clipper.flush()
-    return told
+    return alerted
 
 
 def runs_with_faults(folder: Path) -> list[Any]:
@@ -162,18 +169,20 @@ def runs_with_faults(folder: Path) -> list[Any]:
     ]
 
 
-def test_a_planted_fault_is_told_within_one_interval(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
-    told, *others = ranks(4, runs_with_faults, tmp_path)
+def test_a_planted_fault_gives_an_alert_within_one_interval(
+    ranks: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    alerted, *others = ranks(4, runs_with_faults, tmp_path)
     assert all(alerts == [] for other in others for alerts in other)
     for kind in FAULTS:
         for planted in PLANTED:
-            found = told.pop(0)
-            looked = planted if kind == "non_finite" else -(-planted // EVERY) * EVERY
+            found = alerted.pop(0)
+            found_at = planted if kind == "non_finite" else -(-planted // EVERY) * EVERY
             alerts = lines(tmp_path / kind / str(planted) / "alerts.jsonl")
             assert [(a["kind"], a["layer"], a["ranks"]) for a in alerts] == [EXPECTED[kind]]
-            assert [a["step"] for a in alerts] == [looked]
+            assert [a["step"] for a in alerts] == [found_at]
             ((made, alert),) = found
-            assert (alert.step, alert.layer) == (looked, EXPECTED[kind][1])
+            assert (alert.step, alert.layer) == (found_at, EXPECTED[kind][1])
             assert made <= planted + EVERY
 
 
@@ -187,7 +196,7 @@ def clean(folder: Path) -> int:
     return len(lines(folder / "metrics.jsonl"))
 
 
-def test_without_a_fault_nothing_is_told(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+def test_without_a_fault_there_is_no_alert(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     ranks(4, clean, tmp_path)
     assert len(lines(tmp_path / "metrics.jsonl")) == 40
     assert lines(tmp_path / "alerts.jsonl") == []
@@ -235,7 +244,7 @@ def test_a_refused_gradient_leaves_nobody_waiting(ranks: Callable[..., list[Any]
     assert [row["finite"] for _, row in found] == [False, True, False, False]
 
 
-class Late(Fetch):
+class Late(AsyncHostCopy):
     """Values that take two steps to arrive, as a device's may."""
 
     waits = 0
@@ -255,7 +264,7 @@ class Late(Fetch):
 
 
 def test_no_step_waits_for_values_on_their_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distnorm.monitor.journal.Fetch", Late)
+    monkeypatch.setattr("distnorm.monitor.step_monitor.AsyncHostCopy", Late)
     monkeypatch.setattr(Late, "waits", 0)
     model = Model()
     clipper = distnorm.GradClipper(list(model.named.items()), config(tmp_path))
@@ -300,7 +309,7 @@ def changing(folder: Path) -> None:
     clipper = distnorm.GradClipper(module, config(folder))
     for step in range(1, 2 * EVERY + 1):
         if step == 2 * EVERY:
-            module.added = nn.Parameter(torch.ones(3))  # in a step that looks at layers
+            module.added = nn.Parameter(torch.ones(3))  # in a monitored step
         model.backward(step)
         clipper.clip()
     clipper.close()
@@ -375,9 +384,9 @@ def rows_of(step: int, rank: int) -> Tensor:
 
 def under_ddp(folder: Path) -> None:
     replicated = nn.parallel.DistributedDataParallel(Linear().double(), bucket_cap_mb=1e-4)
-    watched = config(folder, every=2)
-    watched["clip"]["overlap"] = True
-    clipper = distnorm.GradClipper(replicated, watched)
+    monitored = config(folder, every=2)
+    monitored["clip"]["overlap"] = True
+    clipper = distnorm.GradClipper(replicated, monitored)
     for step in range(1, 7):
         replicated.zero_grad()
         replicated(rows_of(step, dist.get_rank())).square().sum().backward()
@@ -423,18 +432,18 @@ def test_without_ddp_there_is_no_noise_scale(ranks: Callable[..., list[Any]]) ->
     assert ranks(2, without_noise) == [None, None]
 
 
-def watched_by_one(folder: Path) -> Any:
+def monitored_by_one(folder: Path) -> Any:
     model, here = Model(), dist.get_rank() == 0
-    watched = {"monitor": {"dir": folder}} if here else {}
+    monitored = {"monitor": {"dir": folder}} if here else {}
     return heard(
-        lambda: distnorm.GradClipper(list(model.named.items()), {"clip": {"nonfinite": "skip"}, **watched})
+        lambda: distnorm.GradClipper(list(model.named.items()), {"clip": {"nonfinite": "skip"}, **monitored})
     )
 
 
 def test_a_monitor_on_one_rank_alone_is_refused(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
-    for kind, message in ranks(2, watched_by_one, tmp_path, timeout=30):
+    for kind, message in ranks(2, monitored_by_one, tmp_path, timeout=30):
         assert kind == "DisagreementError"
-        assert "monitor" in message and "not watched" in message
+        assert "monitor" in message and "not monitored" in message
 
 
 def test_a_checkpoint_of_torch_brings_back_the_monitors_memory(tmp_path: Path) -> None:
@@ -520,3 +529,208 @@ def test_a_state_whose_monitor_is_none_changes_nothing() -> None:
     with pytest.raises(distnorm.DistnormError, match="expected a monitor's state under monitor"):
         clipper.load_state_dict({**before, "steps": 7, "monitor": {"step": 7}})
     assert clipper.state_dict() == before
+
+
+# ---- what a callback of an alert may do
+
+
+class Alerting:
+    """A monitored clipper whose third step gives an alert; every step has a row and a snapshot."""
+
+    def __init__(self, folder: Path, **monitor: Any) -> None:
+        self.model, self.folder = Model(), folder
+        alerts = {"cooldown": 1}
+        settings = config(folder, every=1, replicas=False, alerts=alerts, clip_rate_window=3, **monitor)
+        settings["monitor"]["alerts"] |= {"clip_rate": 0.1, "hysteresis": 1.0}
+        self.clipper = distnorm.GradClipper(list(self.model.named.items()), settings)
+        assert self.clipper.monitor is not None
+        self.monitor = self.clipper.monitor
+
+    def step(self, step: int) -> distnorm.ClipResult:
+        self.model.backward(step)
+        return self.clipper.clip()
+
+    def written(self) -> tuple[list[int], list[int]]:
+        """The steps of the rows, and of the layers' rows, of which each step has three."""
+        layers = [row["step"] for row in lines(self.folder / "layers.jsonl")]
+        assert layers == [step for step in layers[::3] for _ in range(3)]
+        return [row["step"] for row in lines(self.folder / "metrics.jsonl")], layers[::3]
+
+
+def test_a_callback_finds_its_step_written_and_may_flush(tmp_path: Path) -> None:
+    run, found = Alerting(tmp_path), []
+
+    def flush(alert: distnorm.Alert) -> None:
+        before = run.written()
+        row = run.clipper.flush()
+        assert row is not None
+        found.append((alert.step, before, row["step"], run.written()))
+
+    run.monitor.on_alert(flush)
+    for step in range(1, 6):
+        run.step(step)
+    run.clipper.close()
+    assert [len(steps) for steps in run.written()] == [5, 5]
+    # The alert of step 3 comes with step 4, whose own row the callback's flush then writes.
+    assert found[0] == (3, ([1, 2, 3], [1, 2, 3]), 4, ([1, 2, 3, 4], [1, 2, 3, 4]))
+
+
+def test_a_callback_may_note_what_belongs_to_the_next_step(tmp_path: Path) -> None:
+    run = Alerting(tmp_path)
+    run.monitor.on_alert(lambda alert: run.clipper.note(loss=100.0 + alert.step))
+    for step in range(1, 6):
+        if step < 5:
+            run.clipper.note(loss=float(step))
+        run.step(step)
+    run.clipper.close()
+    assert [row["loss"] for row in lines(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 3.0, 4.0, 103.0]
+
+
+def test_a_callback_may_clip_again(tmp_path: Path) -> None:
+    run = Alerting(tmp_path)
+    again = iter([0.0])
+
+    def clip(alert: distnorm.Alert) -> None:
+        if next(again, None) is not None:
+            run.step(alert.step + 100)
+
+    run.monitor.on_alert(clip)
+    for step in range(1, 6):
+        run.step(step)
+    run.clipper.close()
+    assert run.written() == ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6])
+
+
+def test_a_callback_may_save_a_checkpoint(tmp_path: Path) -> None:
+    run, states = Alerting(tmp_path), []
+    run.monitor.on_alert(lambda _: states.append(run.clipper.state_dict()))
+    for step in range(1, 5):
+        run.step(step)
+    assert (states[0]["steps"], states[0]["monitor"]["step"]) == (4, 4)
+    straight = Alerting(tmp_path / "straight")
+    for step in range(1, 5):
+        straight.step(step)
+    assert straight.clipper.state_dict() == states[-1]
+
+
+def test_a_callback_may_close_the_clipper(tmp_path: Path) -> None:
+    run = Alerting(tmp_path)
+    run.monitor.on_alert(lambda _: run.clipper.close())
+    for step in range(1, 7):
+        run.step(step)
+    run.clipper.close()
+    assert run.written() == ([1, 2, 3, 4], [1, 2, 3, 4])
+
+
+def test_what_a_callback_frees_has_been_scaled(tmp_path: Path) -> None:
+    run = Alerting(tmp_path)
+    held: list[Tensor] = []
+
+    def free(alert: distnorm.Alert) -> None:
+        for parameter in run.model.named.values():
+            assert parameter.grad is not None
+            held.append(parameter.grad)
+            parameter.grad = None
+        raise RuntimeError("and more")
+
+    run.monitor.on_alert(free)
+    for step in range(1, 5):
+        result = run.step(step)
+    norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in held))
+    assert norm == pytest.approx(float(result.clipped_norm), rel=1e-6) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_an_interrupted_callback_leaves_the_other_steps_in_their_order(tmp_path: Path) -> None:
+    run = Alerting(tmp_path)
+
+    def interrupt(alert: distnorm.Alert) -> None:
+        if alert.step == 3:
+            raise KeyboardInterrupt
+
+    run.monitor.on_alert(interrupt)
+    for step in range(1, 4):
+        run.step(step)
+    with pytest.raises(KeyboardInterrupt):
+        run.step(4)
+    for step in range(5, 7):
+        run.step(step)
+    run.clipper.close()
+    assert run.written() == ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6])
+
+
+# ---- what is noted, and where it goes
+
+
+def test_a_noted_loss_is_the_value_that_it_had_then(tmp_path: Path) -> None:
+    model = Model()
+    clipper = distnorm.GradClipper(list(model.named.items()), config(tmp_path))
+    running, tokens = torch.tensor(7.5), torch.tensor(64)
+    for step in (1, 2):
+        model.backward(step)
+        clipper.note(loss=running, tokens=tokens)  # type: ignore[arg-type]
+        running.zero_()
+        tokens.zero_()
+        clipper.clip()
+        running.fill_(7.5)
+        tokens.fill_(64)
+    clipper.close()
+    rows = lines(tmp_path / "metrics.jsonl")
+    assert [row["loss"] for row in rows] == [7.5, 7.5] and rows[1]["tokens_per_second"] > 0
+
+
+NOWHERE = "monitor.every = 3 measures layers, and nothing keeps what it finds"
+
+
+@pytest.mark.parametrize("place", [None, "dir", "callback", "sink"])
+def test_a_monitor_without_a_place_to_write_says_so_once(
+    place: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Model()
+    sinks = {"tensorboard": True} if place == "sink" else {}
+    folder = tmp_path if place in ("dir", "sink") else None
+    clipper = distnorm.GradClipper(list(model.named.items()), config(folder, sinks=sinks))
+    assert clipper.monitor is not None
+    if place == "callback":
+        clipper.monitor.on_alert(lambda _: None)
+    for step in range(1, 3 * EVERY + 1):
+        model.backward(step)
+        clipper.clip()
+    clipper.close()
+    said = [message for message in caplog.messages if message.startswith(NOWHERE)]
+    assert len(said) == (place is None)
+    assert all(key in message for message in said for key in ("monitor.dir", "monitor.sinks.wandb"))
+
+
+def without_a_place() -> list[str]:
+    heard_here: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard_here.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("distnorm").addHandler(handler)
+    model = Model()
+    clipper = distnorm.GradClipper(list(model.named.items()), config(None, every=1))
+    for step in (1, 2):
+        model.backward(step)
+        clipper.clip()
+    clipper.close()
+    return [message for message in heard_here if "nothing keeps what it finds" in message]
+
+
+def test_only_rank_0_says_that_there_is_no_place(ranks: Callable[..., list[Any]]) -> None:
+    assert [len(said) for said in ranks(2, without_a_place)] == [1, 0]
+
+
+def test_a_dry_run_has_no_rows(tmp_path: Path) -> None:
+    monitor = StepMonitor.of(MonitorConfig(every=1, dir=str(tmp_path)), Ranks(None), norm(2.0))
+    assert monitor is not None
+    with FakeTensorMode():
+        result = Result(torch.zeros((), device="cpu"), torch.ones((), dtype=torch.bool, device="cpu"))
+        monitor.note(1.0, None)
+        monitor.record(1, result, None)
+    assert monitor.flush({}) is None
+    monitor.close()
+
+
+@dataclass
+class Result:
+    total_norm: Tensor
+    is_finite: Tensor

@@ -1,4 +1,4 @@
-"""JSON lines, read fast and without stumbling over those that a killed run left broken."""
+"""Rows of JSON, a line each, read fast and without stumbling over those that a killed run left broken."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _AT_ONCE = 1 << 22
 
 
 @dataclass(slots=True)
-class Broken:
+class UnreadableLines:
     """The lines of a file that hold no row: how many, and the first. A last line cut short isn't one."""
 
     file: str
@@ -35,7 +35,7 @@ class Broken:
         )
 
 
-def read(path: Path, broken: Broken) -> Iterator[list[tuple[int, Row]]]:
+def read_rows(path: Path, broken: UnreadableLines) -> Iterator[list[tuple[int, Row]]]:
     """The rows of a file with the numbers of their lines, some megabytes at a time.
 
     A last line without its line break, which is what SIGKILL leaves, counts only where it is whole.
@@ -54,7 +54,7 @@ def read(path: Path, broken: Broken) -> Iterator[list[tuple[int, Row]]]:
         raise RunError(f"expected a run's {path.name}, found {error}") from error
 
 
-def _rows(lines: list[bytes], done: int, cut: bool, broken: Broken) -> list[tuple[int, Row]]:
+def _rows(lines: list[bytes], done: int, cut: bool, broken: UnreadableLines) -> list[tuple[int, Row]]:
     try:
         rows = json.loads(b"[" + b",".join(lines) + b"]")  # one call is several times as fast as one a line
         if len(rows) == len(lines) and all(type(row) is dict for row in rows):

@@ -1,4 +1,4 @@
-"""What is told, and what isn't."""
+"""What gives an alert, and what doesn't."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from distnorm import Alert
 from distnorm.monitor.depth import trends
 from distnorm.monitor.history import History
 from distnorm.monitor.latch import Latch
-from tests.monitor.feeding import layer_row, ordinary, step_row, watched
+from tests.monitor.feeding import layer_row, monitored, ordinary, step_row
 
 
-def look(monitor: Any, step: int, norms: dict[str, float]) -> None:
+def monitored_step(monitor: Any, step: int, norms: dict[str, float]) -> None:
     monitor.layers(step, [layer_row(name, norm) for name, norm in norms.items()])
 
 
 @pytest.mark.parametrize("every", [1, 10])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_clean_run_of_200_steps_says_nothing(every: int, seed: int, caplog: Any) -> None:
-    monitor, alerts = watched({})
-    looks = dict(ordinary(seed, 200, every))
+    monitor, alerts = monitored({})
+    norms_of = dict(ordinary(seed, 200, every))
     for step in range(1, 201):
         monitor.step(step_row(step, clipped=True))
-        if step in looks:
-            look(monitor, step, looks[step])
+        if step in norms_of:
+            monitored_step(monitor, step, norms_of[step])
     assert alerts == []
     assert caplog.records == []
 
@@ -38,15 +38,15 @@ def test_a_clean_run_of_200_steps_says_nothing(every: int, seed: int, caplog: An
     ("times", "kind"), [(1e-12, "vanishing"), (1e-4, "vanishing"), (100.0, "exploding"), (1e3, "exploding")]
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_a_planted_layer_is_told_at_the_next_look_and_once(
+def test_a_planted_layer_gives_an_alert_at_the_next_monitored_step_and_once(
     times: float, kind: str, seed: int, caplog: Any
 ) -> None:
-    monitor, alerts = watched({})
+    monitor, alerts = monitored({})
     planted = "blocks.3.mlp.weight"
     for step, norms in ordinary(seed, 200, 5):
         if step > 151:
             norms[planted] *= times
-        look(monitor, step, norms)
+        monitored_step(monitor, step, norms)
     (alert,) = alerts
     assert (alert.step, alert.kind, alert.layer) == (155, kind, planted)
     assert (alert.value < alert.bound) == (kind == "vanishing")  # type: ignore[operator]
@@ -93,7 +93,7 @@ def test_an_outlier_moves_the_average_by_its_reach_only() -> None:
     assert history.average == pytest.approx(10 ** (-0.1 / (1 - 0.9**31)), rel=1e-9)
 
 
-def told(values: list[float], bound: float, laxer: float, cooldown: int) -> list[int]:
+def alerted(values: list[float], bound: float, laxer: float, cooldown: int) -> list[int]:
     """Plain hysteresis and cool-down."""
     steps, armed, last = [], True, -math.inf
     for step, value in enumerate(values):
@@ -114,45 +114,45 @@ def test_a_latch_is_hysteresis_and_cool_down(cooldown: int) -> None:
         for step, value in enumerate(values)
         if latch.fires(("exploding", "a"), step, beyond=value > 3.0, back=value <= 1.0)
     ]
-    assert fired == told(values, 3.0, 1.0, cooldown)
+    assert fired == alerted(values, 3.0, 1.0, cooldown)
     assert len(fired) > 2
 
 
-def test_the_clip_rate_is_that_of_the_window_and_told_beyond_its_bound() -> None:
+def test_the_clip_rate_is_that_of_the_window_and_an_alert_beyond_its_bound() -> None:
     rng = random.Random(5)
     clipped = [step < 3 or rng.random() < (0.5, 0.9, 0.1)[step // 40 % 3] for step in range(480)]
     bounds = {"clip_rate": 0.5, "hysteresis": 2.0, "cooldown": 20}
-    monitor, alerts = watched({"clip_rate_window": 8, "alerts": bounds})
+    monitor, alerts = monitored({"clip_rate_window": 8, "alerts": bounds})
     rates = [monitor.step(step_row(step, hit))["clip_rate"] for step, hit in enumerate(clipped, start=1)]
     expected = [sum(clipped[max(0, i - 7) : i + 1]) / min(8, i + 1) for i in range(len(clipped))]
     assert rates == expected
     full = [rate if i >= 7 else 0.0 for i, rate in enumerate(expected)]
-    assert [alert.step - 1 for alert in alerts] == told(full, 0.5, 0.25, 20)
+    assert [alert.step - 1 for alert in alerts] == alerted(full, 0.5, 0.25, 20)
     assert len(alerts) > 2
-    assert told(full, 0.5, 0.25, 20) != told(full, 0.5, 0.5, 20)
+    assert alerted(full, 0.5, 0.25, 20) != alerted(full, 0.5, 0.5, 20)
     assert {(alert.kind, alert.layer, alert.bound) for alert in alerts} == {("clip_rate", None, 0.5)}
 
 
-def test_zero_is_vanishing_after_three_looks_and_only_where_there_was_a_gradient() -> None:
-    monitor, alerts = watched({"alerts": {"warmup": 2}})
+def test_zero_is_vanishing_after_three_steps_and_only_where_there_was_a_gradient() -> None:
+    monitor, alerts = monitored({"alerts": {"warmup": 2}})
     for step, norm in enumerate([1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0], start=1):
-        look(monitor, step, {"a": norm, "unused": 0.0})
+        monitored_step(monitor, step, {"a": norm, "unused": 0.0})
     assert [(alert.step, alert.layer) for alert in alerts] == [(8, "a")]
 
 
 def test_a_slow_decline_is_vanishing_under_the_bound() -> None:
-    monitor, alerts = watched({"alerts": {"vanishing": 1e-6}})
+    monitor, alerts = monitored({"alerts": {"vanishing": 1e-6}})
     for step in range(1, 200):
-        look(monitor, step, {"a": 10 ** (-step / 20), "always small": 1e-8})
+        monitored_step(monitor, step, {"a": 10 ** (-step / 20), "always small": 1e-8})
     assert [(alert.step, alert.kind, alert.layer) for alert in alerts] == [(121, "vanishing", "a")]
     assert alerts[0].bound == 1e-6
 
 
-def test_norms_that_fall_with_depth_are_vanishing_from_the_first_look() -> None:
+def test_norms_that_fall_with_depth_are_vanishing_from_the_first_monitored_step() -> None:
     for names in ("blocks.{}.w", "{}.weight", "depth {}", "stage/{}/w"):
-        monitor, alerts = watched({})
+        monitor, alerts = monitored({})
         for step in (10, 20):
-            look(monitor, step, {names.format(i): 10.0 ** (i - 8) for i in range(8)})
+            monitored_step(monitor, step, {names.format(i): 10.0 ** (i - 8) for i in range(8)})
         (alert,) = alerts
         assert (alert.step, alert.kind, alert.bound) == (10, "vanishing", 1e-4)
         assert alert.layer == names.format(0).partition("0")[0] + "0"
@@ -178,8 +178,8 @@ def test_a_trend_is_that_of_most_blocks() -> None:
 PARTS = (("w", 3.0), ("v", 4.0))
 
 
-def test_non_finite_is_told_once_for_each_place_and_counted() -> None:
-    monitor, alerts = watched({})
+def test_non_finite_is_one_alert_for_each_place_and_counted() -> None:
+    monitor, alerts = monitored({})
     nan = math.nan
     counts = []
     for step, norm in enumerate([1.0, nan, math.inf, 1.0, nan, nan], start=1):
@@ -195,18 +195,18 @@ def test_non_finite_is_told_once_for_each_place_and_counted() -> None:
     assert alerts[1].message == "the norm is inf"
 
 
-def test_non_finite_is_told_again_after_a_finite_step_and_the_cool_down() -> None:
-    monitor, alerts = watched({"alerts": {"cooldown": 5}})
+def test_non_finite_is_an_alert_again_after_a_finite_step_and_the_cool_down() -> None:
+    monitor, alerts = monitored({"alerts": {"cooldown": 5}})
     for step in range(1, 30):
         monitor.step(step_row(step, norm=math.nan if step < 10 or step in (12, 13, 15, 20) else 1.0))
     assert [alert.step for alert in alerts] == [1, 12, 20]
 
 
 def test_a_layer_that_grows_from_nothing_or_is_not_finite_does_not_explode() -> None:
-    monitor, alerts = watched({})
+    monitor, alerts = monitored({})
     growing = [0.0, 1e-6, 1e-3, 0.1, 0.2, 0.3, 0.4, 0.5, *[0.5] * 20]
     for step, norm in enumerate(growing, start=1):
-        look(
+        monitored_step(
             monitor,
             step,
             {"a": norm, "b": math.inf if step > 20 else 1.0, "c": 1.0 if step % 9 else math.nan},
@@ -214,8 +214,8 @@ def test_a_layer_that_grows_from_nothing_or_is_not_finite_does_not_explode() -> 
     assert alerts == []
 
 
-def test_diverged_replicas_are_told_again_after_the_cool_down() -> None:
-    monitor, alerts = watched({"alerts": {"cooldown": 20}})
+def test_diverged_replicas_are_an_alert_again_after_the_cool_down() -> None:
+    monitor, alerts = monitored({"alerts": {"cooldown": 20}})
     for step in range(10, 50, 10):
         monitor.diverged(step, "a.weight", [3])
     monitor.diverged(40, "b.weight", [1])
@@ -228,25 +228,27 @@ def test_diverged_replicas_are_told_again_after_the_cool_down() -> None:
 
 def test_null_switches_a_rule_off() -> None:
     off = {"vanishing": None, "drop": None, "falling": None, "exploding": None, "non_finite": False}
-    monitor, alerts = watched({"alerts": off})
+    monitor, alerts = monitored({"alerts": off})
     for step in range(1, 30):
-        look(monitor, step, {f"b.{i}": 10.0 ** (-3 * i) * (1e-9 if step > 20 else 1) for i in range(5)})
-        look(monitor, step, {"a": 1e6 if step > 20 else 1.0})
+        monitored_step(
+            monitor, step, {f"b.{i}": 10.0 ** (-3 * i) * (1e-9 if step > 20 else 1) for i in range(5)}
+        )
+        monitored_step(monitor, step, {"a": 1e6 if step > 20 else 1.0})
         monitor.step(step_row(step, norm=math.nan))
     assert alerts == []
 
 
 def test_a_spike_in_all_layers_is_one_log_line_and_an_alert_for_each(caplog: Any) -> None:
-    monitor, alerts = watched({})
+    monitor, alerts = monitored({})
     for step in range(1, 30):
-        look(monitor, step, {f"layer.{i}x": 1e4 if step == 20 else 1.0 for i in range(300)})
+        monitored_step(monitor, step, {f"layer.{i}x": 1e4 if step == 20 else 1.0 for i in range(300)})
     assert len(alerts) == 300
     (record,) = caplog.records
     assert record.getMessage().endswith("(and 299 more like it)")
 
 
 def test_a_callback_that_raises_is_named_once_and_stops_nothing(caplog: Any) -> None:
-    monitor, alerts = watched({"alerts": {"cooldown": 1}})
+    monitor, alerts = monitored({"alerts": {"cooldown": 1}})
     calls = []
 
     def broken(alert: Alert) -> None:
@@ -260,7 +262,7 @@ def test_a_callback_that_raises_is_named_once_and_stops_nothing(caplog: Any) -> 
     assert sum("no such pager" in record.getMessage() for record in caplog.records) == 1
 
 
-def test_resumed_in_mid_run_the_same_is_told() -> None:
+def test_resumed_in_mid_run_the_alerts_are_the_same() -> None:
     bounds = {"clip_rate_window": 20, "alerts": {"clip_rate": 0.3, "cooldown": 10}}
     rng = random.Random(7)
     clipped = [rng.random() < 0.4 for _ in range(200)]
@@ -273,16 +275,16 @@ def test_resumed_in_mid_run_the_same_is_told() -> None:
                 rows.append(
                     monitor.step(step_row(step, clipped[step - 1], math.nan if 98 < step < 103 else 1))
                 )
-                look(monitor, step, norms)
+                monitored_step(monitor, step, norms)
                 rows[-1]["in a row"] = monitor.non_finite_in_a_row
         return rows
 
-    straight, expected = watched(bounds)
+    straight, expected = monitored(bounds)
     rows = run(straight, 1, 200)
     for at in (50, 95, 100, 172):
-        before, alerts = watched(bounds)
+        before, alerts = monitored(bounds)
         half = run(before, 1, at)
-        after, others = watched(bounds)
+        after, others = monitored(bounds)
         after.load_state_dict(json.loads(json.dumps(before.state_dict())))
         resumed = [*half, *run(after, at + 1, 200)]
         assert repr(resumed) == repr(rows)

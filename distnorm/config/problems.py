@@ -96,7 +96,7 @@ def check(model: type[Model], document: Document) -> Model:
     known, result = vocabulary(model), None
     while result is None:
         try:
-            result = model.model_validate(document.data)
+            result = model.model_validate(document.data, context=model)
             break
         except ValidationError as error:
             errors = error.errors(include_url=False)
@@ -104,8 +104,8 @@ def check(model: type[Model], document: Document) -> Model:
         if not wrong:
             _note_conflicts(document, known, errors)
             break
-        # Conflicts between values are looked for only where each value is right by itself: the wrong ones are
-        # noted and taken out, and what is left is validated again.
+        # Conflicts between values are searched for only where each value is right by itself: the wrong ones
+        # are noted and taken out, and what is left is validated again.
         before = document.data
         for entry in sorted(wrong, key=_depends):
             out = _note_wrong(document, known, _path(entry["loc"]), entry)

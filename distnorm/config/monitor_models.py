@@ -1,14 +1,13 @@
-"""The keys of `monitor`: what is watched, which alerts there are, and where rows go."""
+"""The keys of `monitor`: what is monitored, which alerts there are, and where rows go."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, PlainValidator, WithJsonSchema
 
-from distnorm.config.degrees import Conflict
-from distnorm.config.section import Location, PositiveInt, Section
+from distnorm.config.section import Conflict, Location, PositiveInt, Section
 
 _KINDS = ("parameter", "module", "depth")
 _TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
@@ -41,7 +40,7 @@ By = Annotated[
 
 
 class AlertsConfig(Section):
-    """When somebody is told; null switches a rule off. A look is a monitored step of one layer."""
+    """When there is an alert; null switches a rule off. A monitored step is one that measures layers."""
 
     vanishing: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         1e-9,
@@ -66,13 +65,15 @@ class AlertsConfig(Section):
         description="An alert is given where more than this share of a full window's steps is clipped. Null "
         "by default: many healthy runs clip on every step.",
     )
-    non_finite: bool = Field(True, description="Whether a norm that is inf or NaN is told.")
+    non_finite: bool = Field(True, description="Whether a norm that is inf or NaN gives an alert.")
     warmup: PositiveInt = Field(
-        5, description="Looks at a layer, with a gradient, before drop and exploding go by its average."
+        5,
+        description="Monitored steps in which a layer has a gradient, before drop and exploding go by its "
+        "average.",
     )
     hysteresis: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
         2.0,
-        description="What was told is told again only after it was better than the bound by this factor.",
+        description="An alert is given again only after the value was better than the bound by this factor.",
     )
     cooldown: PositiveInt = Field(100, description="Steps between two alerts of one kind for one layer.")
 
@@ -94,10 +95,12 @@ class SinksConfig(Section):
 
 
 class MonitorConfig(Section):
-    """What is watched, and who is told."""
+    """What is monitored, and where rows and alerts go."""
 
     every: PositiveInt | None = Field(
-        None, description="Steps between looks at single layers; null looks at none."
+        None,
+        description="Every so many steps the statistics of single layers are added to the step's all-reduce; "
+        "null never does.",
     )
     by: By = Field(
         "parameter",
@@ -113,14 +116,15 @@ class MonitorConfig(Section):
         "ranks; null never does.",
     )
     replicas: bool = Field(
-        False, description="Whether each look compares replicated gradients between replicas, bit by bit."
+        False,
+        description="Whether monitored steps compare replicated gradients between replicas, bit by bit.",
     )
     dir: Location | None = Field(
         None,
-        description="Folder for metrics.jsonl, layers.jsonl and alerts.jsonl where distnorm's trainer isn't "
-        "used, which has train.output_dir; rows that it holds of steps that are made again are dropped.",
+        description="Folder for metrics.jsonl, layers.jsonl and alerts.jsonl; distnorm's trainer uses "
+        "train.output_dir instead. Rows that the files hold of steps that are made again are dropped.",
     )
-    alerts: AlertsConfig = Field(default_factory=AlertsConfig, description="When somebody is told.")
+    alerts: AlertsConfig = Field(default_factory=AlertsConfig, description="When there is an alert.")
     sinks: SinksConfig = Field(default_factory=SinksConfig, description="Where rows go besides JSONL.")
     console: Literal["auto", "plain", "rich"] = Field(
         "auto",
@@ -128,10 +132,15 @@ class MonitorConfig(Section):
         "auto is a bar on a terminal, where rich is installed.",
     )
 
-    @model_validator(mode="after")
-    def _possible(self) -> MonitorConfig:
+    @property
+    def has_alerts(self) -> bool:
+        """Whether there can be alerts at all."""
+        alerts = self.alerts
+        rules = (alerts.vanishing, alerts.drop, alerts.falling, alerts.exploding, alerts.clip_rate)
+        return alerts.non_finite or self.replicas or any(rule is not None for rule in rules)
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Replicas are compared on monitored steps only."""
         if self.replicas and self.every is None:
             text = "expected monitor.every, which says when replicas are compared, found null"
-            found = (Conflict(("replicas", "every"), text),)
-            raise PydanticCustomError("conflict", "{text}", {"text": text, "conflicts": found})
-        return self
+            yield Conflict(("replicas", "every"), text)
