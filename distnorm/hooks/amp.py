@@ -77,7 +77,7 @@ def has_stepped(scaler: GradScaler, optimizer: Optimizer) -> bool:
 
 
 def unscale(scaler: GradScaler, optimizer: Optimizer, wrappers: Iterable[object]) -> None:
-    """Divide the optimizer's gradients by the loss scale, unless the user did, by it or one of its wrappers."""
+    """Divide the optimizer's gradients by the loss scale, unless the user did, by it or a wrapper."""
     states = scaler._per_optimizer_states
     known = [states[key] for key in map(id, (optimizer, *wrappers)) if key in states]
     if all(state["stage"] is OptState.READY for state in known):

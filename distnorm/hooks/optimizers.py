@@ -66,7 +66,7 @@ class OptimizerHook:
         self._undo: list[Callable[[], None]] = []
 
     def install(self) -> None:
-        """Begin to clip. Until now nothing outside of this object has changed, and nothing is refused here."""
+        """Begin to clip. Nothing outside of this object has changed before, and nothing is refused here."""
         self._undo.append(amp.watch_steps(self))
         for optimizer in self.optimizers:
             _attached.add(optimizer)
@@ -188,7 +188,7 @@ class OptimizerHook:
 
 
 class _Round:
-    """The optimizers that have stepped since gradients were clipped; one that steps again begins a new round."""
+    """The optimizers that have stepped since gradients were clipped; the first to step again clips anew."""
 
     def __init__(self) -> None:
         self._stepped: set[int] = set()
@@ -238,7 +238,7 @@ def _refuse_within_backward() -> None:
 def _refuse_bypassing_scaler(optimizer: Optimizer) -> None:
     if fused.is_taken(optimizer) or callers.is_enabled_scaler():
         raise UnsupportedGradientError(
-            f"expected GradScaler.step to ask distnorm before {type(optimizer).__name__} steps, found a grad_scale "
-            "or found_inf from elsewhere, by which each rank decides alone; look up scaler.step after "
+            f"expected GradScaler.step to ask distnorm before {type(optimizer).__name__} steps, found a "
+            "grad_scale or found_inf from elsewhere, by which each rank decides alone; look up scaler.step after "
             "distnorm.attach and not before, and give it the optimizer that is attached"
         )

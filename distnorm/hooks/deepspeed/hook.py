@@ -78,8 +78,8 @@ class DeepSpeedHook:
     def paused(self) -> NoReturn:
         """Refused: in each of the engine's steps the hook decides whether it overflows."""
         raise DistnormError(
-            f"paused: expected a torch optimizer's handle, found that of {type(self._engine).__name__}, whose "
-            "own step needs distnorm's norm; call remove() of the handle, and attach again afterwards"
+            f"paused: expected a torch optimizer's handle, found that of {type(self._engine).__name__}, "
+            "whose own step needs distnorm's norm; call remove() of the handle, and attach again afterwards"
         )
 
     def remove(self) -> None:
