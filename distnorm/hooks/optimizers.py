@@ -239,6 +239,6 @@ def _refuse_bypassing_scaler(optimizer: Optimizer) -> None:
     if fused.is_taken(optimizer) or callers.is_enabled_scaler():
         raise UnsupportedGradientError(
             f"expected GradScaler.step to ask distnorm before {type(optimizer).__name__} steps, found a "
-            "grad_scale or found_inf from elsewhere, by which each rank decides alone; look up scaler.step after "
-            "distnorm.attach and not before, and give it the optimizer that is attached"
+            "grad_scale or found_inf from elsewhere, by which each rank decides alone; look up scaler.step "
+            "after distnorm.attach and not before, and give it the optimizer that is attached"
         )

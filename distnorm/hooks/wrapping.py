@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distnorm.errors import DistnormError
@@ -24,8 +24,8 @@ def checked(given: Any) -> list[Any]:
     Raises:
         DistnormError: one of them is no optimizer, and wraps none; its type is named.
     """
-    is_one = isinstance(given, Optimizer | str | Tensor) or hookable(given) or not isinstance(given, Iterable)
-    items = [] if given is None else [given] if is_one else list(given)
+    is_several = isinstance(given, Iterable) and not isinstance(given, Optimizer | nn.Module | str)
+    items = [] if given is None else list(given) if is_several and not hookable(given) else [given]
     if not items:
         raise DistnormError(f"optimizer: {_EXPECTED}; found {given!r}")
     for item in items:
