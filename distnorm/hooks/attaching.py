@@ -116,20 +116,15 @@ def attach(
     every evaluation of it. Under `torch.amp.GradScaler` the norm is that of unscaled gradients, whether
     ``unscale_`` was called or not, and all ranks find an overflow together. ``clip.nonfinite: skip``
     skips the step, and so does policy skip_spikes: parameters and optimizer state stay bit for bit.
-
-    A step with all learning rates 0 and all gradients zero trains nothing, and is not counted: torch's
-    checkpoint helpers make such steps. `Handle.paused` says by hand which steps do not count.
-
+    Steps with learning rates 0 and gradients of zeros, by torch's checkpoint helpers, do not count.
     With fused optimizers of all that is clipped, and one coefficient, ``clip.apply: auto`` lets their own
     step multiply by it, and skip: gradients are as they were until that step, and no pass over them is left.
-
     A DeepSpeed engine clips by distnorm's norm inside its own step, once; its own clipping is retired,
     and ``engine.get_global_grad_norm()`` tells distnorm's number.
 
     Args:
         target: what holds the gradients, as for `GradClipper`; or a `DeepSpeedEngine`.
-        optimizer: the optimizer, or all of those that step the target; none beside an engine. Wrappers, such
-            as accelerate's and Lightning's, are followed to the optimizers inside.
+        optimizer: all that step the target, or wrappers such as accelerate's; none beside an engine.
         config, group, pp_mesh, tied: as for `GradClipper`.
 
     Returns:
@@ -139,8 +134,7 @@ def attach(
         ConfigError, CoverageError, ReplicaError, DisagreementError, UnsupportedGradientError: as
             `GradClipper` raises.
         ConfigError: the optimizer clips inside its own step as well; the key is named.
-        DistnormError: no optimizer, or something else, was given, or one that is attached to already, or that
-            holds none of the target's parameters. Nothing is left behind on any rank.
+        DistnormError: no optimizer was given, or one of other parameters, or one that is attached to already.
 
     Example:
         >>> handle = distnorm.attach(model, optimizer, {"clip": {"max_norm": 1.0}})
@@ -155,13 +149,17 @@ def attach(
     ranks = Ranks(group)
     target, given = _together(ranks, lambda: _checked(target, optimizer))
     clipper = GradClipper(target, config, group=group, pp_mesh=pp_mesh, tied=tied)
+    return Handle(clipper, _installed(ranks, clipper, given))
+
+
+def _installed(ranks: Ranks, clipper: GradClipper, given: Sequence[Any]) -> OptimizerHook:
     try:
         hook = _together(ranks, lambda: OptimizerHook(clipper, given))
     except DistnormError:
         clipper.close()
         raise
     hook.install()
-    return Handle(clipper, hook)
+    return hook
 
 
 def _together(ranks: Ranks, action: Callable[[], T]) -> T:
