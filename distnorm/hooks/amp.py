@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
+from distnorm.hooks import callers
+
 
 class Watcher(Protocol):
     """What takes part in the steps of enabled scalers."""
@@ -32,6 +34,7 @@ class Watcher(Protocol):
 
 _watchers: list[weakref.ref[Watcher]] = []  # weak: an optimizer that is gone is not kept by its hook
 _running: list[tuple[GradScaler, Optimizer]] = []
+_DECIDES = GradScaler._maybe_opt_step.__code__
 
 
 def watch_steps(watcher: Watcher) -> Callable[[], None]:
@@ -71,6 +74,11 @@ def _watched(beneath: Callable[..., Any]) -> Any:
     return watched_step
 
 
+def has_decided_alone() -> bool:
+    """Whether a scaler lets the coming step happen that has asked nobody here, but this rank's gradients."""
+    return callers.is_called_by(_DECIDES)
+
+
 def has_stepped(scaler: GradScaler, optimizer: Optimizer) -> bool:
     """Whether this scaler stepped this optimizer since its last update: then its own `step` refuses."""
     return scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.STEPPED
@@ -84,13 +92,8 @@ def unscale(scaler: GradScaler, optimizer: Optimizer, wrappers: Iterable[object]
         scaler.unscale_(optimizer)
 
 
-def set_found_inf(scaler: GradScaler, optimizer: Optimizer, others: Iterable[object], found: Tensor) -> None:
-    """Tell the scaler, before it steps `optimizer`, what all ranks found together by a 0-d bool tensor.
-
-    Its next scale follows from the states of all optimizers, so those of `others` are told as well.
-    """
-    states = scaler._per_optimizer_states
-    if states[id(optimizer)]["stage"] is OptState.READY:
-        states[id(optimizer)]["stage"] = OptState.UNSCALED  # by another object with the same parameters
-    for key in {id(optimizer), *(id(each) for each in others if id(each) in states)}:
-        states[key]["found_inf_per_device"] = {found.device: found.to(torch.float32)}
+def set_found_inf(scaler: GradScaler, optimizer: Optimizer, found: Tensor) -> None:
+    """Tell the scaler, before it steps `optimizer`, what all ranks found together by a 0-d bool tensor."""
+    state = scaler._per_optimizer_states[id(optimizer)]
+    state["stage"] = OptState.UNSCALED  # maybe by a wrapper, or by what it wraps
+    state["found_inf_per_device"] = {found.device: found.to(torch.float32)}

@@ -1,10 +1,11 @@
-"""Who calls an optimizer's step: three situations that only the call stack tells apart."""
+"""Who calls an optimizer's step: situations that only the call stack tells apart."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from types import FrameType
+from itertools import islice
+from types import CodeType, FrameType
 
 _NEAR = 12  # callers looked at; between a step and its caller stand wrappers of schedulers and decorators
 
@@ -19,21 +20,14 @@ def is_checkpoint_helper() -> bool:
 
     It may do so on one rank alone, so nothing collective may be done in such a step.
     """
-    helper = ("torch.distributed.checkpoint.state_dict", "_init_optim_state")
-    return helper in map(_name, _nearest())
+    module = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    helper = getattr(module, "_init_optim_state", None)
+    return helper is not None and is_called_by(helper.__code__)
 
 
-def is_enabled_scaler() -> bool:
-    """Whether an enabled `torch.amp.GradScaler` steps, having looked at the gradients of this rank."""
-    return ("torch.amp.grad_scaler", "_maybe_opt_step") in map(_name, _nearest())
-
-
-def _name(frame: FrameType) -> tuple[str, str]:
-    return frame.f_globals.get("__name__", ""), frame.f_code.co_name
-
-
-def _nearest() -> Iterator[FrameType]:
-    return (frame for _, frame in zip(range(_NEAR), _callers(), strict=False))
+def is_called_by(code: CodeType) -> bool:
+    """Whether one of the nearest callers runs `code`."""
+    return code in (frame.f_code for frame in islice(_callers(), _NEAR))
 
 
 def _callers() -> Iterator[FrameType]:

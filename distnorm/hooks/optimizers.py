@@ -141,7 +141,7 @@ class OptimizerHook:
         self._round.add(steppers)
         self._prepared = set(map(id, steppers))
         assert self._clipper.last is not None
-        amp.set_found_inf(scaler, optimizer, self._known, ~self._clipper.last.is_finite)
+        amp.set_found_inf(scaler, optimizer, ~self._clipper.last.is_finite)
 
     def after_scaled_step(self) -> None:
         """Forget what was prepared for the scaler's step."""
@@ -236,7 +236,7 @@ def _refuse_within_backward() -> None:
 
 
 def _refuse_bypassing_scaler(optimizer: Optimizer) -> None:
-    if fused.is_taken(optimizer) or callers.is_enabled_scaler():
+    if fused.is_taken(optimizer) or amp.has_decided_alone():
         raise UnsupportedGradientError(
             f"expected GradScaler.step to ask distnorm before {type(optimizer).__name__} steps, found a "
             "grad_scale or found_inf from elsewhere, by which each rank decides alone; look up scaler.step "
