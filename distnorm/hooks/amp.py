@@ -65,7 +65,7 @@ def _watched(beneath: Callable[..., Any]) -> Any:
                 watcher.before_scaled_step(self, optimizer)
             return beneath(self, optimizer, *args, **kwargs)
         finally:
-            _running.pop()
+            _running.remove((self, optimizer))
             for watcher in watchers:
                 watcher.after_scaled_step()
 
