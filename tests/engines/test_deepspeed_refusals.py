@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from distnorm import ConfigError, DistnormError, UnsupportedGradientError
+from distnorm.hooks import Handle
 from distnorm.hooks.deepspeed import DeepSpeedHook, is_engine
 from tests.engines.rig import make_engine, make_net, use_deepspeed
 
@@ -121,6 +122,11 @@ def refuse_what_engines_leave_no_room_for() -> list[str]:
     for call in (hook.clipper.clip, hook.clipper.decide, hook.clipper.measure):
         with pytest.raises(DistnormError, match=r"expected the engine's own step\(\)"):
             call()
+    with pytest.raises(
+        DistnormError, match=r"paused: expected a torch optimizer's handle, found that of Deep"
+    ):
+        hook.paused()
+    assert repr(Handle(hook.clipper, hook)).startswith("<distnorm.Handle: DeepSpeedEngine; max_norm 1.0")
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.distributed import ProcessGroup
 
@@ -69,6 +69,18 @@ class DeepSpeedHook:
             self._patches.undo()
             raise
         self._adapter = adapter
+
+    @property
+    def optimizers(self) -> list[object]:
+        """The engine, which steps its optimizer."""
+        return [self._engine]
+
+    def paused(self) -> NoReturn:
+        """Refused: in each of the engine's steps the hook decides whether it overflows."""
+        raise DistnormError(
+            f"paused: expected a torch optimizer's handle, found that of {type(self._engine).__name__}, "
+            "whose own step needs distnorm's norm; call remove() of the handle, and attach again afterwards"
+        )
 
     def remove(self) -> None:
         """Put everything back. A second call does nothing."""
