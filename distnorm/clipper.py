@@ -13,7 +13,6 @@ from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.distributed.device_mesh import DeviceMesh
 
 from distnorm.config import Config, load_config
-from distnorm.errors import DistnormError
 from distnorm.monitor import Monitor
 from distnorm.plan.collectives import Ranks
 from distnorm.policies.groups import PolicyGroups
@@ -174,9 +173,8 @@ class GradClipper(Joinable):
         return None if self._step.monitor is None else self._step.monitor.flush(facts)
 
     def close(self) -> None:
-        """Write what isn't written yet, and close the monitor's files. Not collective."""
-        if self._step.monitor is not None:
-            self._step.monitor.close()
+        """Write what isn't written yet, close the monitor's files, and let backward run as before. Not collective."""
+        self._step.close()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to go on, on any topology: plain numbers, strings and lists.

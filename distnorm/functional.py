@@ -20,7 +20,7 @@ from distnorm.measure.gradients import Gradients, read_with_care
 from distnorm.measure.meter import Meter
 from distnorm.measure.norms import norm
 from distnorm.plan.collectives import Ranks
-from distnorm.policies.deciding import apply, unless_disagreed
+from distnorm.policies.deciding import apply
 from distnorm.sources import (
     Inventory,
     Managers,
@@ -112,7 +112,7 @@ def clip_grads_with_norm_(
         gradients.lay_out(shards, one_coefficient=True)
         if gradients.problems:
             raise gradients.problems[0]
-        total = torch.as_tensor(total_norm, device=gradients.device if isinstance(total_norm, float | int) else None)
+        total = torch.as_tensor(total_norm)
         total = total.full_tensor() if hasattr(total, "full_tensor") else total
         apply(policies.constant(total.double(), threshold), gradients)
 
@@ -156,14 +156,16 @@ def clip_grad_norm_(
     )
     with torch.no_grad(), torch._C.DisableTorchFunction():
         decision = policies.constant(measured.total_norm, policies.check_max_norm(max_norm))
-        apply(unless_disagreed(decision, measured.agreed), measured.gradients)
+        if isinstance(measured.agreed, Tensor):  # nobody has read whether the ranks measured the same
+            decision = decision.where(measured.agreed)
+        apply(decision, measured.gradients)
     return measured.result()
 
 
 for _function in (get_total_norm, clip_grads_with_norm_, clip_grad_norm_):
-    # What torch.compiler.disable sets, without the seconds that importing the compiler takes: a compiled function
-    # that calls ours leaves its graph for the call.
-    _function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    # What torch.compiler.disable sets, without the seconds that importing the compiler takes: a compiled
+    # function that calls ours leaves its graph for the call.
+    setattr(_function, "_torchdynamo_disable", True)  # noqa: B010
 
 
 class _Measured(NamedTuple):
@@ -228,7 +230,9 @@ def _measure(
         except DistnormError as error:
             Meter(ranks, norm(2), {}, (), raises).abort(error)
         if known.managers is not None and known.managers.is_joining:
-            ranks = Ranks(alone=True)  # the ranks that are out of data make no step, and replicas hold all of it
+            ranks = Ranks(
+                alone=True
+            )  # the ranks that are out of data make no step, and replicas hold all of it
 
         def describe() -> list[GradShard]:
             return shards_of(named_tensors(target), source, target=target, stage=stage, tied=tied)
@@ -236,7 +240,7 @@ def _measure(
         plans = ranks.state.plans
         meter = plans.get(known.key)
         if meter is None:
-            meter = Meter(ranks, order, terms, tied, raises, allow_empty=source is Source.TENSOR)
+            meter = Meter(ranks, order, terms, tied, raises, source=source, allow_empty=source is Source.TENSOR)
             meter.managers = known.managers
             if source is Source.TENSOR and not holders:
                 return _Measured(Gradients([]), meter.join_empty(), True, False)
@@ -271,7 +275,8 @@ def _recognise(target: Any, fixed: tuple[object, ...]) -> tuple[_Known, Sequence
     if not is_gradient:
         _warn_of_weights(holders)
     layout = [
-        (name, t.shape, t.dtype, getattr(t, "placements", None), getattr(t, "device_mesh", None)) for name, t in named
+        (name, t.shape, t.dtype, getattr(t, "placements", None), getattr(t, "device_mesh", None))
+        for name, t in named
     ]
     module = inventory = None
     if isinstance(target, nn.Module):
@@ -290,7 +295,9 @@ def _identity(target: Any) -> tuple[object, ...]:
     if isinstance(target, Tensor | nn.Module):
         return (id(target),)
     items = target.items() if isinstance(target, Mapping) else target
-    return tuple((item[0], id(item[1])) if isinstance(item, tuple) and len(item) == 2 else id(item) for item in items)
+    return tuple(
+        (item[0], id(item[1])) if isinstance(item, tuple) and len(item) == 2 else id(item) for item in items
+    )
 
 
 def _tensors(target: Any) -> Sequence[Tensor]:

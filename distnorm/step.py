@@ -14,7 +14,8 @@ from distnorm.errors import DistnormError, NonFiniteGradientError
 from distnorm.measure.exchange import Payload, ReducedStatistics
 from distnorm.measure.meter import Meter, Reader
 from distnorm.measure.norms import norm
-from distnorm.monitor.steps import LayerSnapshot, StepMonitor, monitor_terms
+from distnorm.monitor.snapshot import LayerSnapshot
+from distnorm.monitor.step_monitor import StepMonitor, monitor_terms
 from distnorm.payload.payload import PayloadParts
 from distnorm.plan.collectives import Ranks
 from distnorm.policies.deciding import Decider, Outcome
@@ -120,14 +121,20 @@ class Step:
         with torch.no_grad(), torch._C.DisableTorchFunction():
             gradients = meter.read(holders, store=False, payload_length=length)
             gradients, reduced = meter.reduce(gradients, payload, store=False)
-            return self._decider.measured(reduced.total_norm, reduced.payload if len(reduced.payload) else None)
+            return self._decider.measured(
+                reduced.total_norm, reduced.payload if len(reduced.payload) else None
+            )
 
     def take_not_finite(self, total_norm: float, loss_scale: float) -> Outcome:
         """Count a step that a measurement ended, since its norm is not finite, for an engine that goes on with it."""
-        number = torch.tensor(total_norm, dtype=torch.float64, device=self.ranks.reduce_device(torch.device("cpu")))
+        number = torch.tensor(
+            total_norm, dtype=torch.float64, device=self.ranks.reduce_device(torch.device("cpu"))
+        )
         payload = self.groups.payload
         # A loss, which doesn't count in such a step.
-        nothing = None if payload is None else torch.ones(payload.length, dtype=torch.float64, device=number.device)
+        nothing = (
+            None if payload is None else torch.ones(payload.length, dtype=torch.float64, device=number.device)
+        )
         with torch.no_grad(), torch._C.DisableTorchFunction():
             outcome = self._decider.decide(number / loss_scale, nothing)
         self._made(self.count + 1, outcome)
@@ -247,6 +254,14 @@ class Step:
         self.groups.loss.note(loss)
         if self.monitor is not None:
             self.monitor.note(loss, tokens)
+
+    def close(self) -> None:
+        """See `GradClipper.close`."""
+        if self._meter.overlap is not None:
+            self._meter.overlap.close()
+            self._meter.overlap = None
+        if self.monitor is not None:
+            self.monitor.close()
 
     # ---- state
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from distnorm.measure.readings import completed, read_gradients
 from torch import Tensor
 
 from distnorm.measure.exchange import Payload
 from distnorm.measure.norms import Norm, norm
 from distnorm.measure.partials import agree_on_partials
-from distnorm.measure.readings import completed, read_gradients
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.model_table import ModelTable, make_model_table
 from distnorm.plan.plan import Share, make_plan

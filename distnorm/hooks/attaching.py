@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from distnorm.clipper import GradClipper
 from distnorm.config import Config
 from distnorm.errors import DistnormError
-from distnorm.hooks.deepspeed import DeepSpeedHook, is_engine
+from distnorm.hooks.deepspeed import DeepSpeedHook, EngineClipper, is_engine
 from distnorm.hooks.optimizers import OptimizerHook, refuse_other_clippers
 from distnorm.hooks.wrapping import checked, parameters_of
 from distnorm.plan.collectives import Ranks
@@ -49,7 +49,7 @@ class Handle:
         clipper: the `GradClipper` at work; its state belongs into the checkpoint.
     """
 
-    def __init__(self, clipper: GradClipper, hook: Hook) -> None:
+    def __init__(self, clipper: GradClipper | EngineClipper, hook: Hook) -> None:
         self.clipper = clipper
         self._hook: Hook | None = hook
 
@@ -77,14 +77,8 @@ class Handle:
         return nullcontext() if self._hook is None else self._hook.paused()
 
     def __repr__(self) -> str:
-        """What is attached to, the configuration in force, and the newest step; waits for the device."""
         names = [type(each).__name__ for each in self._hook.optimizers] if self._hook is not None else []
-        clip, last = self.clipper.config.clip, self.last
-        norm = "no step yet" if last is None else f"last norm {float(last.total_norm):.6g}"
-        return (
-            f"<distnorm.Handle: {', '.join(names) or 'removed'}; max_norm {clip.max_norm}, "
-            f"policy {policy_of(clip).name}, nonfinite {clip.nonfinite}; steps {self.clipper._steps}, {norm}>"
-        )
+        return f"Handle({', '.join(names) or 'removed'}; {self.clipper!r})"
 
     def __reduce__(self) -> NoReturn:
         """Refused: a copy would be attached to nothing."""

@@ -3,7 +3,7 @@ reference."""
 
 from __future__ import annotations
 
-from distnorm.kernels.addresses import AddressTable, addresses_of, on_host
+from distnorm.kernels.addresses import PLAIN, AddressTable, addresses_of, on_host
 from distnorm.kernels.dispatch import (
     checksum,
     fingerprints,
@@ -23,6 +23,7 @@ from distnorm.kernels.sampling import sample_of, samples, samples_of
 from distnorm.kernels.walking import hold_just
 
 __all__ = [
+    "PLAIN",
     "AddressTable",
     "Finder",
     "Found",

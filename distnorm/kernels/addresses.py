@@ -61,6 +61,11 @@ class AddressTable:
         skipped, numels = starts * SIZES[self.codes], np.ascontiguousarray(numels)
         return AddressTable(self.device, self.starts + skipped, numels, self.codes, self.offsets + skipped)
 
+    def rows(self, which: Ints) -> AddressTable:
+        """Some of the tensors, by position."""
+        starts, numels, codes = self.starts[which], self.numels[which], self.codes[which]
+        return AddressTable(self.device, starts, numels, codes, self.offsets[which])
+
     def at(self, addresses: Ints) -> AddressTable:
         """The same parts of tensors whose own first elements are at these addresses."""
         return AddressTable(self.device, addresses + self.offsets, self.numels, self.codes, self.offsets)

@@ -39,7 +39,6 @@ class Payload(Protocol):
         """This rank's, [length] on the device, of its local gradients, in the order of its shards."""
 
 
-
 @dataclass(frozen=True, slots=True)
 class ReducedStatistics:
     """What the all-reduce gave.
@@ -85,7 +84,11 @@ class Exchange:
         self._ranks.state.is_packed = False
 
     def __call__(
-        self, statistic: Tensor | None, header: Header, payload: Tensor | int = 0, replicas: float | Tensor = 0.0
+        self,
+        statistic: Tensor | None,
+        header: Header,
+        payload: Tensor | int = 0,
+        replicas: float | Tensor = 0.0,
     ) -> ReducedStatistics:
         """Reduce this rank's statistic, [width] fp64, or none, and its header.
 
@@ -123,7 +126,9 @@ class Exchange:
             vector[2] if numbers else None,
         )
 
-    def _packed_on_host(self, statistic: float, header: Header, numbers: list[float | Tensor]) -> ReducedStatistics:
+    def _packed_on_host(
+        self, statistic: float, header: Header, numbers: list[float | Tensor]
+    ) -> ReducedStatistics:
         """A few numbers in the host's memory: to look at them takes no operator, and waits for nothing."""
         packed = self._packing.pack(header)
         values = [packed, statistic, *map(float, numbers)]
@@ -167,7 +172,7 @@ class Exchange:
         vector = self._ranks.all_reduce_(torch.cat([*parts, payload]), norm.op)
         headers, statistic = vector[: len(FIELDS)], vector[end - norm.width : end]
         agreed = header.agreed(norm.op, self._ranks.size, headers)
-        total_norm = torch.where(agreed, norm.finalise(statistic), math.nan)
+        total_norm = torch.where(agreed & (headers[0] == 0), norm.finalise(statistic), math.nan)
         return ReducedStatistics(
             total_norm,
             vector[len(vector) - len(payload) :],

@@ -15,17 +15,20 @@ from itertools import repeat
 from operator import attrgetter, is_, itemgetter
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from distnorm import kernels
-from distnorm.measure.gradients import Gradients, read_with_care
+from distnorm.measure.gradients import Gradients
 from distnorm.measure.norms import Norm
 from distnorm.measure.replica_check import ReplicaCheck
 from distnorm.plan.plan import Share
 from distnorm.sources.shards import GradShard, Source
 
 _GRAD = attrgetter("grad")
+
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(slots=True)
@@ -47,7 +50,7 @@ class _Class:
 class _Tables:
     """Where gradients lie, whole and by what this rank counts of them."""
 
-    addresses: np.ndarray
+    addresses: Ints
     whole: kernels.AddressTable
     all: kernels.AddressTable
     counted: kernels.AddressTable
@@ -58,22 +61,22 @@ class FoundGradients(Gradients):
 
     def __init__(
         self,
-        shards: Callable[[], Sequence[GradShard]],
         path: FastPath,
         tables: _Tables,
         held: Sequence[kernels.Found],
-        holders: Sequence[Tensor],
     ) -> None:
         super().__init__((), ())
-        self._shards, self._path, self._tables, self._held = shards, path, tables, held
-        self._holders, self._read = holders, False
+        self._path, self._tables, self._held = path, tables, held
+        self._read = False
 
     @property
     def tensors(self) -> list[Tensor | None]:
         if not self._read:
-            readings, _ = read_with_care(self._shards())
-            self._tensors = [r if isinstance(r, Tensor) else None for r in readings]
-            self._read = True
+            tensors: list[Tensor | None] = [None] * self._path.count
+            local = (tensor for found in self._held for tensor in found.tensors())
+            for i, tensor in zip(self._path.positions.tolist(), local, strict=True):
+                tensors[i] = tensor
+            self._tensors, self._read = tensors, True
         return self._tensors
 
     @property
@@ -92,12 +95,13 @@ class FoundGradients(Gradients):
     def replica_number(self, check: ReplicaCheck, device: torch.device) -> float:
         return check.of_addresses(self._tables.whole, self._path.places(check))
 
-    def addresses(self) -> tuple[kernels.AddressTable, np.ndarray]:
+    def addresses(self) -> tuple[kernels.AddressTable, Ints]:
         return self._tables.whole, self._path.positions
 
     def scale_(self, coef: Tensor) -> None:
         if kernels.scale_at_(self._tables.all, coef):
-            self._path.tell_autograd(self._holders)
+            for found in self._held:
+                found.mark_changed()
 
     def _views(self) -> list[Tensor | None]:
         return self.tensors
@@ -109,6 +113,7 @@ class FastPath:
     Attributes:
         presence: the sum of the weights of those that had a gradient.
         positions: of these among all shards, in the order of the table.
+        count: of all shards.
     """
 
     def __init__(
@@ -120,10 +125,11 @@ class FastPath:
         presence: int,
     ) -> None:
         self._classes, self._absent, self.presence = classes, absent, presence
+        self.count = len(shares)
         self.positions = np.array(list(present), dtype=np.int64)
         self._places = np.full(len(shares), -1, dtype=np.int64)
         self._places[self.positions] = np.arange(len(present))
-        self._of_check: tuple[ReplicaCheck, np.ndarray] | None = None
+        self._of_check: tuple[ReplicaCheck, Ints] | None = None
         counted = [(shares[i].start, shares[i].stop) for i in present]
         starts, stops = np.array(counted, dtype=np.int64).reshape(-1, 2).T
         self._whole = kernels.AddressTable.of(list(present.values()))
@@ -152,19 +158,19 @@ class FastPath:
         present: dict[int, Tensor] = {}
         for members in by_class.values():
             place = slice(len(present), len(present) + len(members))
-            finder = kernels.Finder.of([_GRAD(shards[i].holder) for i in members])
-            if finder is None:
+            try:
+                finder = kernels.Finder([_GRAD(shards[i].holder) for i in members])
+            except ValueError:  # of a class that is read with care
                 return None
             classes.append(_Class(_picker(list(members), len(shards)), finder, place))
             present |= members
         return cls(classes, _picker(absent, len(shards)), present, shares, presence)
 
-    def read(self, shards: Callable[[], Sequence[GradShard]], holders: Sequence[Tensor]) -> FoundGradients | None:
+    def read(self, holders: Sequence[Tensor]) -> FoundGradients | None:
         """This step's gradients; `None` if they must be read with care.
 
         Args:
-            shards: gives those that the path was made of, if somebody asks for tensors.
-            holders: theirs, in their order.
+            holders: of the shards that the path was made of, in their order.
         """
         if not all(map(is_, map(_GRAD, self._absent(holders)), repeat(None))):
             return None
@@ -181,19 +187,13 @@ class FastPath:
             if whole.overlap:
                 return None
             self._tables = _Tables(addresses, whole, whole.merged, self._counted.at(addresses).merged)
-        return FoundGradients(shards, self, self._tables, held, holders)
+        return FoundGradients(self, self._tables, held)
 
-    def places(self, check: ReplicaCheck) -> np.ndarray:
+    def places(self, check: ReplicaCheck) -> Ints:
         """The place in the table of each gradient that is compared; -1 where there is none."""
         if self._of_check is None or self._of_check[0] is not check:
             self._of_check = check, self._places[check.positions]
         return self._of_check[1]
-
-    def tell_autograd(self, holders: Sequence[Tensor]) -> None:
-        """Count the change of every plain gradient; those of DTensors have no version that is looked at."""
-        for kind in self._classes:
-            if not kind.finder.finds_dtensors:
-                torch.autograd.graph.increment_version(list(map(_GRAD, kind.pick(holders))))
 
 
 def _can_be_found(shard: GradShard) -> bool:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from distnorm.measure.norms import Norm
 from distnorm.measure.replica_check import ReplicaCheck
 from distnorm.plan.plan import Share
 from distnorm.sources.shards import GradShard, PartialGrad, Reading
+
+Ints = npt.NDArray[np.int64]
 
 
 class Gradients:
@@ -66,7 +69,7 @@ class Gradients:
         """This rank's summand of the comparison of replicas."""
         return check.of_tensors(self.tensors, device)
 
-    def addresses(self) -> tuple[kernels.AddressTable | None, np.ndarray]:
+    def addresses(self) -> tuple[kernels.AddressTable | None, Ints]:
         """Where the gradients lie in the CPU's memory, and the position of each; `None` if some lie elsewhere,
         or are not contiguous."""
         there = {i: tensor for i, tensor in enumerate(self._tensors) if tensor is not None}
@@ -87,16 +90,19 @@ class Gradients:
                 self.problems.append(refusal(shard, str(error)))
                 views.append(None)
         self._memory = views
-        there = [i for i, view in enumerate(views) if view is not None]
-        parts = [view for view in views if view is not None]
+        there = {i: view for i, view in enumerate(views) if view is not None}
         try:
-            self._once = kernels.once(parts)
-            if len(self._once) < len(parts) and not one_coefficient:
-                raise kernels.SharedMemoryError("memory that another gradient has too", 0, 0)
+            self._once = kernels.once(list(there.values()))
         except kernels.SharedMemoryError as error:
-            first, second = (shards[there[at]].name for at in error.positions)
-            fact = f"expected a gradient with memory of its own, found {error}"
-            self.problems.append(refusal(shards[there[error.positions[0]]], f"{fact} ('{first}', '{second}')"))
+            positions = list(there)
+            names = " and ".join(f"'{shards[positions[at]].name}'" for at in error.positions)
+            self.problems.append(refusal(shards[positions[error.positions[0]]], f"{error} ({names})"))
+            return
+        if len(self._once) < len(there) and not one_coefficient:
+            starts = [view.data_ptr() for view in there.values()]
+            first = next(i for i, start in zip(there, starts, strict=True) if starts.count(start) > 1)
+            fact = "expected memory of its own where gradients have coefficients of their own, found shared memory"
+            self.problems.append(refusal(shards[first], fact))
 
     @property
     def is_plain(self) -> bool:
@@ -163,7 +169,11 @@ def _misfit(shard: GradShard, reading: Reading) -> str | None:
 
 
 def completed(
-    shards: Sequence[GradShard], readings: Sequence[Reading], problems: Sequence[DistnormError], *, store: bool
+    shards: Sequence[GradShard],
+    readings: Sequence[Reading],
+    problems: Sequence[DistnormError],
+    *,
+    store: bool,
 ) -> Gradients:
     """The readings as gradients. A partial one that nobody reduced is a problem; an empty one needs no reducing;
     one that is only too wide is cut."""
@@ -180,7 +190,9 @@ def completed(
             tensors.append(tensor)
         else:
             tensors.append(None)
-            late.append(refusal(shard, "its gradient is Partial now, and other ranks can't be asked to reduce it"))
+            late.append(
+                refusal(shard, "its gradient is Partial now, and other ranks can't be asked to reduce it")
+            )
     return Gradients(tensors, late)
 
 

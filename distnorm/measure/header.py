@@ -63,18 +63,17 @@ class Header:
         return (terms, -terms) if op == "max" else (terms, terms**2)
 
     def agreed(self, op: str, size: int, reduced: Tensor) -> Tensor:
-        """Whether full headers, reduced over `size` ranks, say that all measured the same: 0-d bool."""
+        """Whether full headers, reduced over `size` ranks, say that all measured the same, be it NaN: 0-d bool."""
         nonraising = (not self.raises) * (1 if op == "max" else size)
         if self.stage == "join":  # it knows no terms; that those of others agree shows in their two functions
             first, again = reduced[-2:]
             alike = first == -again if op == "max" else first * first == reduced[3] * again
-            expected = kernels.on_device([0, 0, 0, nonraising, 0, 0], reduced.device)
-            joins: Tensor = (reduced[[0, 1, 2, 4, 5, 6]] == expected).all() & (alike | (reduced[3] == 0))
+            expected = kernels.on_device([0, 0, nonraising, 0, 0], reduced.device)
+            joins: Tensor = (reduced[[1, 2, 4, 5, 6]] == expected).all() & (alike | (reduced[3] == 0))
             return joins
-        fixed = kernels.on_device([0, 0, 0, 0, nonraising, 0, 0, 0, 0], reduced.device)
-        each = [0, 0, 0, 1, 0, 0, 0, *self._terms_pair(op)]
-        by_measurer = kernels.on_device(each, reduced.device)
-        agreed: Tensor = (reduced == fixed + by_measurer * reduced[3]).all()
+        fixed = kernels.on_device([0, 0, 0, nonraising, 0, 0, 0, 0], reduced.device)
+        by_measurer = kernels.on_device([0, 0, 1, 0, 0, 0, *self._terms_pair(op)], reduced.device)
+        agreed: Tensor = (reduced[1:] == fixed + by_measurer * reduced[3]).all()
         return agreed
 
 

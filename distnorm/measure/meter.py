@@ -50,6 +50,7 @@ class Meter:
         tied: groups of names that are one parameter.
         raises: whether a norm that is not finite is read back, and raised on every rank.
         one_coefficient: whether all gradients are multiplied by the same coefficient.
+        source: what is measured of the tensors that were given.
         allow_empty: a rank may pass an empty target in some calls.
 
     Attributes:
@@ -64,6 +65,7 @@ class Meter:
     tied: Tied
     raises: bool
     one_coefficient: bool = True
+    source: Source = Source.GRADIENT
     allow_empty: bool = False
     overlap: Overlap | None = None
     managers: Managers | None = None
@@ -123,7 +125,7 @@ class Meter:
             self._weights = dict(presence_weights(plan.shares))
             if plan.has_replicas:
                 self._replica_check = ReplicaCheck.of(self.ranks, self.shards, plan.shares)
-        if self.managers is None and any(shard.source is Source.GRADIENT for shard in self.shards):
+        if self.managers is None and self.source is Source.GRADIENT:
             self.managers = Managers(named)
         self.plan = plan
 
@@ -178,12 +180,16 @@ class Meter:
                 self.managers.refuse_unreduced()
             except DistnormError as error:
                 return Gradients([None] * len(self.shares), [error])
-        found = self._fast_path.read(lambda: self.shards, holders) if self._fast_path is not None else None
+        found = self._fast_path.read(holders) if self._fast_path is not None else None
         return found if found is not None else self._read_with_care(store, payload_length)
 
     def reduce(
-        self, gradients: Gradients, payload: Payload | None = None, terms: Mapping[str, object] = NO_TERMS,
-        *, store: bool = True,
+        self,
+        gradients: Gradients,
+        payload: Payload | None = None,
+        terms: Mapping[str, object] = NO_TERMS,
+        *,
+        store: bool = True,
     ) -> tuple[Gradients, ReducedStatistics]:
         """Measure gradients, in one all-reduce. Collective: every rank must call it.
 
@@ -205,7 +211,8 @@ class Meter:
         statistic = self.overlap.take(gradients) if self.overlap is not None else None
         if statistic is None:
             statistic = gradients.statistic(self.norm, self.shares, device)
-        check, replicas = self._replica_check, 0.0
+        check = self._replica_check
+        replicas: Tensor | float = 0.0
         if check is not None and self.ranks.state.compares_replicas:
             replicas = gradients.replica_number(check, device)
         header = self._header(gradients, here)

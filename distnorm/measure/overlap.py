@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.futures import Future
@@ -32,6 +33,8 @@ from distnorm.sources.shards import GradShard, Source
 
 Bucket = Any
 """`torch.distributed.GradBucket`, where torch is built with collectives."""
+
+Ints = npt.NDArray[np.int64]
 
 
 class Overlap:
@@ -81,9 +84,14 @@ class Overlap:
             holder: Any = shards[i].holder
             self._handles.append(holder.register_post_accumulate_grad_hook(AccumulateHook(self, i)))
 
-    def __del__(self) -> None:
-        for handle in getattr(self, "_handles", ()):
+    def close(self) -> None:
+        """Let backward run as before."""
+        for handle in self._handles:
             handle.remove()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handles"):
+            self.close()
 
     def take(self, gradients: Gradients) -> Tensor | None:
         """The statistic, [width], of all gradients; `None` if one was not taken, or has changed since.
@@ -102,7 +110,7 @@ class Overlap:
         return self._norm.reduce(taken.unsqueeze(1))
 
     def _are_same(
-        self, versions: Mapping[int, tuple[int, int]], table: kernels.AddressTable, places: np.ndarray
+        self, versions: Mapping[int, tuple[int, int]], table: kernels.AddressTable, places: Ints
     ) -> bool:
         if not all(
             versions.get(i) == _versions_of(gradient)
@@ -111,7 +119,9 @@ class Overlap:
         ):
             return False
         prints = kernels.fingerprints(table)
-        return prints is not None and np.array_equal(self._bytes[places], np.stack([table.starts, prints], axis=1))
+        return prints is not None and np.array_equal(
+            self._bytes[places], np.stack([table.starts, prints], axis=1)
+        )
 
     def read(self, i: int) -> None:
         """Take the statistic of a gradient that is final."""
@@ -119,7 +129,11 @@ class Overlap:
         reading: object = None
         with suppress(DistnormError):  # whoever measures is refused
             reading = self._shards[i].read()
-        if isinstance(reading, Tensor) and reading.is_contiguous() and self.read_local(i, reading.reshape(-1)):
+        if (
+            isinstance(reading, Tensor)
+            and reading.is_contiguous()
+            and self.read_local(i, reading.reshape(-1))
+        ):
             self.mark([i])
 
     def read_before(self, bucket: int, flat: Tensor) -> None:
@@ -135,7 +149,9 @@ class Overlap:
         if kernels.split([flat])[1]:
             return False
         counted = flat[share.start : share.stop]
-        self._statistics[i] = float(self._norm.statistic([counted], flat.device))  # compiled code's are one number
+        self._statistics[i] = float(
+            self._norm.statistic([counted], flat.device)
+        )  # compiled code's are one number
         self._unmarked.add(i)
         return True
 
@@ -144,7 +160,9 @@ class Overlap:
         held = {i: self._shards[i].holder.grad for i in self._unmarked.intersection(which)}
         self._unmarked.difference_update(which)
         locals_ = {i: _local(gradient) for i, gradient in held.items() if gradient is not None}
-        fitting = [i for i, local in locals_.items() if local.is_contiguous() and not kernels.split([local])[1]]
+        fitting = [
+            i for i, local in locals_.items() if local.is_contiguous() and not kernels.split([local])[1]
+        ]
         table = kernels.AddressTable.of([locals_[i] for i in fitting])
         prints = kernels.fingerprints(table)
         if prints is None:
@@ -206,7 +224,9 @@ class _Relay:
         listener = self._listener() if self._listener is not None else None
         if listener is not None:
             listener.read_before(bucket.index(), bucket.buffer())
-        reduced = average_bucket(self._group, bucket) if self.inner is None else self.inner(self.state, bucket)
+        reduced = (
+            average_bucket(self._group, bucket) if self.inner is None else self.inner(self.state, bucket)
+        )
         if listener is None:
             return reduced
         pieces = [(self._index.get(id(p)), p.numel(), p.is_contiguous()) for p in bucket.parameters()]

@@ -175,7 +175,9 @@ def _or(flags: Tensor, group_of: Tensor, groups: int) -> Tensor:
     return merged
 
 
-def _batches(shards: Sequence[GradShard], merged: Sequence[Sequence[int]], any_partial: bool) -> tuple[Batch, ...]:
+def _batches(
+    shards: Sequence[GradShard], merged: Sequence[Sequence[int]], any_partial: bool
+) -> tuple[Batch, ...]:
     """Group what may be partial: what is on some rank, and, in a model that has partial gradients, what
     no rank has a gradient of yet."""
     layouts: dict[int, Layout] = {}
@@ -184,7 +186,7 @@ def _batches(shards: Sequence[GradShard], merged: Sequence[Sequence[int]], any_p
         wide = tuple(axis for axis in shard.mesh_axes if flags >> _WIDE_BIT >> axis & 1)
         if any_partial and flags == _MISSING and shard.holder.requires_grad:
             axes = shard.replicated_axes
-        if axes and math.prod(shard.wide_shape(wide)):
+        if axes and all(shard.wide_shape(wide)):
             layouts[i] = axes, wide
     grouped: dict[object, dict[int, Layout]] = defaultdict(dict)
     groups: dict[object, tuple[ProcessGroup, ...]] = {}

@@ -11,10 +11,12 @@ compare their gradients whole.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Container, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,6 +26,8 @@ from distnorm.measure.norms import norm
 from distnorm.plan.collectives import Ranks, plain_operators
 from distnorm.plan.plan import Share, identity_rows, piece_groups, raise_named, spread
 from distnorm.sources.shards import GradShard
+
+Ints = npt.NDArray[np.int64]
 
 _ROUNDING = 1e-9  # of fp64 sums of equal numbers
 _MARGIN = 16  # so many units in the last place may replicas differ before they are compared
@@ -37,13 +41,14 @@ class ReplicaCheck:
     Args:
         positions: of this rank's shards that have replicas.
         weights: [positions] of their numbers; over all replicas of a shard they add up to zero.
+        keys: [positions] hashes of their identities.
         tolerance: what the difference may be before gradients are compared whole; the same on every rank.
         turns: in so many steps each shard has its turn, where not all are sampled in each.
     """
 
-    positions: np.ndarray
-    weights: np.ndarray
-    keys: np.ndarray
+    positions: Ints
+    weights: npt.NDArray[np.float64]
+    keys: Ints
     tolerance: float
     turns: int
     _step: int = 0
@@ -67,7 +72,7 @@ class ReplicaCheck:
             max(1, math.ceil(count / _AT_ONCE)),
         )
 
-    def of_addresses(self, table: kernels.AddressTable, places: np.ndarray) -> float:
+    def of_addresses(self, table: kernels.AddressTable, places: Ints) -> float:
         """This rank's summand, of gradients in the CPU's memory.
 
         Args:
@@ -75,38 +80,42 @@ class ReplicaCheck:
             places: [positions] the place of each of ours in the table; -1 where it has no gradient.
         """
         there = places >= 0
-        at = places[there]
-        mine = replace(table, starts=table.starts[at], numels=table.numels[at], codes=table.codes[at])
-        signed, magnitudes = kernels.samples(mine).T
-        return float(self.weights[there] @ _number(signed, magnitudes))
+        numbers = _numbers(kernels.samples(table.rows(places[there])))
+        return float(self.weights[there] @ numbers.numpy())
 
     def of_tensors(self, gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
-        """This rank's summand, 0-d fp64, of gradients anywhere. No device is waited for."""
+        """This rank's summand, 0-d fp64 on a device, of gradients anywhere. No device is waited for."""
         self._step += 1
-        turn = self._step % self.turns
         total = torch.zeros((), dtype=torch.float64, device=device)
-        for i, weight, key in zip(self.positions.tolist(), self.weights.tolist(), self.keys.tolist(), strict=True):
+        by_device: dict[torch.device, dict[int, Tensor]] = defaultdict(dict)
+        for k, i in enumerate(self.positions.tolist()):
             gradient = gradients[i]
-            if gradient is None or (not gradient.is_cpu and key % self.turns != turn):
-                continue
-            signed, magnitude = kernels.moved(kernels.sample_of(gradient), device).unbind()
-            number = torch.where(magnitude == 0, 0.0, signed / magnitude + magnitude.log2())
-            total += weight * number
+            if gradient is not None and self._has_turn(gradient.device, k):
+                by_device[gradient.device][k] = gradient
+        for here, members in by_device.items():
+            weights = kernels.on_device(self.weights[list(members)].tolist(), here)
+            numbers = _numbers(kernels.samples_of(list(members.values())))
+            total += kernels.moved((weights * numbers).sum(), device)
         return total
+
+    def _has_turn(self, device: torch.device, k: int) -> bool:
+        return device.type == "cpu" or int(self.keys[k]) % self.turns == self._step % self.turns
 
     def is_suspect(self, difference: Tensor | float) -> Tensor | bool:
         """Whether a difference is more than rounding explains; a NaN is."""
-        within = abs(difference) <= self.tolerance
-        return ~within if isinstance(within, Tensor) else not within
+        if isinstance(difference, Tensor):
+            return ~(difference.abs() <= self.tolerance)
+        return not abs(difference) <= self.tolerance
 
     def learn(self, difference: float) -> None:
         """Take in that replicas with this difference were found equal but for their last digits."""
         self.tolerance = max(self.tolerance, 4 * abs(difference))
 
 
-def _number(signed: np.ndarray, magnitudes: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(magnitudes == 0, 0.0, signed / magnitudes + np.log2(magnitudes))
+def _numbers(samples: Tensor) -> Tensor:
+    """[n, (signed sum, sum of magnitudes)] -> [n] the x of each sample; 0 of zeros."""
+    signed, magnitudes = samples.unbind(dim=1)
+    return torch.where(magnitudes == 0, 0.0, signed / magnitudes + magnitudes.log2())
 
 
 def compare_replicas(
@@ -128,7 +137,9 @@ def compare_replicas(
     Raises:
         ReplicaError: replicas hold different gradients, or only some of them hold one.
     """
-    held = [i for i, share in enumerate(shares) if share.replicas > 1 and shards[i].numel and i not in apart_from]
+    held = [
+        i for i, share in enumerate(shares) if share.replicas > 1 and shards[i].numel and i not in apart_from
+    ]
     l2, found = norm(2), []
     for i in held:
         gradient = gradients[i]
@@ -163,6 +174,8 @@ def _differing_norms(rows: Tensor) -> Tensor:
     finite = norms.isfinite()
     unlike = spread(finite.long(), of, count) > 0
     norms = torch.where(finite, norms, 0.0)
-    most, allowed = (torch.zeros_like(norms[:count]).scatter_reduce_(0, of, v, "amax") for v in (norms, tolerance))
+    most, allowed = (
+        torch.zeros_like(norms[:count]).scatter_reduce_(0, of, v, "amax") for v in (norms, tolerance)
+    )
     unlike |= spread(norms, of, count) > most * allowed
     return unlike[of].long().view(-1, 1)

@@ -50,6 +50,10 @@ class Monitor:
         self._closed = False
         self.non_finite_in_a_row = 0
 
+    def write_here(self, writes: bool) -> None:
+        """Say whether this rank is the one that writes from now on."""
+        self._writes = writes
+
     def on_alert(self, callback: Callable[[Alert], object]) -> None:
         """Have `callback` called with each alert, where this rank writes; what it raises is logged once.
 

@@ -65,6 +65,11 @@ class StepMonitor:
         """A monitor of steps, where the configuration asks for anything."""
         return None if config == MonitorConfig() else cls(config, ranks, norm)
 
+    def rebind(self, ranks: Ranks) -> None:
+        """Take part in another group: from now on its rank 0 writes."""
+        self._ranks, self._snapshot = ranks, None
+        self.monitor.write_here(ranks.rank == 0)
+
     @property
     def monitor(self) -> Monitor:
         """Where the steps are reported."""

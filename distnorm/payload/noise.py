@@ -92,7 +92,3 @@ class NoiseScale:
 
     def load(self, state: Sequence[float]) -> None:
         self._signal, self._noise = state
-
-
-NoiseScalePayload = Noise
-noise_scale_payload = noise_of

@@ -254,25 +254,3 @@ def _by_tensor(
     if not parts:
         return torch.zeros(len(tensors), 4, dtype=torch.float64, device=device)
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
-
-
-class ParameterStatistics(Detail):
-    """The statistics with the shards whose weights are read."""
-
-    def __init__(
-        self,
-        table: Table,
-        shards: Sequence[GradShard],
-        shares: Sequence[Share],
-        norm: Norm,
-        *,
-        by: str | Sequence[str],
-        weights: bool,
-    ) -> None:
-        super().__init__(table, shares, norm, by=by, weights=weights)
-        self._held = tuple(shards)
-
-    def local(  # type: ignore[override]
-        self, gradients: Sequence[Tensor | None], device: torch.device
-    ) -> Tensor:
-        return super().local(gradients, [shard.witness() for shard in self._held], device)

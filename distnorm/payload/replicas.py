@@ -116,6 +116,3 @@ def _odd(values: list[tuple[float, ...]]) -> list[int]:
     if len(counts) > 1 and counts[-2][0] == most[0]:
         return list(range(len(values)))
     return [i for i, value in enumerate(values) if value != most[1]]
-
-
-ReplicaChecksums = Replicas

@@ -23,7 +23,7 @@ _SHOWN = 8  # different facts that an error lists
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX} if dist.is_available() else {}
 
 
-@dataclass(slots=True, weakref_slot=True)
+@dataclass
 class GroupState:
     """What all members of a process group know alike, since they make every plan together.
 
@@ -64,7 +64,9 @@ class Ranks:
         self.is_connected = not alone and dist.is_available() and dist.is_initialized()
         self.group = group if group is not None or not self.is_connected else dist.group.WORLD
         if group is not None and not self.is_current:
-            raise DistnormError("group: expected a process group of this process, found one that was destroyed")
+            raise DistnormError(
+                "group: expected a process group of this process, found one that was destroyed"
+            )
         self.rank = dist.get_rank(self.group) if self.is_connected else 0
         self.size = dist.get_world_size(self.group) if self.is_connected else 1
         if self.rank < 0:
@@ -114,7 +116,11 @@ class Ranks:
         kind = self.state.device_type or self.device().type
         if preferred.type == kind:
             return preferred
-        return torch.device("cpu") if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
+        return (
+            torch.device("cpu")
+            if kind == "cpu"
+            else torch.device(kind, torch.accelerator.current_device_index())
+        )
 
     def agree_on_device(self, devices: Sequence[torch.device]) -> None:
         """Choose where vectors are reduced: beside the gradients of any rank, if the backend can.

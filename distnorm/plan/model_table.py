@@ -152,6 +152,3 @@ def _rows(
 def first_device(tensors: Sequence[Tensor | None]) -> torch.device:
     """Where the first tensor is; the CPU if there is none."""
     return next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
-
-
-make_model_table = make_table

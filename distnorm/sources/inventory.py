@@ -104,8 +104,8 @@ class Managers:
 
 
 def _managing(names: Mapping[int, str]) -> list[nn.Module]:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    kinds = (DistributedDataParallel, *((fsdp.FSDPModule,) if hasattr(fsdp, "FSDPModule") else ()))
+    fsdp2 = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", DistributedDataParallel)
+    kinds = (DistributedDataParallel, fsdp2)
     # By type: `isinstance` would ask an object's own `__class__`, which may run code of lazy modules.
     found = [module for module in gc.get_objects() if issubclass(type(module), kinds)]
     return [m for m in found if any(id(p) in names for p in _parameters(m))]

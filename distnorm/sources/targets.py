@@ -105,8 +105,8 @@ def _module_pairs(module: nn.Module) -> list[tuple[str, Tensor]]:
         if id(inner) in visited:
             return
         visited.add(id(inner))
-        for name, parameter in inner._parameters.items():
-            parameter = sharded.get((id(inner), name), parameter)
+        for name, shown in inner._parameters.items():
+            parameter = sharded.get((id(inner), name), shown)
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 pairs.append((prefix + name, parameter))
@@ -121,7 +121,9 @@ def _module_pairs(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _wrapped_name(module: nn.Module) -> str | None:
-    return next((_WRAPPERS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS), None)
+    return next(
+        (_WRAPPERS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS), None
+    )
 
 
 def _pair(position: int, item: Any) -> tuple[str, Tensor]:

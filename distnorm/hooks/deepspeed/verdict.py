@@ -106,8 +106,7 @@ class EngineClipper:
 
     def close(self) -> None:
         """As `GradClipper.close`."""
-        if self._step.monitor is not None:
-            self._step.monitor.close()
+        self._step.close()
 
     def state_dict(self) -> dict[str, Any]:
         """As `GradClipper.state_dict`."""
