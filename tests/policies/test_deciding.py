@@ -94,8 +94,8 @@ class Model:
         reduced = None if payload is None else payload.local(gradients.tensors, torch.device("cpu"))
         found = self.norm.finalise(self.norm.statistic(self.before, torch.device("cpu")))
         found = found if total is None else torch.full_like(found, total)
-        told = None if agreed is None else torch.tensor(agreed)
-        outcome = self.decider.decide(found, reduced, told)
+        known = None if agreed is None else torch.tensor(agreed)
+        outcome = self.decider.decide(found, reduced, known)
         self.decider.apply(outcome, gradients)  # type: ignore[arg-type]
         self.after = gradients.tensors
         return outcome.result
