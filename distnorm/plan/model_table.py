@@ -147,8 +147,3 @@ def _rows(
         identities.reshape(-1).astype(np.int64),
         everything[:, 2] == 0,
     )
-
-
-def first_device(tensors: Sequence[Tensor | None]) -> torch.device:
-    """Where the first tensor is; the CPU if there is none."""
-    return next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
