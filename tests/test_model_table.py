@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from distnorm.plan import model_table as table
 from distnorm.plan.collectives import Ranks
+from distnorm.plan.model_order import merged
 from distnorm.plan.model_table import natural
 from tests.payloads import Model
 
@@ -44,6 +47,97 @@ def test_names_come_in_the_order_that_people_count_in():
         *("01", "1", "9", "10", "a2b10", "a10b2"),
         *("blocks.2", "blocks.2.b", "blocks.2.w", "blocks.10.w", "tok"),
     ]
+
+
+ORDERS: dict[str, tuple[list[list[str]], list[str]]] = {
+    "interleaved stages": (
+        [
+            ["tok", *(f"b.{i}.{w}" for i in (0, 1, 4, 5) for w in "qk")],
+            [*(f"b.{i}.{w}" for i in (2, 3, 6, 7) for w in "qk"), "norm", "head"],
+        ],
+        ["tok", *(f"b.{i}.{w}" for i in range(8) for w in "qk"), "norm", "head"],
+    ),
+    "stages": (
+        [["tok", "b.0.w", "b.1.w"], ["b.2.w", "b.10.w", "norm", "head"]],
+        ["tok", "b.0.w", "b.1.w", "b.2.w", "b.10.w", "norm", "head"],
+    ),
+    "stages in a v": (
+        [["tok", "b.0", "b.7", "norm", "head"], ["b.1", "b.6"], ["b.2", "b.5"], ["b.3", "b.4"]],
+        ["tok", *(f"b.{i}" for i in range(8)), "norm", "head"],
+    ),
+    "stages backwards": (
+        [["b.2", "b.3", "head"], [], ["tok", "b.0", "b.1"]],
+        ["tok", "b.0", "b.1", "b.2", "b.3", "head"],
+    ),
+    "stages that use the same names": (
+        [["tok", "pp0.b.0", "pp0.b.1"], ["pp1.b.0", "pp1.head"], ["pp2.b.0"]],
+        ["tok", "pp0.b.0", "pp0.b.1", "pp1.b.0", "pp1.head", "pp2.b.0"],
+    ),
+    "experts": (
+        [["tok", "b.0.q", "b.0.e.0", "b.1.q", "b.1.e.0", "head"], ["b.0.e.1", "b.1.e.1"]],
+        ["tok", "b.0.q", "b.0.e.0", "b.0.e.1", "b.1.q", "b.1.e.0", "b.1.e.1", "head"],
+    ),
+    "runs of a flat model": (
+        [["tok", "b.0.q"], ["b.0.k", "b.1.q"], [], ["b.1.k", "norm"], ["head"]],
+        ["tok", "b.0.q", "b.0.k", "b.1.q", "b.1.k", "norm", "head"],
+    ),
+    "something between two layers": (
+        [["tok", "b.0", "b.1", "b.4"], ["adapter", "b.2", "extra", "b.3", "norm"]],
+        ["tok", "b.0", "b.1", "adapter", "b.2", "extra", "b.3", "b.4", "norm"],
+    ),
+    "positions": ([["0", "1", "2"], ["3"]], ["0", "1", "2", "3"]),
+    "nothing alike": ([["x", "a"], ["k", "c"]], ["x", "a", "k", "c"]),
+    "an order that no number follows": (
+        [["b.3", "b.1", "z"], ["b.2", "b.0"]],
+        ["b.3", "b.1", "b.2", "b.0", "z"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ORDERS)
+def test_the_order_is_that_of_the_model_s_definition(case):
+    lists, expected = ORDERS[case]
+    assert list(merged(lists)) == expected
+
+
+@given(st.data())
+def test_any_order_keeps_that_of_every_rank(data):
+    parts = st.sampled_from("ab"), st.integers(0, 5), st.sampled_from("xy")
+    names = st.builds(lambda family, number, rest: f"{family}{number}{rest}", *parts)
+    every = data.draw(st.lists(st.one_of(names, st.sampled_from(["tok", "norm", "head"])), unique=True))
+    ranks = data.draw(st.integers(1, 4))
+    lists: list[list[str]] = [[] for _ in range(ranks)]
+    for name in every:
+        lists[data.draw(st.integers(0, ranks - 1))].append(name)
+    found = list(merged(lists))
+    assert sorted(found) == sorted(every)
+    for mine in lists:
+        assert [name for name in found if name in mine] == mine
+
+
+def test_16384_ranks_with_1000_names_each_have_an_order_soon():
+    stages = [range(first, 1024, 64) for first in range(64)]  # 64 interleaved stages hold 16 layers each
+    names = [[f"layers.{i}.w{j}" for i in stage for j in range(62)] for stage in stages]
+    lists = [names[rank // 256] if rank % 256 == 0 else [] for rank in range(16384)]
+    started = time.process_time()
+    found = list(merged(lists))
+    assert time.process_time() - started < 2.0  # a fifth of a second; quadratic work takes minutes
+    assert found == [f"layers.{i}.w{j}" for i in range(1024) for j in range(62)]
+    spread = [[f"layers.{rank // 8}.w{rank % 8}"] for rank in range(16384)]  # as ZeRO cuts it
+    started = time.process_time()
+    assert list(merged(spread)) == [name for names in spread for name in names]
+    assert time.process_time() - started < 2.0
+
+
+def stages_of_ranks() -> tuple[str, ...]:
+    rank = dist.get_rank()
+    held = (["tok", "b.0", "b.1", "b.4"], ["b.2", "b.3", "norm", "tok"])[rank // 2]
+    named = [(name, with_gradient(2)) for name in held]
+    return Model.of(named if rank % 2 else named[:-1]).table.names  # the others hold one more
+
+
+def test_all_ranks_have_the_order_of_the_lowest_that_hold_a_name(ranks):
+    assert ranks(4, stages_of_ranks) == [("tok", "b.0", "b.1", "b.2", "b.3", "b.4", "norm")] * 4
 
 
 def held_by(rank: int, world: int) -> list[tuple[str, tuple[int, ...]]]:

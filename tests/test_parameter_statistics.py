@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,15 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+import distnorm
 from distnorm.errors import ConfigError
 from distnorm.measure.norms import norm
 from distnorm.payload.layers import layers_of
 from distnorm.payload.parameters import ParameterStatistics
 from distnorm.payload.replicas import ReplicaChecksums
+from distnorm.payload.units import UnitStatistics
 from distnorm.plan import model_table as table
+from distnorm.sources.shards import GradShard
 from tests import oracle
 from tests.payloads import Model, dense_parameters, steps
 from tests.test_topologies import RANDOM, topologies
@@ -382,3 +386,65 @@ def test_nothing_and_missing_gradients_have_values_of_zeros():
             stats = statistics.read(reduced)
             assert stats.norm.tolist() == stats.rms.tolist() == [0.0] * len(named)
             assert model.reduced(ReplicaChecksums(model.table)).shape == (0,)
+
+
+# ---- weights that nobody may read
+
+
+def with_frozen() -> Model:
+    frozen, trained = (
+        nn.Parameter(torch.ones(2, 3), requires_grad=False),
+        nn.Parameter(torch.full((2, 3), 2.0)),
+    )
+    trained.grad = torch.ones(2, 3)
+    model = Model.of([("a.frozen", frozen), ("a.lora", trained), ("b", nn.Parameter(torch.ones(3)))])
+    model.shards[0] = UnreadableShard(*(getattr(model.shards[0], name) for name in FIELDS_OF_SHARDS))
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class UnreadableShard(GradShard):
+    """A shard whose values can't be read."""
+
+    def witness(self) -> torch.Tensor:
+        raise NotImplementedError("no plain values")
+
+    def read(self) -> torch.Tensor | None:
+        return self.holder.grad
+
+
+FIELDS_OF_SHARDS = [field.name for field in fields(GradShard)]
+
+
+def test_frozen_weights_are_never_read():
+    model = with_frozen()
+    for by, expected in (("parameter", [math.nan, 0.5, 0.0]), ("depth", [0.5, 0.0])):
+        statistics = ParameterStatistics(
+            model.table, model.shards, model.shares, model.norm, by=by, weights=True
+        )
+        ratios = statistics.read(model.reduced(statistics)).grad_to_weight
+        assert ratios is not None
+        assert ratios.tolist() == pytest.approx(expected, nan_ok=True)
+    units = UnitStatistics(model.ranks, model.table, model.shards, model.shares)
+    gradients, weights = units.norms(model.reduced(units))
+    assert gradients.tolist() == pytest.approx([0, 0, math.sqrt(3), math.sqrt(3), 0])
+    assert weights.tolist() == pytest.approx([0, 0, math.sqrt(12), math.sqrt(12), math.sqrt(3)])
+
+
+def test_the_weight_of_a_frozen_parameter_with_a_gradient_counts():
+    frozen = nn.Parameter(torch.full((4,), 2.0), requires_grad=False)
+    frozen.grad = torch.ones(4)
+    model = Model.of([("w", frozen)])
+    statistics = ParameterStatistics(model.table, model.shards, model.shares, model.norm, weights=True)
+    ratios = statistics.read(model.reduced(statistics)).grad_to_weight
+    assert ratios is not None and ratios.tolist() == [0.5]
+
+
+def test_adaptive_clipping_leaves_frozen_weights_unread():
+    """By the clipper: policy agc reads weights in every step."""
+    frozen = nn.Parameter(torch.empty(2, 3, device="meta"), requires_grad=False)  # has no values
+    trained = nn.Parameter(torch.ones(2, 3))
+    trained.grad = torch.full((2, 3), 10.0)
+    clipper = distnorm.GradClipper([("frozen", frozen), ("lora", trained)], {"clip": {"policy": "agc"}})
+    clipper.clip()
+    assert trained.grad[0, 0].item() == pytest.approx(0.01)

@@ -106,27 +106,27 @@ def gathered(parameter: nn.Parameter) -> Any:
 
 
 def play(clip: Mapping[str, Any], order: float = 2.0, sharded: bool = True) -> list[Any]:
-    """What each step told, and the whole gradients after it."""
+    """What each step reported, and the whole gradients after it."""
     made = parameters(init_device_mesh("cpu", (2, 2)) if sharded else None)
     clipper = distnorm.GradClipper(made, {"norm": {"type": order}, "clip": dict(clip)})
-    told = []
+    results = []
     for step in range(STEPS):
         set_gradients(made, step)
         if not sharded or dist.get_rank() % 2:  # two ranks have a loss, and it is their mean that counts
             part = 0 if not sharded else dist.get_rank() - 2
             clipper.note(loss=torch.tensor((2.0, 3.0, 2.5, 9.0, 2.0, 2.2, 8.0)[step] + part))
         result = clipper.clip()
-        told.append((result.to_dict(), {name: gathered(parameter) for name, parameter in made.items()}))
-    return told
+        results.append((result.to_dict(), {name: gathered(parameter) for name, parameter in made.items()}))
+    return results
 
 
 def play_all(cases: list[tuple[dict[str, Any], float]]) -> list[Any]:
     return [play(clip, order) for clip, order in cases]
 
 
-def flat(told: Mapping[str, Any]) -> dict[str, Any]:
-    groups = told.get("groups", {})
-    rest = {key: value for key, value in told.items() if key != "groups"}
+def flat(results: Mapping[str, Any]) -> dict[str, Any]:
+    groups = results.get("groups", {})
+    rest = {key: value for key, value in results.items() if key != "groups"}
     return {**rest, **{f"{name} {k}": value for name, of in groups.items() for k, value in of.items()}}
 
 
@@ -147,8 +147,8 @@ def test_sharded_is_as_unsharded_for_every_policy(ranks: Any) -> None:
     found = ranks(4, play_all, cases, timeout=120)
     for position, (name, (clip, order)) in enumerate(zip(names, cases, strict=True)):
         expected = play(clip, order, sharded=False)
-        for told in (rank[position] for rank in found):
-            for (ours, gradients), (theirs, dense) in zip(told, expected, strict=True):
+        for results in (rank[position] for rank in found):
+            for (ours, gradients), (theirs, dense) in zip(results, expected, strict=True):
                 assert flat(ours) == pytest.approx(flat(theirs), rel=1e-12, nan_ok=True), name
                 exactly = [
                     key for key in flat(theirs) if key.endswith(("threshold", "skipped", "was_clipped"))
@@ -186,17 +186,17 @@ def dense_clipped(policy: str, name: str, gradient: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("policy", ["value", "per_tensor", "agc"])
 def test_gradients_are_what_the_formula_says(policy: str) -> None:
-    for step, (told, gradients) in enumerate(play(POLICIES[policy], sharded=False)):
+    for step, (results, gradients) in enumerate(play(POLICIES[policy], sharded=False)):
         exact = {n: dense_clipped(policy, n, whole(n, step).numpy()) for n in MODEL if not missing(n, step)}
         for name, gradient in exact.items():
             # Norms of parameters are rounded to fp32 before a coefficient is made of them.
             np.testing.assert_allclose(
                 gradients[name], gradient, rtol=1e-13 if policy != "per_tensor" else 6e-8
             )
-        assert math.isnan(told["total_norm"]) == (policy == "value")
-        assert told["is_finite"] is True and told["skipped"] is False
+        assert math.isnan(results["total_norm"]) == (policy == "value")
+        assert results["is_finite"] is True and results["skipped"] is False
         if policy != "value":
-            assert told["clipped_norm"] == pytest.approx(oracle.dense(exact.values()), rel=6e-8)
+            assert results["clipped_norm"] == pytest.approx(oracle.dense(exact.values()), rel=6e-8)
 
 
 def test_groups_have_their_own_norm_or_the_shared_one() -> None:

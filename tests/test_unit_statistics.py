@@ -189,3 +189,15 @@ def test_partitions_of_zero_have_units_only_where_they_are_whole(ranks):
     expected = [*np.linalg.norm(rows, axis=1), np.linalg.norm(rows)]
     for found in ranks(2, partition, 12):
         assert found == pytest.approx(expected, rel=1e-15)
+
+
+def test_float8_gradients_are_scaled_by_units():
+    parameter = nn.Parameter(torch.ones(2, 4))
+    bias = nn.Parameter(torch.ones(4))
+    model = Model.of([("w", parameter), ("b", bias)])
+    gradients = [torch.full(shape, 2.0).to(torch.float8_e5m2) for shape in ((2, 4), (4,))]
+    units = UnitStatistics(model.ranks, model.table, model.shards, model.shares)
+    norms, _ = units.norms(model.reduced(units, gradients))
+    assert norms.tolist() == [4.0, 4.0, 4.0]
+    units.scale_(gradients, torch.tensor([0.5, 0.25, 2.0], dtype=torch.float64))
+    assert [g.float().tolist() for g in gradients] == [[[1.0] * 4, [0.5] * 4], [4.0] * 4]

@@ -1,4 +1,4 @@
-"""Which parameters make a layer, by their names alone, and what is told of it."""
+"""Which parameters make a layer, by their names alone, and the statistics of a layer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class LayerStats:
         zero_fraction: how many of the elements are exactly 0.
         max: the largest magnitude; `None` where the table has no rows.
         grad_to_weight: 2-norm of the gradient over that of the weight, whatever the order, NaN where the
-            weight is 0; `None` where weights weren't handed in.
+            weight is 0, or was not read; `None` where weights aren't sent at all.
         bad: [parameters] how many elements are inf or NaN; for p = inf each replica counts its own.
     """
 

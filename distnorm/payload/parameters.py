@@ -25,7 +25,7 @@ from distnorm.sources.shards import GradShard
 
 
 class ParameterStatistics:
-    """The payload of one set of shards: norms of single parameters, and what monitored steps tell of layers.
+    """The payload of one set of shards: norms of parameters, and in monitored steps statistics of layers.
 
     Args:
         table: the model's parameters.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,18 +12,6 @@ from distnorm import kernels
 from distnorm.errors import DistnormError
 from distnorm.measure.exchange import Payload
 from distnorm.plan.collectives import Ranks
-
-Local = Callable[[Sequence[Tensor | None], torch.device], Tensor]
-
-
-class FunctionPayload:
-    """A payload made of a function: see `Payload.local`."""
-
-    def __init__(self, length: int, local: Local) -> None:
-        self.length, self._local = length, local
-
-    def local(self, gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
-        return self._local(gradients, device)
 
 
 class PayloadParts:

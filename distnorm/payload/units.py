@@ -157,11 +157,12 @@ class UnitStatistics:
             if kind not in on:
                 on[kind] = kernels.moved(coefs, *kind)
             mine = on[kind][self._indices.at(i, gradient.device)]
-            if held.rows:
-                rows = self._with_rows(i, gradient)
-                rows.mul_(mine.view(-1, *[1] * (rows.dim() - 1)))
+            rows = self._with_rows(i, gradient) if held.rows else gradient
+            mine = mine.view(-1, *[1] * (rows.dim() - 1)) if held.rows else mine.view(())
+            if rows.dtype.itemsize == 1:  # float8 has no arithmetic of its own
+                rows.copy_(rows.to(kind[1]) * mine)
             else:
-                gradient.mul_(mine.view(()))
+                rows.mul_(mine)
 
 
 def _units_of(shape: tuple[int, ...]) -> int:

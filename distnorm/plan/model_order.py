@@ -3,8 +3,8 @@
 Every list is cut into blocks, such as all of ``blocks.2.``: a block's family is what stands before the first
 number of a name, and its number is that number. Lists are taken in the order of their ranks, and within a
 list every block comes after the one before it. A block whose family is known goes where its number belongs,
-so that interleaved pipeline stages (0, 1, 4, 5 and 2, 3, 6, 7) give 0 to 7; another goes behind the block
-before it.
+so that interleaved pipeline stages (0, 1, 4, 5 and 2, 3, 6, 7) give 0 to 7; another stays beside the blocks
+that it stands beside in its list.
 """
 
 from __future__ import annotations
@@ -52,16 +52,21 @@ class _Blocks:
     def take(self, names: Sequence[str]) -> None:
         """Take in the names of one more rank, in its order."""
         blocks = [(key, list(run)) for key, run in groupby(names, _key)]
-        known = (self._place(key) for key, _ in blocks if key[0] in self._numbers)
-        before = next(known, (len(self.blocks) - 1, 0))  # what leads the list goes with what it leads to
+        known = [i for i, (key, _) in enumerate(blocks) if key[0] in self._numbers]
+        # What leads the list goes with what it leads to.
+        before = self._place(blocks[known[0]][0]) if known else (len(self.blocks) - 1, 0)
         new: list[tuple[_Position, _Block]] = []
-        for key, run in blocks:
+        for i, (key, run) in enumerate(blocks):
             there = self._at.get(key, _NOWHERE)
             if there >= before and there[1] == 0:
                 self.blocks[there[0]][1].extend(run)
                 before = there
             else:
-                place = self._place(key) if key[0] in self._numbers else before
+                place = before
+                if key[0] in self._numbers:
+                    place = self._place(key)
+                elif known and i > known[-1]:
+                    place = self._behind(before, blocks[i - 1][0][0])
                 before = max(place, before)[0], len(new) + 1
                 new.append((before, (key, run)))
                 self._note(key, before)
@@ -74,6 +79,13 @@ class _Blocks:
         if i := bisect_left(numbers, number):
             return self._at[family, numbers[i - 1]]
         return self._at[family, numbers[0]][0] - 1, 0
+
+    def _behind(self, position: _Position, family: str) -> _Position:
+        """Behind what goes on with a family there: the last stage's norm comes after all layers."""
+        last = position[0]
+        while last + 1 < len(self.blocks) and self.blocks[last + 1][0][0] == family:
+            last += 1
+        return last, 0
 
     def _note(self, key: _Key, position: _Position) -> None:
         family, number = key

@@ -1,7 +1,7 @@
 """The whole model's parameters, by name, the same list on every rank; and which rank holds what of them.
 
-Made once, and only where something needs more than the total norm: per-layer monitoring, a policy that looks
-at single parameters, a comparison of replicas. Each name travels once: of the ranks that hold it one is
+Made once, and only where something needs more than the total norm: per-layer monitoring, a policy that goes
+by single parameters, a comparison of replicas. Each name travels once: of the ranks that hold it one is
 chosen by hash, which spreads the load. Which rank holds what travels as numbers, and so does each name's
 place on the lowest rank that holds it, from which the order of the table is made (see `model_order`).
 """
@@ -147,8 +147,3 @@ def _rows(
         identities.reshape(-1).astype(np.int64),
         everything[:, 2] == 0,
     )
-
-
-def first_device(tensors: Sequence[Tensor | None]) -> torch.device:
-    """Where the first tensor is; the CPU if there is none."""
-    return next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))

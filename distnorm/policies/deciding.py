@@ -96,7 +96,8 @@ class Decider:
             total_norm: 0-d fp64; NaN where nothing was measured, or where the ranks disagree.
             payload: what `PolicyGroups.payload` was reduced to.
             agreed: 0-d bool; where it is false, the ranks did not measure the same thing, and gradients are
-                left alone, whatever `clip.nonfinite` says. `None`: they are known to agree.
+                left alone, whatever `clip.nonfinite` says (policy value clamps them, by no norm). `None`:
+                they are known to agree.
 
         Raises:
             DistnormError: a policy looks at the loss, and no rank gave one; on every rank.

@@ -1,7 +1,7 @@
 """The policies of one clipper: one for each of `clip.groups`, and one for all other parameters.
 
 A single policy that goes by the total norm adds nothing to the all-reduce, needs no list of the model's
-parameters, and leaves one coefficient, as if there were no policies. What looks closer adds a payload to it.
+parameters, and leaves one coefficient, as if there were no policies. What needs more adds a payload to it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class PolicyGroups:
 
     Attributes:
         groups: those of `clip.groups`, in their order, and last the one of all other parameters.
-        loss: what a policy may look at beside the gradients.
+        loss: what a policy may go by beside the gradients.
         payload: what has to travel with the total norm; `None` where nothing has to.
         is_single: whether there is one policy for all parameters.
         obstacle: why one coefficient of the total norm isn't all that is decided; `None` if it is.

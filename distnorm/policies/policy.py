@@ -26,7 +26,7 @@ class StepStatistics:
         history_norm: 0-d; the total norm rounded to fp32. Histories are fed with it, and thresholds come from
             it and from the state alone: topologies whose total norms differ in the last bits then have the
             same thresholds, bit for bit.
-        loss: 0-d, or None where none was handed in.
+        loss: 0-d, or None where no rank gave one.
         parameter_norms: [n]; of every parameter of the whole model, rounded to fp32; 0 where a parameter has
             no gradient.
         numels: [n]; elements of every parameter of the whole model.

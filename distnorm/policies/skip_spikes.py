@@ -34,7 +34,7 @@ class SkipSpikes(Policy):
         k: how many standard deviations above the mean a spike begins.
         window: how many values are kept.
         after: how many there must be; at most `window`.
-        on: ``"norm"`` or ``"loss"``, which then has to be handed in with every step.
+        on: ``"norm"`` or ``"loss"``, which then has to be given with every step.
         above: the absolute bound, or None.
 
     Reference: OLMo-core's `SkipStepOptimizer` (which looks at both, and once there are max(20, window // 2)

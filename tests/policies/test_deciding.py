@@ -21,6 +21,7 @@ from distnorm.plan.collectives import Ranks
 from distnorm.plan.plan import make_plan
 from distnorm.policies.deciding import Decider
 from distnorm.policies.groups import PolicyGroups
+from distnorm.policies.policy import StepStatistics
 from distnorm.policies.results import ClipResult, GroupResult
 from distnorm.sources import shards_of
 from distnorm.sources.shards import of_grad
@@ -36,7 +37,6 @@ CLIPS: dict[str, dict[str, Any]] = {
     "adagc": {"policy": {"name": "adagc", "warmup": 2}},
     "skip_spikes": {"max_norm": 1.0, "policy": SPIKES},
     "groups": {
-        "max_norm": 1.0,
         "policy": {"name": "adagc", "warmup": 2},
         "groups": [
             {"params": ["a"], "policy": {"name": "zclip", "warmup": 2}},
@@ -44,7 +44,6 @@ CLIPS: dict[str, dict[str, Any]] = {
         ],
     },
 }
-CLIPS["groups"].pop("max_norm")
 MODES = ["raise", "skip", "zero", "propagate"]
 
 
@@ -88,15 +87,15 @@ class Model:
         self.decider = Decider(self.groups)
 
     def step(self, value: float, total: float | None = None, agreed: bool | None = None) -> ClipResult:
-        """Clip gradients that are made of this value; by a total norm other than theirs, where one is given."""
+        """Clip gradients that are made of this value, by another total norm than theirs if one is given."""
         gradients = HeldGradients([torch.full((2, 3), value * i) for i in (1, 2, 3)])
         self.before = [tensor.clone() for tensor in gradients.tensors if tensor is not None]
         payload = self.groups.payload
         reduced = None if payload is None else payload.local(gradients.tensors, torch.device("cpu"))
         found = self.norm.finalise(self.norm.statistic(self.before, torch.device("cpu")))
         found = found if total is None else torch.full_like(found, total)
-        told = None if agreed is None else torch.tensor(agreed)
-        outcome = self.decider.decide(found, reduced, told)
+        known = None if agreed is None else torch.tensor(agreed)
+        outcome = self.decider.decide(found, reduced, known)
         self.decider.apply(outcome, gradients)  # type: ignore[arg-type]
         self.after = gradients.tensors
         return outcome.result
@@ -194,23 +193,14 @@ def test_a_dry_run_leaves_the_state_of_real_steps_alone(name: str) -> None:
         model.step(value)
     before, there = model.groups.state_dict(), addresses(model)
     policy = model.groups.default
-    with FakeTensorMode() as mode:
+    with FakeTensorMode():
         one = torch.ones((), dtype=torch.float64)
         each = torch.ones(3 if name != "groups" else 1, dtype=torch.float64)
-        step = distnorm_step(one, each)
-        decision = policy.decide(step)
+        norms = {"parameter_norms": each, "numels": each, "unit_norms": each, "unit_weight_norms": each}
+        decision = policy.decide(StepStatistics.of(one, **norms))
         assert isinstance(decision.coef, FakeTensor) and decision.coef.shape == ()
-    del mode
     assert (model.groups.state_dict(), addresses(model)) == (before, there)
     model.step(0.9)
-
-
-def distnorm_step(total_norm: Tensor, each: Tensor) -> Any:
-    from distnorm.policies import StepStatistics
-
-    return StepStatistics.of(
-        total_norm, parameter_norms=each, numels=each, unit_norms=each, unit_weight_norms=each
-    )
 
 
 def test_a_loss_is_averaged_in_a_dry_run_too() -> None:
@@ -248,9 +238,9 @@ def test_another_default_device_changes_nothing(name: str) -> None:
             tensors = [torch.full((2, 3), value * i, device="cpu") for i in (1, 2, 3)]
             with torch.device("cpu"):  # nor are the kernels
                 payload = groups.payload and groups.payload.local(tensors, torch.device("cpu"))
-            total = torch.linalg.vector_norm(torch.cat([t.view(-1) for t in tensors]).double())
+                total = model.norm.finalise(model.norm.statistic(tensors, torch.device("cpu")))
             outcome = decider.decide(total, payload)
-            assert outcome.result.to_dict() == pytest.approx(result, rel=1e-12)
+            assert outcome.result.to_dict() == result
             decider.apply(outcome, HeldGradients(tensors))  # type: ignore[arg-type]
         state = groups.state_dict()
         groups.load_state_dict(state)
