@@ -243,7 +243,8 @@ def _measure(
             meter = Meter(ranks, order, terms, tied, raises, source=source, allow_empty=source is Source.TENSOR)
             meter.managers = known.managers
             if source is Source.TENSOR and not holders:
-                return _Measured(Gradients([]), meter.join_empty(), True, False)
+                total_norm, is_double = meter.join_empty()
+                return _Measured(Gradients([]), total_norm, True, is_double)
             meter.prepare_anew(lambda: (describe(), named_tensors(target)))
             plans[known.key] = meter
             if len(plans) > _MOST_PLANS:

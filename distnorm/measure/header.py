@@ -20,7 +20,10 @@ Stage = Literal["plan", "agree", "measure", "join"]
 """Where a rank is in a call: it has no plan for what it was given; it has to agree with the others which
 gradients are partial; it measures; it was given nothing, and does what the others do."""
 
-FIELDS = ("nan", "plan", "agree", "measure", "nonraising", "refused", "presence", "terms", "terms_again")
+FIELDS = (
+    *("nan", "plan", "agree", "measure", "nonraising", "refused", "double", "presence"),
+    *("terms", "terms_again"),
+)
 """The elements of a full header, before the statistic; the very first counts statistics that are NaN."""
 
 
@@ -32,6 +35,7 @@ class Header:
         stage: where it is.
         raises: whether it reads the result on the host, and so takes part in finding out what is wrong.
         refused: whether it found a gradient that can't be measured.
+        is_double: whether the functions' result is fp64.
         presence: sum of `presence_weights` over the replicas that have a gradient.
         terms: hash of the plan and of what else must be alike in this call, at least 0.
     """
@@ -39,6 +43,7 @@ class Header:
     stage: Stage
     raises: bool
     refused: bool = False
+    is_double: bool = False
     presence: int = 0
     terms: int = 0
 
@@ -54,7 +59,7 @@ class Header:
             pair = self._terms_pair(op)
         else:
             pair = (-math.inf, -math.inf) if op == "max" else (0, 0)
-        return [*stages, not self.raises, self.refused, self.presence, *pair]
+        return [*stages, not self.raises, self.refused, self.is_double, self.presence, *pair]
 
     def _terms_pair(self, op: str) -> tuple[float, float]:
         # Two functions of the terms whose reductions fit a rank's own terms only if all ranks' are equal
@@ -69,10 +74,11 @@ class Header:
             first, again = reduced[-2:]
             alike = first == -again if op == "max" else first * first == reduced[3] * again
             expected = kernels.on_device([0, 0, nonraising, 0, 0], reduced.device)
-            joins: Tensor = (reduced[[1, 2, 4, 5, 6]] == expected).all() & (alike | (reduced[3] == 0))
+            joins: Tensor = (reduced[[1, 2, 4, 5, 7]] == expected).all() & (alike | (reduced[3] == 0))
             return joins
-        fixed = kernels.on_device([0, 0, 0, nonraising, 0, 0, 0, 0], reduced.device)
-        by_measurer = kernels.on_device([0, 0, 1, 0, 0, 0, *self._terms_pair(op)], reduced.device)
+        fixed = kernels.on_device([0, 0, 0, nonraising, 0, 0, 0, 0, 0], reduced.device)
+        each = [0, 0, 1, 0, 0, self.is_double, 0, *self._terms_pair(op)]
+        by_measurer = kernels.on_device(each, reduced.device)
         agreed: Tensor = (reduced[1:] == fixed + by_measurer * reduced[3]).all()
         return agreed
 

@@ -243,8 +243,8 @@ class Meter:
         norm = torch.full((), math.nan, dtype=torch.float64, device=gradients.device)
         return ReducedStatistics(norm, norm.view(1)[:0], lambda: DecodedHeader({}), True, True)
 
-    def join_empty(self) -> Tensor:
-        """The total norm, where this rank was given nothing at all. Collective.
+    def join_empty(self) -> tuple[Tensor, bool]:
+        """The total norm, where this rank was given nothing at all, and whether it is given as fp64. Collective.
 
         It can't know whether the others plan, so it does what they do. Reads their headers on the host.
         """
@@ -257,7 +257,7 @@ class Meter:
             elif "agree" in decoded.stages:
                 self._agree([], [])
             elif not decoded.stages:  # nobody has anything
-                return self.norm.finalise(self.norm.zeros(self.ranks.device()))
+                return self.norm.finalise(self.norm.zeros(self.ranks.device())), False
             else:
                 break
         empty = Gradients([])
@@ -265,7 +265,7 @@ class Meter:
             self._raise_disagreement(reduced, decoded, None, empty)
         if self.listens:
             self._check_values(empty, reduced)
-        return reduced.total_norm
+        return reduced.total_norm, decoded.values["double"] > 0
 
     def find_not_finite(self, gradients: Gradients) -> tuple[tuple[str, int], ...]:
         """The first few parameters of each rank whose gradient isn't finite, with that rank. Collective."""
@@ -314,6 +314,7 @@ class Meter:
             "measure",
             self.listens,
             refused=bool(gradients.problems),
+            is_double=self.plan is not None and self.plan.is_double,
             presence=gradients.presence(self._weights),
             terms=self._hashed[1],
         )
