@@ -15,7 +15,7 @@ from distnorm.monitor.monitor import Monitor
 from distnorm.monitor.snapshot import LayerSnapshot
 from distnorm.payload.noise import NoiseScale
 
-Path = tuple[str, ...]
+KeyPath = tuple[str, ...]
 Where = Sequence[tuple[str, int]]
 
 _KEYS = {"total_norm": "grad_norm", "was_clipped": "clipped", "is_finite": "finite"}
@@ -72,7 +72,7 @@ class PendingStep:
     """
 
     step: int
-    flags: Mapping[Path, bool]
+    flags: Mapping[KeyPath, bool]
     copy: AsyncHostCopy
     snapshot: LayerSnapshot | None = None
     facts: dict[str, Any] = field(default_factory=dict)

@@ -22,7 +22,7 @@ from distnorm.errors import DistnormError, NonFiniteGradientError
 from distnorm.measure.norms import Norm
 from distnorm.measure.overlap import Overlap
 from distnorm.monitor.monitor import Monitor
-from distnorm.monitor.pending_steps import AsyncHostCopy, Path, PendingStep, PendingSteps, Where, first_of
+from distnorm.monitor.pending_steps import AsyncHostCopy, KeyPath, PendingStep, PendingSteps, Where, first_of
 from distnorm.monitor.snapshot import LayerSnapshot
 from distnorm.payload.noise import noise_scale_payload
 from distnorm.plan.collectives import Ranks
@@ -186,7 +186,7 @@ class StepMonitor:
             )
 
 
-def _tensors_of(found: object, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+def _tensors_of(found: object, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Tensor]]:
     """The tensors of a result and of what it holds, by the path of their names."""
     if isinstance(found, Tensor):
         yield path, found
