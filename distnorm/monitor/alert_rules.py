@@ -10,7 +10,7 @@ from distnorm.config import AlertsConfig
 from distnorm.monitor.depth import trends
 from distnorm.monitor.history import History
 from distnorm.monitor.latch import Latch
-from distnorm.monitor.records import Alert, AlertKind, LayerRow
+from distnorm.monitor.records import Alert, Kind, LayerRow
 
 # A layer can vanish under the bound only if it was so many times larger: a key's bias, whose gradient is zero
 # but for rounding, never was.
@@ -119,7 +119,7 @@ class AlertRules:
 
     def _when_due(
         self,
-        kind: AlertKind,
+        kind: Kind,
         step: int,
         beyond: bool,
         back: bool,

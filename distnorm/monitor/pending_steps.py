@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distnorm.monitor.monitor import Monitor
+from distnorm.monitor.monitor import Monitor, callbacks_held
 from distnorm.monitor.snapshot import LayerSnapshot
 from distnorm.payload.noise import NoiseScale
 
@@ -157,7 +157,7 @@ class PendingSteps:
                 self._noise.add(pending.snapshot.data_ranks, rows.own_squares, row["grad_norm"] ** 2)
         if (scale := self._noise.value) is not None:
             row["noise_scale"] = scale
-        with self.monitor.callbacks_held():
+        with callbacks_held(self.monitor):
             self._newest = self.monitor.step(row, parameter=name, ranks=ranks)
             if rows is not None:
                 self.monitor.layers(pending.step, rows.layers)

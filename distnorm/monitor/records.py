@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 METRICS_FILE, LAYERS_FILE, ALERTS_FILE = "metrics.jsonl", "layers.jsonl", "alerts.jsonl"
 
-AlertKind = Literal["vanishing", "exploding", "clip_rate", "non_finite", "divergence"]
+Kind = Literal["vanishing", "exploding", "clip_rate", "non_finite", "divergence"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Alert:
     """
 
     step: int
-    kind: AlertKind
+    kind: Kind
     layer: str | None
     ranks: tuple[int, ...] | None
     value: float | None
