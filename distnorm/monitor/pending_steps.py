@@ -107,8 +107,11 @@ class PendingSteps:
         self._noise = NoiseScale()
 
     def add(self, pending: PendingStep) -> None:
-        """Add the newest step, and report those before it that have arrived."""
+        """Add the newest step."""
         self._steps.append(pending)
+
+    def report_arrived(self) -> None:
+        """Report the steps that have arrived, but for the newest, which a flush may add facts to."""
         while len(self._steps) > 1 and self._steps[0].copy.has_arrived:
             self._report(self._steps.popleft())
 
