@@ -47,7 +47,7 @@ class Model:
         layouts: dict[str, Any] = {f"blocks.{i}.copied": None for i in range(3)}
         if size > 1:
             mesh = init_device_mesh("cpu", (2, size // 2))
-            layouts |= {"sharded": (mesh, [Shard(0), Shard(0)]), "hybrid": (mesh, [Replicate(), Shard(0)])}
+            layouts |= {"hybrid": (mesh, [Replicate(), Shard(0)]), "sharded": (mesh, [Shard(0), Shard(0)])}
         for i, (name, layout) in enumerate(layouts.items()):
             value = torch.randn(8, 4, generator=torch.Generator().manual_seed(i))
             parameter = nn.Parameter(value if layout is None else distribute_tensor(value, *layout))

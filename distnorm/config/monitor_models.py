@@ -12,7 +12,7 @@ from distnorm.config.section import Conflict, Location, PositiveInt, Section
 _KINDS = ("parameter", "module", "depth")
 _TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
 
-Share = Annotated[float, Field(gt=0, lt=1)]
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 Factor = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 
 
@@ -47,10 +47,10 @@ class AlertsConfig(Section):
         description="A layer vanishes whose norm falls under this, after it has been 1,000 times as large; "
         "a layer that never had a gradient to speak of, such as an unused one, is left alone.",
     )
-    drop: Share | None = Field(
+    drop: OpenFraction | None = Field(
         1e-3, description="A layer vanishes whose norm falls under this share of its own average."
     )
-    falling: Share | None = Field(
+    falling: OpenFraction | None = Field(
         1e-4,
         description="Gradients vanish with depth where the norms of numbered blocks fall from one end of the "
         "model to the other to this share, by the trend over all of them; needs 4 blocks.",
@@ -60,7 +60,7 @@ class AlertsConfig(Section):
         description="A layer explodes whose norm is more than so many times its own average; up to the "
         "1.5th power of this for a layer whose norm varies much anyway.",
     )
-    clip_rate: Share | None = Field(
+    clip_rate: OpenFraction | None = Field(
         None,
         description="An alert is given where more than this share of a full window's steps is clipped. Null "
         "by default: many healthy runs clip on every step.",

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from distnorm.config.vocabulary import Path, Vocabulary
+from distnorm.config.vocabulary import KeyPath, Vocabulary
 from distnorm.errors import ConfigError, Problem
 
 _MAX_DEPTH = 8
@@ -37,7 +37,7 @@ class Finding:
     """One mistake, before it is put in order."""
 
     mark: Mark
-    path: Path
+    path: KeyPath
     message: str
 
 
@@ -56,22 +56,22 @@ class Document:
 
     root: Mark
     data: object = field(default_factory=dict)
-    keys: dict[Path, Mark] = field(default_factory=dict)
-    values: dict[Path, Mark] = field(default_factory=dict)
+    keys: dict[KeyPath, Mark] = field(default_factory=dict)
+    values: dict[KeyPath, Mark] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
-    doubtful: set[Path] = field(default_factory=set)
+    doubtful: set[KeyPath] = field(default_factory=set)
 
-    def refuse(self, mark: Mark, path: Path, message: str) -> None:
+    def refuse(self, mark: Mark, path: KeyPath, message: str) -> None:
         """Note a mistake, and that the value at the path isn't known."""
         self.findings.append(Finding(mark, path, message))
         self.doubtful.add(path)
 
-    def mark(self, path: Path) -> Mark:
+    def mark(self, path: KeyPath) -> Mark:
         """The place of a value, or of the nearest part around it that was written at all."""
         around = (path[:end] for end in range(len(path), 0, -1))
         return next((self.values[part] for part in around if part in self.values), self.root)
 
-    def is_doubtful(self, path: Path) -> bool:
+    def is_doubtful(self, path: KeyPath) -> bool:
         """Whether a mistake was found at the path, above it or below it."""
         return any(doubt[: len(path)] == path[: len(doubt)] for doubt in self.doubtful)
 
@@ -144,11 +144,11 @@ def _depends(entry: Mapping[str, Any]) -> bool:
     return entry["type"] in ("missing", "too_short")
 
 
-def _path(loc: Iterable[str | int]) -> Path:
+def _path(loc: Iterable[str | int]) -> KeyPath:
     return tuple(f"[{part}]" if isinstance(part, int) else part for part in loc)
 
 
-def _note_wrong(document: Document, known: Vocabulary, path: Path, entry: Mapping[str, Any]) -> Path:
+def _note_wrong(document: Document, known: Vocabulary, path: KeyPath, entry: Mapping[str, Any]) -> KeyPath:
     """Note one of pydantic's errors; the path of what has to be taken out."""
     written, found = known.plain(path), entry["input"]
     if entry["type"] == "extra_forbidden":
@@ -169,7 +169,7 @@ def _note_wrong(document: Document, known: Vocabulary, path: Path, entry: Mappin
     return written
 
 
-def _note_wrong_kind(document: Document, known: Vocabulary, path: Path, entry: Mapping[str, Any]) -> None:
+def _note_wrong_kind(document: Document, known: Vocabulary, path: KeyPath, entry: Mapping[str, Any]) -> None:
     key = entry["ctx"]["discriminator"].strip("'")
     found = entry["input"]
     if key in found:
@@ -202,7 +202,7 @@ def _note_conflicts(document: Document, known: Vocabulary, errors: Sequence[Mapp
             document.findings.append(Finding(document.mark(culprit), culprit, conflict.message))
 
 
-def _without(data: object, path: Path) -> object:
+def _without(data: object, path: KeyPath) -> object:
     """A copy that lacks one key, or the list that the path goes into; what the caller gave stays as it is."""
     if not path:
         return {}
@@ -214,7 +214,7 @@ def _without(data: object, path: Path) -> object:
     return {key: value for key, value in data.items() if key != name}
 
 
-def _plain(value: object, document: Document, path: Path) -> object:
+def _plain(value: object, document: Document, path: KeyPath) -> object:
     if isinstance(value, BaseModel):
         value = value.model_dump(exclude_unset=True)
     if isinstance(value, (list, tuple)) and len(path) < _MAX_DEPTH:

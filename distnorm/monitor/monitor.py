@@ -61,16 +61,6 @@ class Monitor:
         """
         self._callbacks.append(callback)
 
-    @contextmanager
-    def callbacks_held(self) -> Iterator[None]:
-        """Have callbacks called at the end of the block, when a step has been taken in completely."""
-        self._holds += 1
-        try:
-            yield
-        finally:
-            self._holds -= 1
-        self._deliver()
-
     def step(
         self, row: Mapping[str, Any], *, parameter: str | None = None, ranks: Sequence[int] | None = None
     ) -> dict[str, Any]:
@@ -212,3 +202,14 @@ class Monitor:
                         type(error).__name__,
                         error,
                     )
+
+
+@contextmanager
+def callbacks_held(monitor: Monitor) -> Iterator[None]:
+    """Have a monitor's callbacks called at the end of the block, when a step has been taken in completely."""
+    monitor._holds += 1
+    try:
+        yield
+    finally:
+        monitor._holds -= 1
+    monitor._deliver()

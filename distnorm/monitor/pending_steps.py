@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distnorm.monitor.monitor import Monitor
+from distnorm.monitor.monitor import Monitor, callbacks_held
 from distnorm.monitor.snapshot import LayerSnapshot
 from distnorm.payload.noise import NoiseScale
 
-Path = tuple[str, ...]
+KeyPath = tuple[str, ...]
 Where = Sequence[tuple[str, int]]
 
 _KEYS = {"total_norm": "grad_norm", "was_clipped": "clipped", "is_finite": "finite"}
@@ -72,7 +72,7 @@ class PendingStep:
     """
 
     step: int
-    flags: Mapping[Path, bool]
+    flags: Mapping[KeyPath, bool]
     copy: AsyncHostCopy
     snapshot: LayerSnapshot | None = None
     facts: dict[str, Any] = field(default_factory=dict)
@@ -107,8 +107,11 @@ class PendingSteps:
         self._noise = NoiseScale()
 
     def add(self, pending: PendingStep) -> None:
-        """Add the newest step, and report those before it that have arrived."""
+        """Add the newest step."""
         self._steps.append(pending)
+
+    def report_arrived(self) -> None:
+        """Report the steps that have arrived, but for the newest, which a flush may add facts to."""
         while len(self._steps) > 1 and self._steps[0].copy.has_arrived:
             self._report(self._steps.popleft())
 
@@ -157,7 +160,7 @@ class PendingSteps:
                 self._noise.add(pending.snapshot.data_ranks, rows.own_squares, row["grad_norm"] ** 2)
         if (scale := self._noise.value) is not None:
             row["noise_scale"] = scale
-        with self.monitor.callbacks_held():
+        with callbacks_held(self.monitor):
             self._newest = self.monitor.step(row, parameter=name, ranks=ranks)
             if rows is not None:
                 self.monitor.layers(pending.step, rows.layers)

@@ -22,7 +22,7 @@ from distnorm.errors import DistnormError, NonFiniteGradientError
 from distnorm.measure.norms import Norm
 from distnorm.measure.overlap import Overlap
 from distnorm.monitor.monitor import Monitor
-from distnorm.monitor.pending_steps import AsyncHostCopy, Path, PendingStep, PendingSteps, Where, first_of
+from distnorm.monitor.pending_steps import AsyncHostCopy, KeyPath, PendingStep, PendingSteps, Where, first_of
 from distnorm.monitor.snapshot import LayerSnapshot
 from distnorm.payload.noise import noise_scale_payload
 from distnorm.plan.collectives import Ranks
@@ -122,9 +122,8 @@ class StepMonitor:
         loss, facts = self._take_notes()
         numbers = dict(_tensors_of(result))
         total_norm = numbers["total_norm",]
-        if (
-            _is_captured() or type(total_norm) is not Tensor
-        ):  # a graph's replays pass by; a dry run has no values
+        # The replays of a graph don't come here, and a dry run has no values.
+        if _is_captured() or type(total_norm) is not Tensor:
             return
         if loss is not None:
             loss = kernels.moved(loss.double().reshape(()), total_norm.device)
@@ -134,7 +133,16 @@ class StepMonitor:
         flags = {path: number.dtype == torch.bool for path, number in numbers.items()}
         snapshot = None if payload is None else self.snapshot(step)
         self._pending.add(PendingStep(step, flags, copy, snapshot, facts, where, loss_scale))
-        self._stop(total_norm.is_cpu, step)
+        # An accelerator has computed the step before long ago, so all ranks read that one, and stop together:
+        # before a callback, which one rank alone has, can report more.
+        last, most = step if total_norm.is_cpu else step - 1, self._config.stop_after
+        found = 0 if most is None else self._pending.not_finite_until(last)
+        self._pending.report_arrived()
+        if most is not None and found >= most:
+            raise NonFiniteGradientError(
+                f"monitor.stop_after: expected fewer than {most} steps in a row whose norm is not finite, "
+                f"found {found}, the last of them step {last}"
+            )
 
     def failed(self, step: int, error: NonFiniteGradientError) -> None:
         """Report a step that ended with an error."""
@@ -179,19 +187,8 @@ class StepMonitor:
             facts["tokens_per_second"] = tokens / (now - began)
         return loss, facts
 
-    def _stop(self, is_on_host: bool, step: int) -> None:
-        if (most := self._config.stop_after) is None:
-            return
-        # An accelerator has computed the step before long ago, so all ranks read that one, and stop together.
-        last = step if is_on_host else step - 1
-        if (found := self._pending.not_finite_until(last)) >= most:
-            raise NonFiniteGradientError(
-                f"monitor.stop_after: expected fewer than {most} steps in a row whose norm is not finite, "
-                f"found {found}, the last of them step {last}"
-            )
 
-
-def _tensors_of(found: object, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+def _tensors_of(found: object, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Tensor]]:
     """The tensors of a result and of what it holds, by the path of their names."""
     if isinstance(found, Tensor):
         yield path, found

@@ -291,3 +291,12 @@ def test_resumed_in_mid_run_the_alerts_are_the_same() -> None:
         assert alerts + others == expected
         assert after.state_dict() == straight.state_dict()
     assert {alert.kind for alert in expected} == {"clip_rate", "exploding", "vanishing", "non_finite"}
+
+
+def test_an_error_of_a_step_that_has_a_row_is_counted_once() -> None:
+    monitor, _ = monitored({})
+    monitor.step(step_row(1, norm=math.nan))
+    monitor.not_finite(1, math.nan, parameter="a", ranks=[0])  # on an accelerator raised one step later
+    assert monitor.non_finite_in_a_row == 1
+    monitor.not_finite(2, math.nan)  # on the CPU raised at once, without a row
+    assert monitor.non_finite_in_a_row == 2

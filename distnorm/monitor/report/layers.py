@@ -17,7 +17,7 @@ _MAX_ROWS, _MAX_COLUMNS = 1000, 400
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class GridLayer:
     """One layer, or several neighbours where there are too many to tell apart.
 
     Args:
@@ -38,10 +38,10 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class Layers:
+class LayerGrid:
     """All layers in the order of the model; `bins` are the first and last step of each column."""
 
-    layers: tuple[Layer, ...] = ()
+    layers: tuple[GridLayer, ...] = ()
     bins: tuple[tuple[int, int], ...] = ()
     steps: int = 0
     rows: int = 0
@@ -58,7 +58,7 @@ class _Series:
     line: int = 0  # of the last row
 
 
-def read_layers(file: Path, max_cells: int) -> Layers:
+def read_layers(file: Path, max_cells: int) -> LayerGrid:
     """The layers in `file`; none where there is no such file.
 
     Args:
@@ -66,7 +66,7 @@ def read_layers(file: Path, max_cells: int) -> Layers:
         max_cells: the grid has at most so many cells, unless there are more layers than that.
     """
     if not file.is_file():
-        return Layers()
+        return LayerGrid()
     broken = UnreadableLines(file.name)
     series: dict[str, _Series] = {}
     for rows in read_rows(file, broken):
@@ -92,7 +92,7 @@ def _in_order(all_series: list[_Series]) -> list[_Series]:
     return sorted(all_series, key=lambda of: of.line if of.steps[-1] == newest else math.inf)
 
 
-def _grid(all_series: Sequence[_Series], max_cells: int, notes: tuple[str, ...]) -> Layers:
+def _grid(all_series: Sequence[_Series], max_cells: int, notes: tuple[str, ...]) -> LayerGrid:
     rows = sum(len(of.steps) for of in all_series)
     together = -(-len(all_series) // _MAX_ROWS) or 1
     merged = [_merge(all_series[first : first + together]) for first in range(0, len(all_series), together)]
@@ -103,7 +103,7 @@ def _grid(all_series: Sequence[_Series], max_cells: int, notes: tuple[str, ...])
     bins = tuple((steps[a], steps[b - 1]) for a, b in ends)
     column = {step: index for index, (a, b) in enumerate(ends) for step in steps[a:b]}
     layers = tuple(_layer(of, column, len(bins)) for of in merged)
-    return Layers(layers, bins, len(steps), rows, together, notes)
+    return LayerGrid(layers, bins, len(steps), rows, together, notes)
 
 
 def _merge(neighbours: Sequence[_Series]) -> _Series:
@@ -116,7 +116,7 @@ def _merge(neighbours: Sequence[_Series]) -> _Series:
     return together
 
 
-def _layer(of: _Series, column: dict[int, int], columns: int) -> Layer:
+def _layer(of: _Series, column: dict[int, int], columns: int) -> GridLayer:
     sums, counts = [0.0] * columns, [0] * columns
     zeros, broken = set(), set()
     log = math.log
@@ -132,4 +132,4 @@ def _layer(of: _Series, column: dict[int, int], columns: int) -> Layer:
     cells = tuple(math.exp(a / n) if n else math.nan for a, n in zip(sums, counts, strict=True))
     name = of.names[0] if len(of.names) == 1 else f"{of.names[0]} … {of.names[-1]} ({len(of.names)} layers)"
     only_zero = tuple(sorted(place for place in zeros - broken if not counts[place]))
-    return Layer(name, cells, only_zero, tuple(sorted(broken)), percentiles(of.norms, PERCENTS), of.last)
+    return GridLayer(name, cells, only_zero, tuple(sorted(broken)), percentiles(of.norms, PERCENTS), of.last)

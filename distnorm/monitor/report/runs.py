@@ -8,7 +8,7 @@ from pathlib import Path
 
 from distnorm.errors import RunError
 from distnorm.monitor.records import ALERTS_FILE, LAYERS_FILE
-from distnorm.monitor.report.layers import Layers, read_layers
+from distnorm.monitor.report.layers import LayerGrid, read_layers
 from distnorm.monitor.report.numbers import number, plural
 from distnorm.monitor.report.row_reader import UnreadableLines, read_rows
 from distnorm.monitor.report.steps import Steps, read_steps
@@ -36,7 +36,7 @@ class Run:
     name: str
     folder: Path
     steps: Steps
-    layers: Layers
+    layers: LayerGrid
     alerts: tuple[AlertRow, ...]
     has_alerts: bool
     config: str
