@@ -54,12 +54,14 @@ def scratch(within: Path | None = None) -> Iterator[Path]:
         _require_time()
         folder = Path(tempfile.mkdtemp(dir=within))
         _folders.add(folder)
+    owner = os.getpid()
     try:
         yield folder
     finally:
-        with _lock:
-            _folders.discard(folder)
-        shutil.rmtree(folder, ignore_errors=True)
+        if os.getpid() == owner:  # a fork may leave this, too
+            with _lock:
+                _folders.discard(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def run(command: Sequence[str], folder: Path, timeout: float) -> tuple[int, str]:

@@ -71,7 +71,8 @@ def summaries(tensors: Sequence[Tensor], kernel: native.Kernel) -> Tensor:
     """
     if not tensors:
         return torch.zeros(0, 4, dtype=torch.float64, device="cpu")
-    rows = torch.zeros(len(tensors), 4, dtype=torch.float64, device=tensors[0].device)
+    with eager.mode_of(tensors):
+        rows = torch.zeros(len(tensors), 4, dtype=torch.float64, device=tensors[0].device)
     fitting = [i for i, tensor in enumerate(tensors) if not native.split([tensor])[1]]
     if fitting:
         compiled = native.summaries(AddressTable.of([tensors[i] for i in fitting]), kernel)
@@ -93,7 +94,8 @@ def row_squares(tensors: Sequence[Tensor]) -> Tensor:
     """
     if tensors and not native.split(tensors)[1] and all(map(Tensor.is_contiguous, tensors)):
         return native.row_squares(tensors)
-    none = torch.zeros(0, dtype=torch.float64, device=tensors[0].device if tensors else "cpu")
+    with eager.mode_of(tensors):
+        none = torch.zeros(0, dtype=torch.float64, device=tensors[0].device if tensors else "cpu")
     return torch.cat([none, *map(eager.row_squares, tensors)])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -23,6 +24,12 @@ _BLOCK_ELSEWHERE = 1 << 24
 _FLOAT8 = {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
 
 
+def mode_of(tensors: Sequence[Tensor]) -> AbstractContextManager[object]:
+    """The mode in which a new tensor goes together with FakeTensors; for other tensors nothing."""
+    mode: AbstractContextManager[object] | None = getattr(tensors[0], "fake_mode", None) if tensors else None
+    return nullcontext() if mode is None else mode
+
+
 def blocks(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
     """Give the elements of all tensors of one device as 1-d fp64 blocks, complex ones as magnitudes.
 
@@ -33,7 +40,8 @@ def blocks(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
         return
     device = tensors[0].device
     size = min(_BLOCK.get(device.type, _BLOCK_ELSEWHERE), elements)
-    buffer = torch.empty(size, dtype=torch.float64, device=device)
+    with mode_of(tensors):
+        buffer = torch.empty(size, dtype=torch.float64, device=device)
     for parts in _packed(tensors, size):
         yield _fill(buffer, parts)
 
@@ -69,7 +77,8 @@ def _widened(part: Tensor) -> Tensor:
     if part.is_complex():
         return part.to(torch.complex128).abs()
     # On CPU fp16 goes to fp64 an element at a time, but to fp32 by vector instructions; both are exact.
-    return part.float() if part.dtype is torch.float16 else part
+    # float8 can't be put together with other dtypes.
+    return part.float() if part.dtype is torch.float16 or part.dtype in _FLOAT8 else part
 
 
 def summary(tensor: Tensor, kernel: Kernel) -> Tensor:
@@ -95,7 +104,8 @@ def summary(tensor: Tensor, kernel: Kernel) -> Tensor:
 def row_squares(tensor: Tensor) -> Tensor:
     """The sum of squares of magnitudes of each index along dim 0, [rows] fp64."""
     if not tensor.numel():
-        return torch.zeros(len(tensor), dtype=torch.float64, device=tensor.device)
+        with mode_of([tensor]):
+            return torch.zeros(len(tensor), dtype=torch.float64, device=tensor.device)
     flat = tensor.detach().reshape(len(tensor), -1)
     most = max(1, _BLOCK.get(flat.device.type, _BLOCK_ELSEWHERE) // flat.shape[1])
     return torch.cat([_widened(rows).double().square().sum(dim=1) for rows in torch.split(flat, most)])
@@ -110,8 +120,9 @@ def checksum(tensor: Tensor) -> Tensor:
     bits = torch.view_as_real(bits).reshape(-1) if bits.is_complex() else bits
     bits = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
     size = min(_BLOCK.get(bits.device.type, _BLOCK_ELSEWHERE), max(bits.numel(), 1))
-    weights = torch.arange(1, 2 * size, 2, dtype=torch.int64, device=bits.device)
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    with mode_of([tensor]):
+        weights = torch.arange(1, 2 * size, 2, dtype=torch.int64, device=bits.device)
+        total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for block in torch.split(bits, size):
         held = block.to(torch.int64)
         total = total * 0x5DEECE66D + (held * weights[: held.numel()]).sum()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distnorm.kernels import native
+from distnorm.kernels import eager, native
 from distnorm.kernels.addresses import AddressTable
 
 # native.c has the same numbers.
@@ -44,13 +44,14 @@ def samples_of(tensors: Sequence[Tensor]) -> Tensor:
     if all(map(Tensor.is_contiguous, tensors)) and not native.split(tensors)[1]:
         return samples(AddressTable.of(tensors))
     device = tensors[0].device
-    padding = torch.zeros(_SAMPLE, dtype=torch.float64, device=device)
+    with eager.mode_of(tensors):
+        padding = torch.zeros(_SAMPLE, dtype=torch.float64, device=device)
+        places = torch.arange(_SAMPLE, dtype=torch.int64, device=device)
     parts: list[Tensor] = []
     for tensor in tensors:
         taken = _sample(tensor.detach())
         parts += [*taken, padding[sum(part.numel() for part in taken) :]]
     rows = torch.cat([part.to(torch.float64) for part in parts]).view(len(tensors), _SAMPLE)
-    places = torch.arange(_SAMPLE, dtype=torch.int64, device=device)
     # As a signed number, which has the same bits.
     signs = 1 - 2 * ((_SIGNS - (1 << 64)) >> places & 1)
     return torch.stack([_added(rows * signs), _added(rows.abs())], dim=1)
@@ -72,7 +73,8 @@ def _sample(tensor: Tensor) -> list[Tensor]:
     if tensor.is_contiguous():
         flat = tensor.view(-1)
         return [flat[start : start + _RUN] for start in starts]
-    steps = torch.arange(_RUN, dtype=torch.int64, device=tensor.device)
+    with eager.mode_of([tensor]):
+        steps = torch.arange(_RUN, dtype=torch.int64, device=tensor.device)
     places = torch.cat([steps + start for start in starts])
     return [tensor[torch.unravel_index(places, tensor.shape)]]
 
