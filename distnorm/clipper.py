@@ -101,7 +101,8 @@ class GradClipper(Joinable):
             UnsupportedGradientError: a gradient that can't be measured, such as a sparse one.
             ReplicaError: replicas hold different gradients.
             DisagreementError: ranks measure different sets of parameters.
-            DistnormError: a policy goes by the loss, and no rank gave one; or the process group was destroyed.
+            DistnormError: a policy goes by the loss, and no rank gave one; or the process group was
+                destroyed.
         """
         self._plan_if_changed()
         return self._step.take(self._inventory.holders, scales=True).result
@@ -161,8 +162,8 @@ class GradClipper(Joinable):
     def flush(self, **facts: Any) -> dict[str, Any] | None:
         """Write the rows of all steps up to now. Not collective.
 
-        Metrics are copied asynchronously, so a step's row is written one step later, or here, which waits for the
-        device.
+        Metrics are copied asynchronously, so a step's row is written one step later, or here, which waits for
+        the device.
 
         Args:
             facts: what else stands in the newest step's row, where it hasn't been written yet.
@@ -173,7 +174,8 @@ class GradClipper(Joinable):
         return None if self._step.monitor is None else self._step.monitor.flush(facts)
 
     def close(self) -> None:
-        """Write what isn't written yet, close the monitor's files, and let backward run as before. Not collective."""
+        """Write what isn't written yet, close the monitor's files, and let backward run as before. Not
+        collective."""
         self._step.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -212,7 +214,8 @@ class GradClipper(Joinable):
     # ---- torch's Join
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
-        """What a rank does that is out of data: nothing in a step, and at the end it takes over the histories."""
+        """What a rank does that is out of data: nothing in a step, and at the end it takes over the
+        histories."""
         return _TakeOver(self._step)
 
     @property

@@ -197,7 +197,8 @@ class _Known:
     inventory: Inventory | None
 
     def holders(self, target: Any) -> Sequence[Tensor] | None:
-        """The target's tensors, if they are those that were measured; found without a look at most of them."""
+        """The target's tensors, if they are those that were measured; found without a look at most of
+        them."""
         if self.inventory is not None:
             same = self.module is not None and self.module() is target and self.inventory.is_current
             return self.inventory.holders if same else None
@@ -240,7 +241,9 @@ def _measure(
         plans = ranks.state.plans
         meter = plans.get(known.key)
         if meter is None:
-            meter = Meter(ranks, order, terms, tied, raises, source=source, allow_empty=source is Source.TENSOR)
+            meter = Meter(
+                ranks, order, terms, tied, raises, source=source, allow_empty=source is Source.TENSOR
+            )
             meter.managers = known.managers
             if source is Source.TENSOR and not holders:
                 total_norm, is_double = meter.join_empty()
@@ -321,8 +324,8 @@ def _warn_of_weights(tensors: Sequence[Tensor]) -> None:
     if tensors and not _said and all(isinstance(t, nn.Parameter) and t.grad is not None for t in tensors):
         _said.append(True)
         _log.warning(
-            "get_total_norm was given %d parameters, and measures the parameters themselves; for the norm of their "
-            "gradients pass [p.grad for p in ...], or call clip_grad_norm_ with max_norm=float('inf')",
+            "get_total_norm was given %d parameters, and measures the parameters themselves; for the norm of "
+            "their gradients pass [p.grad for p in ...], or call clip_grad_norm_ with max_norm=float('inf')",
             len(tensors),
         )
 

@@ -1,4 +1,5 @@
-"""One step, from gradients to what the monitor gets of it, top to bottom; and the parts that it goes through."""
+"""One step, from gradients to what the monitor gets of it, top to bottom; and the parts that it goes
+through."""
 
 from __future__ import annotations
 
@@ -126,7 +127,8 @@ class Step:
             )
 
     def take_not_finite(self, total_norm: float, loss_scale: float) -> Outcome:
-        """Count a step that a measurement ended, since its norm is not finite, for an engine that goes on with it."""
+        """Count a step that a measurement ended, since its norm is not finite, for an engine that goes on
+        with it."""
         number = torch.tensor(
             total_norm, dtype=torch.float64, device=self.ranks.reduce_device(torch.device("cpu"))
         )
@@ -149,7 +151,8 @@ class Step:
             self.monitor.failed(number, error)
 
     def _names_not_finite(self, reduced: ReducedStatistics, snapshot: LayerSnapshot | None) -> bool:
-        """Whether to find out what isn't finite: where the norm can be read for free, and nothing else says it."""
+        """Whether to find out what isn't finite: where the norm can be read for free, and nothing else says
+        it."""
         norm = reduced.total_norm
         return (
             self.monitor is not None
@@ -175,8 +178,8 @@ class Step:
         """
         if not self.ranks.is_current:
             raise DistnormError(
-                "expected the process group that the clipper was made with, found that it was destroyed, or that "
-                "there was none then; call clipper.rebind(group) on every rank of the group that is there now"
+                "expected the process group that the clipper was made with, found that it was destroyed, or "
+                "that there was none then; call clipper.rebind(group) on every rank that is there now"
             )
 
     def plan(self, read: Reader, modules: Sequence[nn.Module], *, anew: bool = False) -> None:
@@ -211,7 +214,8 @@ class Step:
             self.monitor.rebind(ranks)
 
     def _meter_now(self) -> Meter:
-        """What measures this step: under torch's `Join`, where ranks may be out of data, each rank by itself."""
+        """What measures this step: under torch's `Join`, where ranks may be out of data, each rank by
+        itself."""
         managers = self._meter.managers
         if managers is None or not managers.is_joining:
             return self._meter

@@ -20,7 +20,6 @@ from distnorm.hooks.deepspeed import DeepSpeedHook, EngineClipper, is_engine
 from distnorm.hooks.optimizers import OptimizerHook, refuse_other_clippers
 from distnorm.hooks.wrapping import checked, parameters_of
 from distnorm.plan.collectives import Ranks
-from distnorm.policies import policy_of
 from distnorm.policies.results import ClipResult
 from distnorm.sources import Target, Tied, named_tensors, read_once
 

@@ -1,7 +1,7 @@
 """What to say when a measurement went wrong: who did what, found out together, off the fast path.
 
-Every function here but `refuse_inside_backward` is collective, and is called only after all ranks have read the
-same reduced vector.
+Every function here but `refuse_inside_backward` is collective, and is called only after all ranks have read
+the same reduced vector.
 """
 
 from __future__ import annotations
@@ -122,15 +122,15 @@ def warn_of_no_gradients(ranks: Ranks, shards: Sequence[GradShard], is_empty: bo
     if some_hooked:
         names = next(names for names in ranks.gather(hooked[:1]) if names)
         raise UnsupportedGradientError(
-            f"parameter '{names[0]}': expected a gradient after backward, found none on any parameter of any rank, "
-            "and a hook that runs when its gradient is accumulated; an optimizer that steps inside backward leaves "
-            "nothing to measure or clip: step after backward, or clip inside the hook"
+            f"parameter '{names[0]}': expected a gradient after backward, found none on any parameter of any "
+            "rank, and a hook that runs when its gradient is accumulated; an optimizer that steps inside "
+            "backward leaves nothing to measure or clip: step after backward, or clip inside the hook"
         )
     if ranks.rank == 0 and not _said:
         _said.append(True)
         _log.warning(
-            "no parameter has a gradient on any rank, so the total norm is 0 and nothing is clipped; were the "
-            "gradients set to None before this call, or are they kept elsewhere than in .grad?"
+            "no parameter has a gradient on any rank, so the total norm is 0 and nothing is clipped; were "
+            "the gradients set to None before this call, or are they kept elsewhere than in .grad?"
         )
 
 

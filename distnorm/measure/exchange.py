@@ -1,13 +1,13 @@
 """The one all-reduce of a measurement: every rank's statistic, and its consensus header beside it.
 
-The vector has two forms. In the full one each field of a header is an element, and a statistic may be wide. In
-the packed one the header is a single number, which says no more than whether all ranks measured the same; where
-they did not, those that read the result exchange their headers in full, once more. Two elements arrive many
-times sooner than seventeen through gloo, which cuts a vector into messages of one element each.
+The vector has two forms. In the full one each field of a header is an element, and a statistic may be wide.
+In the packed one the header is a single number, which says no more than whether all ranks measured the same;
+where they did not, those that read the result exchange their headers in full, once more. Two elements arrive
+many times sooner than seventeen through gloo, which cuts a vector into messages of one element each.
 
-All ranks that meet must use one form. So it belongs to the group: packed, until a plan is made on it that needs
-the full one, which all ranks make together. Likewise a third element, by which replicas are compared (see
-`distnorm.measure.replica_check`), is there from the first plan on that has replicas.
+All ranks that meet must use one form. So it belongs to the group: packed, until a plan is made on it that
+needs the full one, which all ranks make together. Likewise a third element, by which replicas are compared
+(see `distnorm.measure.replica_check`), is there from the first plan on that has replicas.
 """
 
 from __future__ import annotations
@@ -157,8 +157,8 @@ class Exchange:
     ) -> ReducedStatistics:
         """All-reduce ``[nan, header ..., padding ..., statistic ..., replicas, payload ...]``.
 
-        A NaN travels in an element of its own, since a maximum may lose it. The padding gives vectors of unlike
-        norms one length, so that ranks which differ in the norm meet, and see it.
+        A NaN travels in an element of its own, since a maximum may lose it. The padding gives vectors of
+        unlike norms one length, so that ranks which differ in the norm meet, and see it.
         """
         norm, device = self._norm, payload.device
         if statistic is None:

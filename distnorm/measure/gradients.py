@@ -70,8 +70,8 @@ class Gradients:
         return check.of_tensors(self.tensors, device)
 
     def addresses(self) -> tuple[kernels.AddressTable | None, Ints]:
-        """Where the gradients lie in the CPU's memory, and the position of each; `None` if some lie elsewhere,
-        or are not contiguous."""
+        """Where the gradients lie in the CPU's memory, and the position of each; `None` if some lie
+        elsewhere, or are not contiguous."""
         there = {i: tensor for i, tensor in enumerate(self._tensors) if tensor is not None}
         tensors = list(there.values())
         fit = not kernels.split(tensors)[1] and all(map(Tensor.is_contiguous, tensors))
@@ -101,7 +101,7 @@ class Gradients:
         if len(self._once) < len(there) and not one_coefficient:
             starts = [view.data_ptr() for view in there.values()]
             first = next(i for i, start in zip(there, starts, strict=True) if starts.count(start) > 1)
-            fact = "expected memory of its own where gradients have coefficients of their own, found shared memory"
+            fact = "expected memory of its own, as coefficients are each gradient's own, found shared memory"
             self.problems.append(refusal(shards[first], fact))
 
     @property
@@ -175,8 +175,8 @@ def completed(
     *,
     store: bool,
 ) -> Gradients:
-    """The readings as gradients. A partial one that nobody reduced is a problem; an empty one needs no reducing;
-    one that is only too wide is cut."""
+    """The readings as gradients. A partial one that nobody reduced is a problem; an empty one needs no
+    reducing; one that is only too wide is cut."""
     tensors: list[Tensor | None] = []
     late = list(problems)
     for shard, reading in zip(shards, readings, strict=True):

@@ -68,7 +68,8 @@ class Header:
         return (terms, -terms) if op == "max" else (terms, terms**2)
 
     def agreed(self, op: str, size: int, reduced: Tensor) -> Tensor:
-        """Whether full headers, reduced over `size` ranks, say that all measured the same, be it NaN: 0-d bool."""
+        """Whether full headers, reduced over `size` ranks, say that all measured the same, be it NaN: 0-d
+        bool."""
         nonraising = (not self.raises) * (1 if op == "max" else size)
         if self.stage == "join":  # it knows no terms; that those of others agree shows in their two functions
             first, again = reduced[-2:]

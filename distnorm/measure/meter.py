@@ -1,8 +1,8 @@
 """One measurement: shards and their plan in, the total norm out, by one all-reduce.
 
-Where the ranks did not measure the same thing, the total norm is NaN on every rank, never a wrong number; ranks
-that read the result on the host (all do where it is reduced on the CPU) raise a typed error that says who did
-what, before any of them has changed a gradient.
+Where the ranks did not measure the same thing, the total norm is NaN on every rank, never a wrong number;
+ranks that read the result on the host (all do where it is reduced on the CPU) raise a typed error that says
+who did what, before any of them has changed a gradient.
 """
 
 from __future__ import annotations
@@ -244,7 +244,8 @@ class Meter:
         return ReducedStatistics(norm, norm.view(1)[:0], lambda: DecodedHeader({}), True, True)
 
     def join_empty(self) -> tuple[Tensor, bool]:
-        """The total norm, where this rank was given nothing at all, and whether it is given as fp64. Collective.
+        """The total norm, where this rank was given nothing at all, and whether it is given as fp64.
+        Collective.
 
         It can't know whether the others plan, so it does what they do. Reads their headers on the host.
         """
@@ -343,16 +344,17 @@ class Meter:
         raise DisagreementError("expected every rank to measure the same set, found headers that don't fit")
 
     def _check_values(self, gradients: Gradients, reduced: ReducedStatistics) -> None:
-        """What the reduced values say, on ranks that read them: unequal replicas, no gradient, none finite."""
+        """What the reduced values say, on ranks that read them: unequal replicas, no gradient, none
+        finite."""
         norm, difference = float(reduced.total_norm), reduced.replica_difference
         if not math.isfinite(norm):
             if self.raises:
                 diagnosis.raise_not_finite(self.ranks, self.norm.order, norm, self.shards, gradients.tensors)
             return
-        if difference is not None and self._replica_check is not None:
-            if self._replica_check.is_suspect(difference):
-                compare_replicas(self.ranks, self.shards, self.shares, gradients.tensors)
-                self._replica_check.learn(float(difference))
+        check = self._replica_check
+        if difference is not None and check is not None and check.is_suspect(difference):
+            compare_replicas(self.ranks, self.shards, self.shares, gradients.tensors)
+            check.learn(float(difference))
         if norm == 0 and self.managers is not None:
             diagnosis.warn_of_no_gradients(self.ranks, self.shards, gradients.is_empty())
 

@@ -1,11 +1,12 @@
 """The statistic of each gradient, taken while backward still computes the others.
 
-A gradient is read when it is final: torch's own accumulation and FSDP2 announce that by post-accumulate hooks, DDP
-by the communication hook of its bucket. Each has one slot, which the next backward overwrites. What was taken is
-used only if the gradient is proved to be the same: the same address, the versions that autograd counts, and a
-fingerprint of its bytes, for what writes without telling autograd (`.grad.data`, numpy, foreach operators on
-DTensors, collectives). A fingerprint has every byte of a gradient up to 1 MiB, and of larger ones 64 bytes of
-every KiB. If a single gradient is not the same, all are measured as if nothing had been taken.
+A gradient is read when it is final: torch's own accumulation and FSDP2 announce that by post-accumulate
+hooks, DDP by the communication hook of its bucket. Each has one slot, which the next backward overwrites.
+What was taken is used only if the gradient is proved to be the same: the same address, the versions that
+autograd counts, and a fingerprint of its bytes, for what writes without telling autograd (`.grad.data`,
+numpy, foreach operators on DTensors, collectives). A fingerprint has every byte of a gradient up to 1 MiB,
+and of larger ones 64 bytes of every KiB. If a single gradient is not the same, all are measured as if nothing
+had been taken.
 """
 
 from __future__ import annotations
@@ -175,7 +176,8 @@ class Overlap:
 
 
 class AccumulateHook:
-    """Tells an `Overlap` that a gradient is final. Copies and pickles of a parameter that bears it do nothing."""
+    """Tells an `Overlap` that a gradient is final. Copies and pickles of a parameter that bears it do
+    nothing."""
 
     def __init__(self, listener: Overlap | None = None, i: int = -1) -> None:
         self._listener, self._i = None if listener is None else weakref.ref(listener), i
@@ -245,7 +247,8 @@ def _run_hook(relay: _Relay, bucket: Bucket) -> Future[Any]:
 
 
 def _register_inner(module: DistributedDataParallel, state: object, hook: Callable[..., Future[Any]]) -> None:
-    """Stands for a DDP module's `register_comm_hook`; a copy of that module has no relay, and the original."""
+    """Stands for a DDP module's `register_comm_hook`; a copy of that module has no relay, and the
+    original."""
     relay = _relays.get(module)
     if relay is None:
         DistributedDataParallel.register_comm_hook(module, state, hook)

@@ -1,9 +1,11 @@
-"""Gradients that arrive as partial sums: agreed on when they are first seen, then reduced in one collective a step.
+"""Gradients that arrive as partial sums: agreed on when they are first seen, then reduced in one collective a
+step.
 
 Tensor parallel with `SequenceParallel` leaves the gradients of replicated parameters ``Partial(sum)``.
 Whether a rank takes part in their reduction can't depend on which gradients it happens to have in a
-step, or a rank without them would leave the others waiting. So the ranks agree, whenever a gradient is partial
-that nobody has agreed on yet, which shards may be; from then on the buffer has that length on every rank.
+step, or a rank without them would leave the others waiting. So the ranks agree, whenever a gradient is
+partial that nobody has agreed on yet, which shards may be; from then on the buffer has that length on every
+rank.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ _DTYPES = (
 )
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
-"""The mesh axes over which a gradient is partial, and those along which it arrives uncut, though its parameter
-is sharded there."""
+"""The mesh axes over which a gradient is partial, and those along which it arrives uncut, though its
+parameter is sharded there."""
 
 
 @dataclass(frozen=True, slots=True)

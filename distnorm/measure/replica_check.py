@@ -1,9 +1,9 @@
 """Whether replicas of a gradient were reduced: found in every step, by one more element of the all-reduce.
 
-Each replica takes the same small sample of the gradient and turns it into a number x that a last-bit difference
-moves by little, and another gradient by much. Weights of replicas add up to zero, so the sum of weighted x over
-all ranks, the difference, vanishes where replicas are equal. Where it doesn't, the ranks that read results
-compare their gradients whole.
+Each replica takes the same small sample of the gradient and turns it into a number x that a last-bit
+difference moves by little, and another gradient by much. Weights of replicas add up to zero, so the sum of
+weighted x over all ranks, the difference, vanishes where replicas are equal. Where it doesn't, the ranks that
+read results compare their gradients whole.
 
     x = sum(r_k g_k) / sum(|g_k|) + log2(sum(|g_k|)),  r_k = +1 or -1 by position
 """
@@ -162,8 +162,8 @@ def compare_replicas(
             ],
             ReplicaError,
             "the same gradient on every replica",
-            "Replicas' gradients must be reduced (by DDP, FSDP, or an all-reduce of your own) before they are "
-            "measured; for parameters that are no replicas give whole-model names, or pp_mesh.",
+            "Replicas' gradients must be reduced (by DDP, FSDP, or an all-reduce of your own) before they "
+            "are measured; for parameters that are no replicas give whole-model names, or pp_mesh.",
         )
 
 

@@ -203,7 +203,8 @@ def _check_coverage(ranks: Ranks, shards: Sequence[GradShard], replies: list[lis
 def _check_values(ranks: Ranks, shards: Sequence[GradShard], rows: Tensor, shares: Sequence[Share]) -> None:
     """A claim of replicas is checked once, by the bits of the parameters.
 
-    Frozen parameters may be quantised or have no values at all, and are left alone: should one get a gradient,
+    Frozen parameters may be quantised or have no values at all, and are left alone: should one get a
+        gradient,
     the gradients of its replicas are compared in every step.
     """
     claims = [

@@ -70,8 +70,8 @@ class UnreducedGradients:
 
 
 _NOT_ALL_REDUCED = (
-    "expected a gradient that FSDP2 has reduced over all axes, found one that is not all-reduced over replicas; "
-    "call set_requires_all_reduce(True) before the last backward pass"
+    "expected a gradient that FSDP2 has reduced over all axes, found one that is not all-reduced over "
+    "replicas; call set_requires_all_reduce(True) before the last backward pass"
 )
 _NOT_SYNCHRONISED = (
     "expected a gradient that FSDP2 has reduced, found what a backward pass without gradient synchronisation "

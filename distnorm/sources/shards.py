@@ -177,8 +177,8 @@ def measurable(tensor: Tensor) -> Tensor:
         return tensor
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise UnsupportedGradientError(
-            f"expected a tensor of plain memory, found {type(tensor).__name__}, whose operators alone know its "
-            "elements; convert the gradient to a plain tensor before it is measured"
+            f"expected a tensor of plain memory, found {type(tensor).__name__}, whose operators alone "
+            "know its elements; convert the gradient to a plain tensor before it is measured"
         )
     return tensor.as_subclass(Tensor)
 

@@ -54,8 +54,8 @@ def read_once(target: Tensor | nn.Module | Iterable[Any]) -> Tensor | nn.Module 
     items = list(target)
     if not items and isinstance(target, Generator):
         warnings.warn(
-            "distnorm was given an empty generator, which may be exhausted: nothing is measured or clipped on "
-            "this rank",
+            "distnorm was given an empty generator, which may be exhausted: nothing is measured or clipped "
+            "on this rank",
             stacklevel=4,
         )
     return items
