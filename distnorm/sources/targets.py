@@ -43,7 +43,7 @@ def named_tensors(target: Tensor | nn.Module | Iterable[Any]) -> list[tuple[str,
     for name, tensor in named:
         if tensor.is_nested:
             raise UnsupportedGradientError(
-                f"parameter '{name}': expected a dense tensor, found a nested one; measure its values() instead"
+                f"parameter '{name}': expected a dense tensor, found a nested one; give its values()"
             )
     return named
 
