@@ -21,7 +21,7 @@ from distnorm.kernels.memory import SharedMemoryError, memory_of, once
 from distnorm.kernels.modes import outside_graphs, plain_operators
 from distnorm.kernels.native import Kernel, split
 from distnorm.kernels.sampling import sample_of, samples, samples_of
-from distnorm.kernels.walking import hold_just
+from distnorm.kernels.walking import first_with_gradient, hold_just
 
 __all__ = [
     "PLAIN",
@@ -35,6 +35,7 @@ __all__ = [
     "checksum",
     "clamp_",
     "fingerprints",
+    "first_with_gradient",
     "hold_just",
     "measure",
     "memory_of",
