@@ -204,7 +204,8 @@ extern "C" Py_ssize_t distnorm_first_with_gradient(PyObject *tensors) {
     Py_ssize_t count = PyList_GET_SIZE(tensors);
     for (Py_ssize_t i = 0; i < count; i++) {
         if (i + 2 * AHEAD < count) fetch(PyList_GET_ITEM(tensors, i + 2 * AHEAD), OBJECT);
-        if (i + AHEAD < count) unpacked(PyList_GET_ITEM(tensors, i + AHEAD));
+        if (i + AHEAD < count)
+            fetch(THPVariable_Unpack(PyList_GET_ITEM(tensors, i + AHEAD)).unsafeGetTensorImpl(), TENSOR);
         if (THPVariable_Unpack(PyList_GET_ITEM(tensors, i)).unsafeGetTensorImpl()->grad().defined()) return i;
     }
     return -1;
