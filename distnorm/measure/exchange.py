@@ -3,7 +3,7 @@
 The vector has two forms. In the full one each field of a header is an element, and a statistic may be wide.
 In the packed one the header is a single number, which says no more than whether all ranks measured the same;
 where they did not, those that read the result exchange their headers in full, once more. Two elements arrive
-many times sooner than seventeen through gloo, which cuts a vector into messages of one element each.
+many times sooner through gloo, which cuts a vector into messages of one element each.
 
 All ranks that meet must use one form. So it belongs to the group: packed, until a plan is made on it that
 needs the full one, which all ranks make together. Likewise a third element, by which replicas are compared
