@@ -25,7 +25,7 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX} if dist.is_available
 
 @dataclass
 class GroupState:
-    """What all members of a process group know alike, since they make every plan together.
+    """State of a process group that is equal on all its members, since they make every plan together.
 
     Args:
         device_type: where vectors are reduced; `None` before the first plan.
@@ -53,7 +53,7 @@ class Ranks:
 
     Args:
         group: a process group; default: the whole world, or this process alone where there is none.
-        alone: whether this process measures by itself, whatever groups there are.
+        alone: whether this process measures alone, whatever groups there are.
 
     Raises:
         DistnormError: this process is no member of the group, or the group was destroyed.
@@ -92,7 +92,7 @@ class Ranks:
 
     @property
     def state(self) -> GroupState:
-        """What the members of the group know alike."""
+        """The group's state, equal on all its members."""
         if self.group is None:
             return _alone
         if self.group not in _states:

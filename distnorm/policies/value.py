@@ -1,4 +1,4 @@
-"""Every element by itself."""
+"""Clipping each element to a bound."""
 
 from __future__ import annotations
 
