@@ -299,7 +299,9 @@ class Meter:
         if is_first and self._batches is not None and self.plan is not None and self.plan.has_replicas:
             complete = [reading if isinstance(reading, Tensor) else None for reading in readings]
             partial = {i for batch in self._batches for i in batch.layouts}
-            compare_replicas(self.ranks, self.shards, self.shares, complete, apart_from=partial)
+            compare_replicas(
+                self.ranks, self.shards, self.shares, complete, apart_from=partial, finite_only=True
+            )
 
     # ---- agreement
 
