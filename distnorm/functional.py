@@ -156,7 +156,7 @@ def clip_grad_norm_(
     )
     with torch.no_grad(), torch._C.DisableTorchFunction():
         decision = policies.constant(measured.total_norm, policies.check_max_norm(max_norm))
-        if isinstance(measured.agreed, Tensor):  # nobody has read whether the ranks measured the same
+        if isinstance(measured.agreed, Tensor):  # not read on the host: whether the ranks measured the same
             decision = decision.where(measured.agreed)
         apply(decision, measured.gradients)
     return measured.result()
@@ -180,12 +180,12 @@ class _Measured(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """A target that was measured before. It keeps no module alive, nor parameters given in a list.
+    """What is remembered of a target that was measured before. It keeps no module or parameter alive.
 
     Args:
         key: of its plan.
         managers: of its parameters.
-        shapes: of the first of them: another list may have got the addresses of one that is gone.
+        shapes: of the first parameters: another list may have got the `id`s of one that was freed.
         module: the target, if it is one.
         inventory: the module's.
     """
@@ -197,7 +197,7 @@ class _Known:
     inventory: Inventory | None
 
     def holders(self, target: Any) -> Sequence[Tensor] | None:
-        """The target's tensors, if they are those that were measured; found without a look at most of
+        """The target's tensors, if they are those that were measured, checked without reading most of
         them."""
         if self.inventory is not None:
             same = self.module is not None and self.module() is target and self.inventory.is_current
@@ -267,7 +267,7 @@ def _measure(
 
 
 def _recognise(target: Any, fixed: tuple[object, ...]) -> tuple[_Known, Sequence[Tensor]]:
-    """What is known of a target, found out where it was not seen before; and its tensors."""
+    """What is remembered of a target, made if it is a new one; and its tensors."""
     memo = (*fixed, *_identity(target))
     known = _known.get(memo)
     holders = None if known is None else known.holders(target)

@@ -1,4 +1,4 @@
-"""Whether replicas of a gradient were reduced: found in every step, by one more element of the all-reduce.
+"""Checks in every step, by one more element of the all-reduce, that replicas of a gradient were reduced.
 
 Each replica takes the same small sample of the gradient and turns it into a number x that a last-bit
 difference moves by little, and another gradient by much. Weights of replicas add up to zero, so the sum of
@@ -108,7 +108,7 @@ class ReplicaCheck:
         return not abs(difference) <= self.tolerance
 
     def learn(self, difference: float) -> None:
-        """Take in that replicas with this difference were found equal but for their last digits."""
+        """Raise the tolerance: replicas with this difference were found equal but for their last digits."""
         self.tolerance = max(self.tolerance, 4 * abs(difference))
 
 
