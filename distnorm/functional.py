@@ -219,7 +219,7 @@ def _measure(
     tied: Tied,
     max_norm: float | None = None,
 ) -> _Measured:
-    ranks = Ranks(group)
+    ranks, is_gradient = Ranks(group), source is Source.GRADIENT
     with torch.no_grad(), torch._C.DisableTorchFunction():
         try:
             target = read_once(target)
@@ -231,9 +231,8 @@ def _measure(
         except DistnormError as error:
             Meter(ranks, norm(2), {}, (), raises).abort(error)
         if known.managers is not None and known.managers.is_joining:
-            ranks = Ranks(
-                alone=True
-            )  # the ranks that are out of data make no step, and replicas hold all of it
+            # Ranks that are out of data make no step, and each replica holds the whole gradient.
+            ranks = Ranks(alone=True)
 
         def describe() -> list[GradShard]:
             return shards_of(named_tensors(target), source, target=target, stage=stage, tied=tied)
@@ -241,11 +240,9 @@ def _measure(
         plans = ranks.state.plans
         meter = plans.get(known.key)
         if meter is None:
-            meter = Meter(
-                ranks, order, terms, tied, raises, source=source, allow_empty=source is Source.TENSOR
-            )
+            meter = Meter(ranks, order, terms, tied, raises, source=source, allow_empty=not is_gradient)
             meter.managers = known.managers
-            if source is Source.TENSOR and not holders:
+            if not is_gradient and not holders:
                 total_norm, is_double = meter.join_empty()
                 return _Measured(Gradients([]), total_norm, True, is_double)
             meter.prepare_anew(lambda: (describe(), named_tensors(target)))
@@ -257,7 +254,6 @@ def _measure(
             meter.managers = known.managers
             meter.describe_by(describe)
         try:
-            is_gradient = source is Source.GRADIENT
             gradients = meter.read(holders, store=is_gradient)
             gradients, reduced = meter.reduce(gradients, terms={"max_norm": threshold}, store=is_gradient)
         finally:

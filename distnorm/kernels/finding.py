@@ -1,4 +1,4 @@
-"""Where gradients lie that were read with care once: each one is checked again in every step, and held."""
+"""Address lookup: finds gradients that were read with care once, checks each in every step, holds them."""
 
 from __future__ import annotations
 

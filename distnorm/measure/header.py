@@ -72,7 +72,7 @@ class Header:
         bool."""
         nonraising = (not self.raises) * (1 if op == "max" else size)
         if self.stage == "join":
-            # This rank has no terms of its own; whether those of the others agree shows in their two functions.
+            # This rank has no terms; whether those of the others agree shows in their two functions.
             first, again = reduced[-2:]
             alike = first == -again if op == "max" else first * first == reduced[3] * again
             expected = kernels.on_device([0, 0, nonraising, 0, 0], reduced.device)

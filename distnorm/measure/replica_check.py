@@ -135,8 +135,7 @@ def compare_replicas(
         ranks: who takes part.
         shards, shares, gradients: this rank's.
         apart_from: positions of those that are not compared, on any rank.
-        finite_only: whether gradients that are not finite are not compared: before the total norm is known,
-            by which all ranks decide about them alike.
+        finite_only: whether gradients that aren't finite are left to the total norm, which is not known yet.
 
     Raises:
         ReplicaError: replicas hold different gradients, or only some of them hold one.
@@ -146,12 +145,12 @@ def compare_replicas(
         if share.replicas == 1 or not shards[i].numel or i in apart_from:
             continue
         gradient = gradients[i]
-        if gradient is None:
-            found[i] = (-1.0, 0.0)
-            continue
-        value = float(l2.finalise(l2.statistic([gradient], gradient.device)))
+        value, tolerance = -1.0, 0.0
+        if gradient is not None:
+            value = float(l2.finalise(l2.statistic([gradient], gradient.device)))
+            tolerance = math.sqrt(torch.finfo(gradient.dtype).eps)
         if math.isfinite(value) or not finite_only:
-            found[i] = (value, math.sqrt(torch.finfo(gradient.dtype).eps))
+            found[i] = value, tolerance
     with plain_operators():
         values = torch.tensor(list(found.values()), dtype=torch.float64, device="cpu").view(-1, 2)
         identities = identity_rows([shards[i] for i in found])

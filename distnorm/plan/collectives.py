@@ -31,7 +31,7 @@ class GroupState:
         device_type: where vectors are reduced; `None` before the first plan.
         is_packed: whether a consensus header is one number in the all-reduced vector.
         compares_replicas: whether the vector has an element by which replicas are compared.
-        plans: of lists of tensors, by what was planned. Its size is bounded for each group by itself: every
+        plans: of lists of tensors, by what was planned. Its size is bounded for each group apart: every
             member makes the same calls on a group, so all of them evict the same plan.
     """
 

@@ -68,7 +68,7 @@ class PolicyGroups:
 
     Attributes:
         groups: those of `clip.groups`, in their order, and last the one of all other parameters.
-        loss: what a policy may go by beside the gradients.
+        loss: the payload of the loss, for policies that use it.
         payload: what policies add to the all-reduce; `None` if nothing.
         is_single: whether there is one policy for all parameters.
         obstacle: why one coefficient of the total norm isn't all that is decided; `None` if it is.

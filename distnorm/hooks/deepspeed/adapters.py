@@ -34,7 +34,7 @@ class Adapter(ABC):
 
     @property
     def loss_scale(self) -> float:
-        """What the gradients bear; to be asked before the wrapper's step, which changes it."""
+        """What the gradients were multiplied by; valid only before the wrapper's step, which changes it."""
         scale = getattr(self.optimizer, "loss_scale", None)
         return 1.0 if scale is None else float(scale)
 
@@ -50,7 +50,7 @@ class Adapter(ABC):
         """Wait for gradients that are still on their way."""
 
     def impose(self) -> None:  # noqa: B027
-        """Do what the wrapper's step can't be made to do by itself."""
+        """Do what the wrapper's own step can't be made to do."""
 
     def forget(self) -> None:  # noqa: B027
         """Clear what a parameter that is unused in the next step would contribute again."""

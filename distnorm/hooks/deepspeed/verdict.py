@@ -1,4 +1,4 @@
-"""One norm and one decision a step, from gradients that still bear the loss scale."""
+"""One norm and one decision a step, from gradients that are still scaled by the loss scale."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class EngineClipper:
         """Measure this step's gradients and decide. Collective: every rank must call it.
 
         Args:
-            loss_scale: what the gradients bear.
+            loss_scale: what the gradients were multiplied by.
             is_scaled: whether the loss is scaled at all: then a step whose norm is not finite never happens,
                 whatever `clip.nonfinite` says, since it is the scale that has to change.
         """
