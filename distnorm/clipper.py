@@ -1,4 +1,4 @@
-"""`GradClipper`: from a target to clipped gradients, the whole line from end to end."""
+"""`GradClipper`: the way in for a training loop of one's own."""
 
 from __future__ import annotations
 
@@ -90,12 +90,12 @@ class GradClipper(Joinable):
 
         By the default policy it is scaled so that its norm is the threshold at most. Collective: every rank
         must call it, after the backward pass and before ``optimizer.step()``, whether it has gradients or
-        not. Partial DTensor gradients are stored back reduced. Policy value alone measures nothing, and meets
-        no other rank once it is known which gradients may be partial.
+        not. Partial DTensor gradients are stored back reduced. Policy value alone measures nothing, and uses
+        no collective once it is known which gradients may be partial.
 
         Returns:
-            The norm before, the coefficient, and what follows from them, as 0-d tensors on the device. Where
-            `skipped` is true the optimizer's step must not happen.
+            The norm before clipping, the coefficient and the rest of `ClipResult`, 0-d tensors on the device.
+            Where `skipped` is true the optimizer's step must not happen.
 
         Raises:
             NonFiniteGradientError: the norm is not finite and ``clip.nonfinite`` is ``raise``; gradients
@@ -103,7 +103,7 @@ class GradClipper(Joinable):
             UnsupportedGradientError: a gradient that can't be measured, such as a sparse one.
             ReplicaError: replicas hold different gradients.
             DisagreementError: ranks measure different sets of parameters.
-            DistnormError: a policy goes by the loss, and no rank gave one; or the process group was
+            DistnormError: a policy uses the loss, and no rank gave one; or the process group was
                 destroyed.
         """
         self._plan_if_changed()
@@ -129,14 +129,14 @@ class GradClipper(Joinable):
         return self._step.measure(self._inventory.holders)
 
     def note(self, *, loss: Tensor | float | None = None, tokens: int | None = None) -> None:
-        """Hand in what belongs to the step that is clipped next. Not collective.
+        """Give the loss and the tokens of the step that is clipped next. Not collective.
 
-        Policies that go by a loss take the mean over the ranks that hand one in, which travels with the
-        norm, and only if it is wanted. The monitor's row has that of rank 0.
+        Policies that use the loss take its mean over the ranks that give one, reduced together with the
+        norm. The monitor's row has rank 0's.
 
         Args:
-            loss: this rank's own, 0-d, or a number; `None` where it has none. Its value now is what counts.
-            tokens: of the whole batch, from which the row's tokens a second follow.
+            loss: this rank's own, 0-d, or a number; `None` where it has none. The value is kept as it is now.
+            tokens: number of tokens in the whole batch, for the row's tokens a second.
 
         Raises:
             DistnormError: the loss is no single number.
@@ -150,7 +150,7 @@ class GradClipper(Joinable):
 
     @property
     def rules(self) -> PolicyGroups:
-        """What decides."""
+        """The policies and their groups."""
         return self._step.groups
 
     @property
@@ -160,7 +160,7 @@ class GradClipper(Joinable):
 
     @property
     def monitor(self) -> Monitor | None:
-        """What gets a row of every step, and gives alerts; `None` where nothing is set under `monitor`."""
+        """What gets a row of every step and gives alerts; `None` if nothing is set under `monitor`."""
         return None if self._step.monitor is None else self._step.monitor.monitor
 
     def flush(self, **facts: Any) -> dict[str, Any] | None:
@@ -170,7 +170,7 @@ class GradClipper(Joinable):
         the device.
 
         Args:
-            facts: what else stands in the newest step's row, where it hasn't been written yet.
+            facts: further keys for the newest step's row, if it hasn't been written yet.
 
         Returns:
             That row, as in metrics.jsonl; `None` before the first step, or without a monitor.
@@ -178,12 +178,12 @@ class GradClipper(Joinable):
         return None if self._step.monitor is None else self._step.monitor.flush(facts)
 
     def close(self) -> None:
-        """Write what isn't written yet, close the monitor's files, and let backward run as before. Not
-        collective."""
+        """Write the rows that are left, close the monitor's files, and remove the hooks of `clip.overlap`.
+        Not collective."""
         self._step.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on, on any topology: plain numbers, strings and lists.
+        """The state for a checkpoint, on any topology: plain numbers, strings and lists.
 
         Not collective. Waits for the device where a policy has a history, or there is a monitor.
         """
@@ -218,8 +218,8 @@ class GradClipper(Joinable):
     # ---- torch's Join
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
-        """What a rank does that is out of data: nothing in a step, and at the end it takes over the
-        histories."""
+        """For `Join`: a rank that is out of data does nothing in a step, and takes over the histories at the
+        end."""
         return _TakeOver(self._step)
 
     @property

@@ -159,7 +159,7 @@ def clip_grad_norm_(
     )
     with torch.no_grad(), torch._C.DisableTorchFunction():
         decision = policies.constant(measured.total_norm, policies.check_max_norm(max_norm))
-        if isinstance(measured.agreed, Tensor):  # nobody has read whether the ranks measured the same
+        if isinstance(measured.agreed, Tensor):  # not read on the host: whether the ranks measured the same
             decision = decision.where(measured.agreed)
         apply(decision, measured.gradients)
     return measured.result()
@@ -177,12 +177,12 @@ class _Measured(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """A target that was measured before. It keeps no module alive, nor parameters given in a list.
+    """What is remembered of a target that was measured before. It keeps no module or parameter alive.
 
     Args:
         key: of its plan.
         managers: of its parameters.
-        shapes: of the first of them: another list may have got the addresses of one that is gone.
+        shapes: of the first parameters: another list may have got the `id`s of one that was freed.
         module: the target, if it is one.
         inventory: the module's.
     """
@@ -194,7 +194,7 @@ class _Known:
     inventory: Inventory | None
 
     def holders(self, target: Any) -> Sequence[Tensor] | None:
-        """The target's tensors, if they are those that were measured; found without a look at most of
+        """The target's tensors, if they are those that were measured, checked without reading most of
         them."""
         if self.inventory is not None:
             same = self.module is not None and self.module() is target and self.inventory.is_current
@@ -216,7 +216,7 @@ def _measure(
     tied: Tied,
     max_norm: float | None = None,
 ) -> _Measured:
-    ranks = Ranks(group)
+    ranks, is_gradient = Ranks(group), source is Source.GRADIENT
     with torch.no_grad(), torch._C.DisableTorchFunction():
         try:
             target = read_once(target)
@@ -228,9 +228,8 @@ def _measure(
         except DistnormError as error:
             Meter(ranks, norm(2), {}, (), raises).abort(error)
         if known.managers is not None and known.managers.is_joining:
-            ranks = Ranks(
-                alone=True
-            )  # the ranks that are out of data make no step, and replicas hold all of it
+            # Ranks that are out of data make no step, and each replica holds the whole gradient.
+            ranks = Ranks(alone=True)
 
         def describe() -> list[GradShard]:
             return shards_of(named_tensors(target), source, target=target, stage=stage, tied=tied)
@@ -238,11 +237,9 @@ def _measure(
         plans = ranks.state.plans
         meter = plans.get(known.key)
         if meter is None:
-            meter = Meter(
-                ranks, order, terms, tied, raises, source=source, allow_empty=source is Source.TENSOR
-            )
+            meter = Meter(ranks, order, terms, tied, raises, source=source, allow_empty=not is_gradient)
             meter.managers = known.managers
-            if source is Source.TENSOR and not holders:
+            if not is_gradient and not holders:
                 total_norm, is_double = meter.join_empty()
                 return _Measured(Gradients([]), total_norm, True, is_double)
             meter.prepare_anew(lambda: (describe(), named_tensors(target)))
@@ -254,7 +251,6 @@ def _measure(
             meter.managers = known.managers
             meter.describe_by(describe)
         try:
-            is_gradient = source is Source.GRADIENT
             gradients = meter.read(holders, store=is_gradient)
             gradients, reduced = meter.reduce(gradients, terms={"max_norm": threshold}, store=is_gradient)
         finally:
@@ -264,7 +260,7 @@ def _measure(
 
 
 def _recognise(target: Any, fixed: tuple[object, ...]) -> tuple[_Known, Sequence[Tensor]]:
-    """What is known of a target, found out where it was not seen before; and its tensors."""
+    """What is remembered of a target, made if it is a new one; and its tensors."""
     memo = (*fixed, *_identity(target))
     known = _known.get(memo)
     holders = None if known is None else known.holders(target)

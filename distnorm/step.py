@@ -1,5 +1,4 @@
-"""One step, from gradients to what the monitor gets of it, top to bottom; and the parts that it goes
-through."""
+"""One step from end to end: gradients, total norm, decision, scaling, monitor. `Step.take` is the walk."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ _STATE_VERSION = 2
 
 
 class Step:
-    """The parts of one clipper, and a step through them, whatever the gradients come from.
+    """The parts of one clipper and its steps, for `GradClipper` and for DeepSpeed's hook.
 
     Args:
         config: the configuration in force.
@@ -35,11 +34,12 @@ class Step:
         tied: groups of names that are one parameter.
 
     Attributes:
-        groups: what decides.
-        monitor: what records steps; `None` where nothing is set under `monitor`.
-        count: of the steps made.
-        last, outcome: the newest step's result, and the decision that it comes from.
-        is_registered_with_join: whether torch's `Join` knows the clipper, and evens out its histories.
+        groups: the policies.
+        monitor: records steps; `None` where nothing is set under `monitor`.
+        count: number of steps made.
+        last, outcome: the newest step's result, and with its decisions.
+        is_registered_with_join: whether the clipper was given to torch's `Join`, which ends with equal
+            histories.
 
     Raises:
         ConfigError: a policy doesn't go with the norm.
@@ -80,7 +80,7 @@ class Step:
         """Take a step. Collective: every rank must call it.
 
         Args:
-            holders: of the shards that were planned, in their order.
+            holders: what holds the gradients of the planned shards, in their order.
             scales: whether the gradients are multiplied here.
             loss_scale: what gradients were multiplied by at backward; results are without it.
 
@@ -101,7 +101,7 @@ class Step:
             except NonFiniteGradientError as error:
                 self._record_failure(number, error)
                 raise
-            finally:  # a loss is of one step, even of one that raises
+            finally:  # a loss belongs to one step, even if that raises
                 self.groups.loss.forget()
             of_policies, of_snapshot = _split_payload(reduced.payload, self.groups.payload, snapshot)
             agreed = reduced.agreed if isinstance(reduced.agreed, Tensor) else None
@@ -127,13 +127,12 @@ class Step:
             )
 
     def take_not_finite(self, total_norm: float, loss_scale: float) -> Outcome:
-        """Count a step that a measurement ended, since its norm is not finite, for an engine that goes on
-        with it."""
+        """Count a step whose measurement raised since its norm is not finite: an engine goes on with it."""
         number = torch.tensor(
             total_norm, dtype=torch.float64, device=self.ranks.reduce_device(torch.device("cpu"))
         )
         payload = self.groups.payload
-        # A loss, which doesn't count in such a step.
+        # The payload can only be a loss here, which doesn't count in such a step.
         nothing = (
             None if payload is None else torch.ones(payload.length, dtype=torch.float64, device=number.device)
         )
@@ -151,8 +150,8 @@ class Step:
             self.monitor.failed(number, error)
 
     def _names_not_finite(self, reduced: ReducedStatistics, snapshot: LayerSnapshot | None) -> bool:
-        """Whether to find out what isn't finite: where the norm can be read for free, and nothing else says
-        it."""
+        """Whether to search for the gradients that are not finite: if the norm can be read for free, and no
+        layer statistics will name them."""
         norm = reduced.total_norm
         return (
             self.monitor is not None
@@ -171,7 +170,7 @@ class Step:
         return self._meter.plan is not None
 
     def check_group(self) -> None:
-        """Refuse a process group that is not what it was.
+        """Refuse to go on after the process group was destroyed, or the world was made.
 
         Raises:
             DistnormError: it was destroyed, or the world was made after the clipper.
@@ -206,7 +205,7 @@ class Step:
         self._announce_snapshot()
 
     def rebind(self, ranks: Ranks) -> None:
-        """Take part in another group, with the histories and counts that there are. `plan` comes next."""
+        """Take part in another group, and keep histories and counts. `plan` must be called next."""
         state = self.groups.state_dict()
         self._take_part(ranks)
         self.groups.load_state_dict(state)
@@ -214,8 +213,8 @@ class Step:
             self.monitor.rebind(ranks)
 
     def _meter_now(self) -> Meter:
-        """What measures this step: under torch's `Join`, where ranks may be out of data, each rank by
-        itself."""
+        """The meter for this step: under torch's `Join`, where ranks may be out of data, one of this rank
+        alone."""
         managers = self._meter.managers
         if managers is None or not managers.is_joining:
             return self._meter
@@ -240,21 +239,21 @@ class Step:
         if state is not None:
             self.load_state_dict(state)
 
-    # ---- what else travels
+    # ---- monitored steps
 
     def _snapshot(self, number: int) -> LayerSnapshot | None:
-        """What reads layers in a step that is clipped, if it is a monitored one."""
+        """The layer snapshot of a step that clips; `None` if it is not a monitored one."""
         if self.monitor is None or (self._alone is not None and self._meter_now() is self._alone):
             return None
         return self.monitor.snapshot(number)
 
     def _announce_snapshot(self) -> None:
-        """Tell what reads gradients during backward whether the next step is a monitored one."""
+        """Let the overlap know whether the next step is a monitored one."""
         if self._meter.overlap is not None:
             self._meter.overlap.reads_before = self._snapshot(self.count + 1) is not None
 
     def note(self, loss: Tensor | float | None, tokens: int | None) -> None:
-        """Keep what belongs to the next step."""
+        """Keep the next step's loss and tokens."""
         self.groups.loss.note(loss)
         if self.monitor is not None:
             self.monitor.note(loss, tokens)
@@ -288,7 +287,7 @@ class Step:
             self._announce_snapshot()
 
     def describe(self) -> str:
-        """What is in force, and how far it has come; nothing is read from a device."""
+        """One line for `repr`; nothing is read from a device."""
         clip = self.config.clip
         facts = [f"{self.ranks.size} rank{'s' * (self.ranks.size > 1)}", f"norm {self._norm.order:g}"]
         facts += [f"max_norm {clip.max_norm}", f"policy {clip.policy.name}"]

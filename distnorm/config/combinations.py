@@ -1,6 +1,6 @@
-"""What one section asks for and another can't do: refused before a run begins, with the place of the key.
+"""Settings of one section that another section can't do, refused before a run begins, with line and column.
 
-The library refuses the same when it comes to it, with less to say about where it was written.
+The library refuses the same during the run, where it doesn't know the line.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from distnorm.config.policy_models import AnyPolicy
 from distnorm.config.section import Conflict
 
 LARGEST_ORDER = 10_000.0
-"""Of a norm that can be measured, but for inf."""
+"""The largest finite order of a norm that can be measured."""
 LARGEST_PARAMETER_ORDER = 6.5
-"""Of a norm that can be measured of each parameter by itself, but for inf."""
+"""The largest finite order of a norm that can be measured of single parameters."""
 _UNITS_ORDER = 2.0
 
 BEYOND_TOTAL = {
@@ -25,7 +25,7 @@ BEYOND_TOTAL = {
     "agc": "has a coefficient for each output unit",
     "value": "multiplies nothing",
 }
-"""What the policies do that don't go by the total norm alone."""
+"""What policies do that use more than the total norm."""
 
 
 def of_norm(order: float, clip: ClipConfig, monitor: MonitorConfig) -> Iterator[Conflict]:

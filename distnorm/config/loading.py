@@ -18,7 +18,7 @@ def load_config(
 ) -> Config:
     """The configuration from a source, the environment and assignments; each later one wins.
 
-    Any process may call it by itself. Scalars are those of YAML 1.2: ``1e-3`` is a number, ``on`` a string
+    Not collective. Scalars are those of YAML 1.2: ``1e-3`` is a number, ``on`` a string
     and ``010`` ten. An override replaces what is at its path, a whole section too.
 
     Args:

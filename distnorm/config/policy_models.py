@@ -135,7 +135,7 @@ def _named(value: object) -> object:
 
 
 class _OrName:
-    """Tells an editor that a name alone will do."""
+    """In the JSON Schema: a name alone is enough."""
 
     @staticmethod
     def __get_pydantic_json_schema__(core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:

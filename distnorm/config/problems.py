@@ -104,7 +104,7 @@ def check(model: type[Model], document: Document) -> Model:
         if not wrong:
             _note_conflicts(document, known, errors)
             break
-        # Conflicts between values are searched for only where each value is right by itself: the wrong ones
+        # Conflicts between values are searched for only where each value is right alone: the wrong ones
         # are noted and taken out, and what is left is validated again.
         before = document.data
         for entry in sorted(wrong, key=_depends):

@@ -66,7 +66,7 @@ AS_TUPLE = BeforeValidator(_sequence)
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """Values that are fine each by itself and impossible together.
+    """Values that are each right alone, and impossible together.
 
     Args:
         keys: the dotted paths of the values below the section that finds them, the likeliest culprit first.

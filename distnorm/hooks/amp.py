@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from distnorm.hooks import callers
 
 
-class Watcher(Protocol):
+class Participant(Protocol):
     """What takes part in the steps of enabled scalers."""
 
     def before_scaled_step(self, scaler: GradScaler, optimizer: Optimizer) -> None:
@@ -32,50 +32,50 @@ class Watcher(Protocol):
         """Called when the scaler's step is over, or has raised."""
 
 
-_watchers: list[weakref.ref[Watcher]] = []  # weak: an optimizer that is gone is not kept by its hook
+_participants: list[weakref.ref[Participant]] = []  # weak: an optimizer that is gone is not kept by its hook
 _running: list[tuple[GradScaler, Optimizer]] = []
 _DECIDES = GradScaler._maybe_opt_step.__code__
 
 
-def watch_steps(watcher: Watcher) -> Callable[[], None]:
-    """Let `watcher` take part in the steps of every enabled scaler; returns what ends that."""
-    reference = weakref.ref(watcher)
+def take_part_in_steps(participant: Participant) -> Callable[[], None]:
+    """Let `participant` take part in the steps of every enabled scaler; the function returned ends that."""
+    reference = weakref.ref(participant)
     if not getattr(GradScaler.step, "is_distnorms", False):
-        GradScaler.step = _watched(GradScaler.step)  # type: ignore[method-assign]
-    _watchers.append(reference)
+        GradScaler.step = _wrapped_step(GradScaler.step)  # type: ignore[method-assign]
+    _participants.append(reference)
 
     def stop() -> None:
-        _watchers[:] = [each for each in _watchers if each is not reference and each() is not None]
+        _participants[:] = [each for each in _participants if each is not reference and each() is not None]
         beneath = getattr(GradScaler.step, "beneath", None)
-        if not _watchers and beneath is not None and getattr(GradScaler.step, "is_distnorms", False):
+        if not _participants and beneath is not None and getattr(GradScaler.step, "is_distnorms", False):
             GradScaler.step = beneath  # type: ignore[method-assign]
 
     return stop
 
 
-def _watched(beneath: Callable[..., Any]) -> Any:
-    def watched_step(self: GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+def _wrapped_step(beneath: Callable[..., Any]) -> Any:
+    def step_by_all_ranks(self: GradScaler, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         is_inner = any(self is scaler and optimizer is its for scaler, its in _running)
-        watchers = [alive for each in _watchers if (alive := each()) is not None]
-        if is_inner or not watchers or not self.is_enabled():
+        participants = [alive for each in _participants if (alive := each()) is not None]
+        if is_inner or not participants or not self.is_enabled():
             return beneath(self, optimizer, *args, **kwargs)
         _running.append((self, optimizer))
         try:
-            for watcher in watchers:
-                watcher.before_scaled_step(self, optimizer)
+            for participant in participants:
+                participant.before_scaled_step(self, optimizer)
             return beneath(self, optimizer, *args, **kwargs)
         finally:
             _running.remove((self, optimizer))
-            for watcher in watchers:
-                watcher.after_scaled_step()
+            for participant in participants:
+                participant.after_scaled_step()
 
-    watched_step.is_distnorms = True  # type: ignore[attr-defined]
-    watched_step.beneath = beneath  # type: ignore[attr-defined]
-    return watched_step
+    step_by_all_ranks.is_distnorms = True  # type: ignore[attr-defined]
+    step_by_all_ranks.beneath = beneath  # type: ignore[attr-defined]
+    return step_by_all_ranks
 
 
 def has_decided_alone() -> bool:
-    """Whether a scaler lets the coming step happen that has asked nobody here, but this rank's gradients."""
+    """Whether a scaler makes the coming step by this rank's gradients alone, without distnorm's wrapper."""
     return callers.is_called_by(_DECIDES)
 
 
@@ -93,7 +93,7 @@ def unscale(scaler: GradScaler, optimizer: Optimizer, wrappers: Iterable[object]
 
 
 def set_found_inf(scaler: GradScaler, optimizer: Optimizer, found: Tensor) -> None:
-    """Tell the scaler, before it steps `optimizer`, what all ranks found together by a 0-d bool tensor."""
+    """Give the scaler, before it steps `optimizer`, all ranks' common finding: a 0-d bool tensor."""
     state = scaler._per_optimizer_states[id(optimizer)]
     state["stage"] = OptState.UNSCALED  # maybe by a wrapper, or by what it wraps
     state["found_inf_per_device"] = {found.device: found.to(torch.float32)}

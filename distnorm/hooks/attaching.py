@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class Hook(Protocol):
-    """What stands between an engine or optimizers and their step."""
+    """Clips before the steps of an engine or of optimizers."""
 
     @property
     def optimizers(self) -> Sequence[object]:
@@ -45,7 +45,7 @@ class Handle:
     """What `attach` returns: the newest result, and the way back.
 
     Attributes:
-        clipper: the `GradClipper` at work; its state belongs into the checkpoint.
+        clipper: the `GradClipper`, or an engine's clipper; its state belongs in the checkpoint.
     """
 
     def __init__(self, clipper: GradClipper | EngineClipper, hook: Hook) -> None:
@@ -102,7 +102,7 @@ def attach(
     pp_mesh: DeviceMesh | None = None,
     tied: Tied = (),
 ) -> Handle:
-    """Clip by itself, in every step of a torch optimizer, of several over one model, or of an engine.
+    """Clip in every step of a torch optimizer, of several over one model, or of a DeepSpeed engine.
 
     Collective: every rank of `group` must call it, and must step as often. The gradient is that of the
     whole target, measured and clipped once when the first of its optimizers steps; with a closure, after
@@ -112,8 +112,8 @@ def attach(
     Steps with learning rates 0 and gradients of zeros, by torch's checkpoint helpers, do not count.
     With fused optimizers of all that is clipped, and one coefficient, ``clip.apply: auto`` lets their own
     step multiply by it, and skip: gradients are as they were until that step, and no pass over them is left.
-    A DeepSpeed engine clips by distnorm's norm inside its own step, once; its own clipping is retired,
-    and ``engine.get_global_grad_norm()`` tells distnorm's number.
+    A DeepSpeed engine clips by distnorm's norm inside its own step, once; its own clipping is switched off,
+    and ``engine.get_global_grad_norm()`` returns distnorm's norm.
 
     Args:
         target: what holds the gradients, as for `GradClipper`; or a `DeepSpeedEngine`.

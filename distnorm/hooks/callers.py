@@ -1,4 +1,4 @@
-"""Who calls an optimizer's step: situations that only the call stack tells apart."""
+"""Who calls an optimizer's step, found on the call stack, where nothing else says it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import islice
 from types import CodeType, FrameType
 
-_NEAR = 12  # callers looked at; between a step and its caller stand wrappers of schedulers and decorators
+_NEAR = 12  # so many callers are checked: between a step and its caller stand schedulers' wrappers
 
 
 def is_running(frame: FrameType | None) -> bool:

@@ -60,7 +60,7 @@ class HandOver:
         """Let the coming step divide by the coefficient's inverse, unless it has to be skipped."""
         self._given = optimizer
         skipped = result.skipped.float() if self._clipper.rules.may_skip else None
-        # In the host's memory a coefficient of 1 is seen at once.
+        # In the host's memory a coefficient of 1 is read for free.
         is_one = result.clip_coef.is_cpu and result.clip_coef.numpy() == 1
         optimizer.found_inf = skipped  # type: ignore[attr-defined]
         optimizer.grad_scale = None if is_one else result.clip_coef.reciprocal().float()  # type: ignore[attr-defined]

@@ -53,7 +53,7 @@ class OptimizerHook:
     def __init__(self, clipper: GradClipper, given: Sequence[Any]) -> None:
         self._clipper = clipper
         self._known = [each for outer in given for each in wrapped(outer)]
-        # Optimizers whose gradients a step of each known object uses.
+        # The optimizers that a step of each known object steps.
         self._steppers = {id(each): hookable(each) for each in self._known}
         self.optimizers = list({id(each): each for all_ in self._steppers.values() for each in all_}.values())
         self._hand_over = fused.HandOver(clipper, self.optimizers)
@@ -67,7 +67,7 @@ class OptimizerHook:
 
     def install(self) -> None:
         """Begin to clip. Nothing outside of this object has changed before, and nothing is refused here."""
-        self._undo.append(amp.watch_steps(self))
+        self._undo.append(amp.take_part_in_steps(self))
         for optimizer in self.optimizers:
             _attached.add(optimizer)
             self._undo.append(optimizer.register_step_pre_hook(self._before).remove)

@@ -13,7 +13,7 @@ _OFF = {"percentile_clipping": 100}  # the other keys are limits, and 0 or inf i
 
 
 def refuse_second_clipper(optimizer: object, path: str = "") -> None:
-    """Refuse an optimizer, or a wrapper of one, that clips by itself.
+    """Refuse an optimizer, or a wrapper of one, that clips gradients in its own step.
 
     Raises:
         ConfigError: a setting in a parameter group, or of the optimizer, says so; `path` and its key name it.

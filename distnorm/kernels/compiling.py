@@ -1,6 +1,6 @@
 """Compiling a C or C++ file of the package with the system's compiler, and loading it.
 
-The library is kept for the next process, under a name that tells the source, the compiler and the CPU, so
+The library is kept for the next process, under a name made of the source, the compiler and the CPU, so
 that a home which machines of several kinds share is safe. Ranks that start together may all compile it:
 each renames a file of its own to that name, and any of them will do.
 """
@@ -127,8 +127,8 @@ def _ident(recipe: Recipe, compiler: list[str], found: str, features: str) -> st
     file = os.stat(found)
     version = (os.path.realpath(found), file.st_size, file.st_mtime_ns)
     how = (recipe.flags, recipe.libraries, recipe.facts)
-    told = repr((recipe.source.read_bytes(), compiler, how, version, platform.machine(), features))
-    return hashlib.sha256(told.encode()).hexdigest()[:24]
+    facts = repr((recipe.source.read_bytes(), compiler, how, version, platform.machine(), features))
+    return hashlib.sha256(facts.encode()).hexdigest()[:24]
 
 
 def _only_ours(path: Path) -> bool:

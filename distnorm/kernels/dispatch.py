@@ -22,7 +22,7 @@ def scale_at_(table: AddressTable, coef: Tensor) -> bool:
     """Multiply what lies at addresses in the CPU's memory, by compiled code, as `scale_` does.
 
     Returns:
-        Whether anything was changed. Autograd is not told.
+        Whether anything was changed. Autograd's version counter is not changed.
     """
     factor = float(coef)
     if factor != 1:
@@ -31,7 +31,7 @@ def scale_at_(table: AddressTable, coef: Tensor) -> bool:
 
 
 def fingerprints(table: AddressTable) -> Ints | None:
-    """Tell the bytes of each row of a table, [rows]: equal now and later, they are the same bytes still.
+    """A fingerprint of each row's bytes, [rows]: equal fingerprints mean that the bytes have not changed.
 
     Every byte of up to 1 MiB is read; of more, 64 bytes of every 1024, and both ends. Any change to what is
     read shows, elements that trade places too.

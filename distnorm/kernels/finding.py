@@ -1,4 +1,4 @@
-"""Where gradients lie that were read with care once: each one is checked again in every step, and held."""
+"""Address lookup: finds gradients that were read with care once, checks each in every step, holds them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Found:
         return held
 
     def mark_changed(self) -> None:
-        """Tell autograd that every (local) tensor is changed in place."""
+        """Count one more version of every (local) tensor in autograd, as after a change in place."""
         if self._compiled is None:
             torch.autograd.graph.increment_version(self._held)
         else:
@@ -79,7 +79,7 @@ class Finder:
         self._asks = True  # whether compiled code may be there one day
 
     def __call__(self, holders: Sequence[Tensor]) -> Found | None:
-        """Look at the gradients of the parameters.
+        """Find the gradients of the parameters, and check each.
 
         Args:
             holders: as many parameters, in the order of the gradients given.

@@ -111,7 +111,7 @@ class DeviceTable:
 
 
 _tables: OrderedDict[tuple[object, ...], DeviceTable] = OrderedDict()
-# Graphs read these as long as they live, and nobody tells when they end.
+# Graphs read these as long as they live, and nothing announces their end.
 _captured: dict[int, DeviceTable] = {}
 
 
@@ -160,7 +160,7 @@ def statistic(table: DeviceTable, kernel: Kernel, *, per_tensor: bool = False) -
 def scale_(table: DeviceTable, coef: Tensor) -> None:
     """Multiply every element in place, with the roundings of `distnorm.kernels.eager.scale_`.
 
-    A coefficient of 1 changes nothing: no element is read. Autograd isn't told: see
+    A coefficient of 1 changes nothing: no element is read. Autograd's version counter is not changed: see
     `torch.autograd.graph.increment_version`.
     """
     from distnorm.kernels import gpu_code

@@ -27,8 +27,8 @@ class SharedMemoryError(ValueError):
 def memory_of(tensor: Tensor) -> Tensor:
     """A view that has every element of a tensor's memory once.
 
-    Multiplying the view by a real number multiplies the tensor by it: what is conjugated or negated lazily is
-    seen as it lies in memory, and of what an expanded dim repeats there is one.
+    Multiplying the view by a real number multiplies the tensor by it. A lazily conjugated or negated tensor
+    is viewed as it lies in memory, and an expanded dim is viewed once.
 
     Raises:
         ValueError: elements share memory in another way.

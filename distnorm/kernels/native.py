@@ -137,7 +137,7 @@ def statistic(table: AddressTable, kernel: Kernel) -> float:
 def scale_(table: AddressTable, coef: float) -> None:
     """Multiply every element in place, with the roundings of `distnorm.kernels.eager.scale_`.
 
-    Autograd isn't told: see `torch.autograd.graph.increment_version`.
+    Autograd's version counter is not changed: see `torch.autograd.graph.increment_version`.
     """
     threads, rows = _threads(table.total), table.merged
     _run(_SCALE, rows, 1 if threads > 1 and rows.overlap else threads, coef, None)

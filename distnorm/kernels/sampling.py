@@ -1,7 +1,7 @@
 """A few elements of each tensor, by which replicas are compared in every step at next to no cost.
 
 A sample is up to 64 elements, in at most 4 runs that are spread over the tensor by its number of elements
-alone. Two sums tell of it: one with fixed pseudo-random signs, which replicas that differ seldom share, and
+alone. Two sums describe it: one with fixed pseudo-random signs, which replicas that differ seldom share, and
 that of magnitudes, which says how large a difference is. Both are added up in one fixed order, so equal
 elements give the same bits by compiled code and by torch's operators, on any device.
 """

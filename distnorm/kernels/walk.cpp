@@ -175,7 +175,7 @@ extern "C" PyObject *distnorm_find(PyObject *holders, PyObject *specs, const int
             if (capsule) gradients.release();
             return capsule;
         }
-    } catch (...) { // such as that a tensor has no memory: it is looked at with care
+    } catch (...) { // such as that a tensor has no memory: it is read with care
     }
     PyErr_Clear();
     Py_RETURN_NONE;

@@ -1,4 +1,4 @@
-"""What to say when a measurement went wrong: who did what, found out together, off the fast path.
+"""The errors of a measurement that went wrong: the ranks find out together which of them did what.
 
 Every function here but `refuse_inside_backward` is collective, and is called only after all ranks have read
 the same reduced vector.
@@ -27,7 +27,7 @@ _log = logging.getLogger("distnorm")
 def raise_disagreement(
     ranks: Ranks, decoded: DecodedHeader, here: Mapping[str, object] | None, *, terms_too: bool = False
 ) -> None:
-    """Raise if the ranks are in several stages or on other terms; say who is where if all ranks raise.
+    """Raise if the ranks are at different stages or have different terms; name them if all ranks raise.
 
     Raises:
         DisagreementError: naming terms and ranks.
@@ -87,8 +87,8 @@ def find_not_finite(
         for shard, gradient in zip(shards, gradients, strict=True)
         if gradient is not None and not _widened(gradient).isfinite().all()
     ]
-    brief = [ranks.shortened(name, _MOST_NAMED) for name in mine[:_MOST_NAMED]]
-    return tuple((name, rank) for rank, names in enumerate(ranks.gather(brief)) for name in names)
+    cut = [ranks.shortened(name, _MOST_NAMED) for name in mine[:_MOST_NAMED]]
+    return tuple((name, rank) for rank, names in enumerate(ranks.gather(cut)) for name in names)
 
 
 def _widened(gradient: Tensor) -> Tensor:

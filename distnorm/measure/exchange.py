@@ -1,13 +1,13 @@
 """The one all-reduce of a measurement: every rank's statistic, and its consensus header beside it.
 
 The vector has two forms. In the full one each field of a header is an element, and a statistic may be wide.
-In the packed one the header is a single number, which says no more than whether all ranks measured the same;
-where they did not, those that read the result exchange their headers in full, once more. Two elements arrive
-many times sooner than seventeen through gloo, which cuts a vector into messages of one element each.
+In the packed one the header is a single number, which shows only whether all ranks measured the same; if they
+did not, those that read the result exchange their full headers in a second all-reduce. Two elements arrive
+many times sooner through gloo, which cuts a vector into messages of one element each.
 
-All ranks that meet must use one form. So it belongs to the group: packed, until a plan is made on it that
-needs the full one, which all ranks make together. Likewise a third element, by which replicas are compared
-(see `distnorm.measure.replica_check`), is there from the first plan on that has replicas.
+All ranks must use one form, so it is a property of the group: packed, until all ranks together make a plan
+that needs the full one. Likewise a third element, by which replicas are compared
+(see `distnorm.measure.replica_check`), is added by the first plan that has replicas.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _WIDTH = 8  # fp64 values of a statistic in the full form, for orders up to 27 a
 
 
 class Payload(Protocol):
-    """What else a rank adds to the vector of one measurement."""
+    """Further values that a rank adds to the vector of one measurement."""
 
     @property
     def length(self) -> int:
@@ -94,9 +94,9 @@ class Exchange:
 
         Args:
             statistic: of what this rank counts.
-            header: what it says of itself.
-            payload: [length] fp64, reduced by the norm's op; or the length that other ranks may have where
-                this one has none. All ranks that meet must have the same length.
+            header: this rank's consensus header.
+            payload: [length] fp64, reduced by the norm's op; or, on a rank that has none, its length on
+                other ranks. The length must be the same on all ranks.
             replicas: this rank's summand of the comparison of replicas.
         """
         device = statistic.device if statistic is not None else torch.device("cpu")
@@ -129,7 +129,7 @@ class Exchange:
     def _packed_on_host(
         self, statistic: float, header: Header, numbers: list[float | Tensor]
     ) -> ReducedStatistics:
-        """A few numbers in the host's memory: to look at them takes no operator, and waits for nothing."""
+        """The same for a few numbers in the host's memory, in Python: fewer operators, and no wait."""
         packed = self._packing.pack(header)
         values = [packed, statistic, *map(float, numbers)]
         vector = self._ranks.all_reduce_(torch.tensor(values, dtype=torch.float64, device="cpu"), "sum")
@@ -148,7 +148,7 @@ class Exchange:
 
     def _decode(self, headers: float, header: Header, nothing: Tensor) -> DecodedHeader:
         nonraising = self._packing.nonraising(headers)
-        if nonraising:  # they go on, and meet no second exchange
+        if nonraising:  # they don't read the result, so there is no second exchange
             return DecodedHeader.of_nonraising(nonraising, header)
         return self._full(None, header, nothing, None).decode()
 
@@ -157,15 +157,15 @@ class Exchange:
     ) -> ReducedStatistics:
         """All-reduce ``[nan, header ..., padding ..., statistic ..., replicas, payload ...]``.
 
-        A NaN travels in an element of its own, since a maximum may lose it. The padding gives vectors of
-        unlike norms one length, so that ranks which differ in the norm meet, and see it.
+        A NaN has an element of its own, since a maximum may lose it. The padding gives the vectors of
+        different norms one length, so that ranks which disagree about the norm find out.
         """
         norm, device = self._norm, payload.device
         if statistic is None:
             statistic = norm.zeros(device)
         nan = statistic.isnan()
-        said = kernels.on_device([*header.full(norm.op), *[0] * (_WIDTH - norm.width)], device)
-        parts = [nan.any().double().view(1), said, torch.where(nan, 0.0, statistic)]
+        fields = kernels.on_device([*header.full(norm.op), *[0] * (_WIDTH - norm.width)], device)
+        parts = [nan.any().double().view(1), fields, torch.where(nan, 0.0, statistic)]
         end = sum(map(len, parts))
         if replicas is not None:
             parts.append(_element(replicas, device))

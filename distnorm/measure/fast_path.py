@@ -1,10 +1,10 @@
-"""Gradients that are laid out as one step before: found, measured and scaled by their addresses, all at once.
+"""The fast path: gradients laid out as in the step before are found, measured and scaled by their addresses.
 
 To read every gradient with care costs microseconds, which thousands of small ones turn into the price of
-a step. Where the last careful reading found only whole, contiguous gradients in the CPU's memory, the next
-steps ask of each one only what could have changed: whether it is there, its class, dtype, size, layout, and
-whether its storage still holds it. Compiled code gets spans of memory then, in which neighbours in one flat
-buffer are one.
+a step. After a careful reading that found only whole, contiguous gradients in the CPU's memory, the next
+steps check of each one only what can change: whether it is there, its class, dtype, size, layout, and whether
+its storage still holds it. Compiled code then gets spans of memory, where neighbours in one flat buffer are
+one span.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class _Tables:
 
 
 class FoundGradients(Gradients):
-    """Gradients that were found by address, and are held by what found them."""
+    """Gradients that the fast path found by address. It holds references to them."""
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ Ints = npt.NDArray[np.int64]
 class Gradients:
     """The gradients of one step, in the order of the shards.
 
-    Whoever has them may measure and multiply them: nothing can free their memory meanwhile.
+    While this object exists, nothing can free their memory.
 
     Args:
         tensors: this rank's local gradients, after partial ones were reduced; `None` where there is none.
@@ -78,9 +78,9 @@ class Gradients:
         return kernels.AddressTable.of(tensors) if fit else None, np.array(list(there), dtype=np.int64)
 
     def lay_out(self, shards: Sequence[GradShard], *, one_coefficient: bool) -> None:
-        """Find out how to multiply each element in memory once, whatever gradients share or repeat it.
+        """Find views by which each element in memory is multiplied once, even where gradients share memory.
 
-        What can't be multiplied once becomes a problem, before any rank has changed a gradient.
+        If there are none, that is a problem, noted before any rank has changed a gradient.
         """
         views: list[Tensor | None] = []
         for shard, tensor in zip(shards, self._tensors, strict=True):
@@ -141,7 +141,7 @@ class Gradients:
 
 
 def read_with_care(shards: Sequence[GradShard]) -> tuple[list[Reading], list[DistnormError]]:
-    """This step's gradients, and what is wrong with those that can't be measured."""
+    """Read this step's gradients, each checked; and the errors of those that can't be measured."""
     readings: list[Reading] = []
     problems: list[DistnormError] = []
     for shard in shards:
@@ -175,8 +175,8 @@ def completed(
     *,
     store: bool,
 ) -> Gradients:
-    """The readings as gradients. A partial one that nobody reduced is a problem; an empty one needs no
-    reducing; one that is only too wide is cut."""
+    """The readings as gradients. A partial one that was not reduced is a problem, unless it is empty; one
+    that is only uncut is cut."""
     tensors: list[Tensor | None] = []
     late = list(problems)
     for shard, reading in zip(shards, readings, strict=True):

@@ -1,7 +1,7 @@
-"""The consensus header: what each rank says of itself beside its statistic, in the same all-reduce.
+"""The consensus header: sent beside each rank's statistic, in the same all-reduce.
 
-By it every rank sees, without another collective and without reading anything on the host, whether all
-ranks measured the same thing.
+It shows every rank, without another collective and without a read on the host, whether all ranks measured the
+same thing.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from distnorm import kernels
 from distnorm.plan.plan import Share
 
 Stage = Literal["plan", "agree", "measure", "join"]
-"""Where a rank is in a call: it has no plan for what it was given; it has to agree with the others which
-gradients are partial; it measures; it was given nothing, and does what the others do."""
+"""Where a rank is in a call: "plan", it has no plan for what it was given; "agree", it has found gradients
+that may be partial; "measure"; "join", it was given nothing, and does what the others do."""
 
 FIELDS = (
     *("nan", "plan", "agree", "measure", "nonraising", "refused", "double", "presence"),
@@ -29,15 +29,15 @@ FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What one rank says.
+    """One rank's header.
 
     Args:
-        stage: where it is.
-        raises: whether it reads the result on the host, and so takes part in finding out what is wrong.
+        stage: where the rank is in the call.
+        raises: whether it reads the result on the host, and so helps to search for what is wrong.
         refused: whether it found a gradient that can't be measured.
         is_double: whether the functions' result is fp64.
         presence: sum of `presence_weights` over the replicas that have a gradient.
-        terms: hash of the plan and of what else must be alike in this call, at least 0.
+        terms: hash of the plan and of what else must be equal in this call, at least 0.
     """
 
     stage: Stage
@@ -49,7 +49,7 @@ class Header:
 
     @property
     def has_statistic(self) -> bool:
-        """Whether it comes with a statistic that may count."""
+        """Whether a valid statistic is sent with it."""
         return self.stage == "measure" and not self.refused
 
     def full(self, op: str) -> list[float]:
@@ -71,7 +71,8 @@ class Header:
         """Whether full headers, reduced over `size` ranks, say that all measured the same, be it NaN: 0-d
         bool."""
         nonraising = (not self.raises) * (1 if op == "max" else size)
-        if self.stage == "join":  # it knows no terms; that those of others agree shows in their two functions
+        if self.stage == "join":
+            # This rank has no terms; whether those of the others agree shows in their two functions.
             first, again = reduced[-2:]
             alike = first == -again if op == "max" else first * first == reduced[3] * again
             expected = kernels.on_device([0, 0, nonraising, 0, 0], reduced.device)
@@ -148,12 +149,12 @@ class DecodedHeader:
 
     @property
     def stages(self) -> set[str]:
-        """The stages that some rank is in; those that join are in none of their own."""
+        """The stages of all ranks; "join" is not among them."""
         return {stage for stage in ("plan", "agree", "measure") if self.values[stage]}
 
     @property
     def all_raise(self) -> bool:
-        """Whether every rank takes part in finding out what is wrong."""
+        """Whether every rank helps to search for what is wrong."""
         return not self.values["nonraising"]
 
     @property

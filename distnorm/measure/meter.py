@@ -1,8 +1,8 @@
-"""One measurement: shards and their plan in, the total norm out, by one all-reduce.
+"""One measurement: from shards and their plan to the total norm, by one all-reduce.
 
 Where the ranks did not measure the same thing, the total norm is NaN on every rank, never a wrong number;
-ranks that read the result on the host (all do where it is reduced on the CPU) raise a typed error that says
-who did what, before any of them has changed a gradient.
+ranks that read the result on the host (all do on the CPU) raise a typed error that names the ranks and what
+each did, before any of them has changed a gradient.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Meter:
     Args:
         ranks: who takes part.
         norm: which norm.
-        terms: what all ranks must have alike, compared whenever a plan is made.
+        terms: settings that must be equal on all ranks, compared whenever a plan is made.
         tied: groups of names that are one parameter.
-        raises: whether a norm that is not finite is read back, and raised on every rank.
+        raises: whether the norm is read on the host, and raises on every rank if it is not finite.
         one_coefficient: whether all gradients are multiplied by the same coefficient.
         source: what is measured of the tensors that were given.
         allow_empty: a rank may pass an empty target in some calls.
@@ -90,7 +90,7 @@ class Meter:
         return self._shards
 
     def describe_by(self, describe: Callable[[], list[GradShard]]) -> None:
-        """Let go of the shards, which keep tensors alive, and describe them anew where a step needs them."""
+        """Drop the shards, which keep tensors alive, and describe them again when a step needs them."""
         self._shards, self._describe = None, describe
 
     @property
@@ -100,7 +100,7 @@ class Meter:
 
     @property
     def listens(self) -> bool:
-        """Whether this rank reads results on the host: where it has to, or where that waits for nothing."""
+        """Whether this rank reads results on the host: if it must, or if they are reduced there anyway."""
         return self.raises or self.ranks.reduce_device(torch.device("cpu")).type == "cpu"
 
     # ---- planning
@@ -143,9 +143,9 @@ class Meter:
         self.prepare(read)
 
     def abort(self, error: DistnormError) -> NoReturn:
-        """Raise an error that came up on this rank before it could measure, and leave nobody waiting.
+        """Raise an error of this rank that came before it could measure, without leaving other ranks waiting.
 
-        Ranks that were about to plan raise it too; ranks with a plan see that this one has none.
+        Ranks that were about to plan raise it too; ranks with a plan raise that this one has none.
         """
         with suppress(DisagreementError):  # which the others raise; here the cause is raised
             self._poll("plan", {SET: f"aborted: {error}"})
@@ -196,7 +196,7 @@ class Meter:
         Args:
             gradients: what `read` gave.
             payload: what else is reduced, by the norm's op, on all ranks alike.
-            terms: what else all ranks must have alike in this call, such as its threshold.
+            terms: what else must be equal on all ranks in this call, such as the threshold.
             store: as for `read`.
 
         Returns:
@@ -233,7 +233,7 @@ class Meter:
         return gradients, reduced
 
     def without_norm(self, gradients: Gradients) -> ReducedStatistics:
-        """What stands for a measurement where no norm is needed: a total norm of NaN. Not collective.
+        """The result where no norm is needed: a total norm of NaN. Not collective.
 
         Raises:
             UnsupportedGradientError: a gradient of this rank's can't be clipped.
@@ -244,10 +244,11 @@ class Meter:
         return ReducedStatistics(norm, norm.view(1)[:0], lambda: DecodedHeader({}), True, True)
 
     def join_empty(self) -> tuple[Tensor, bool]:
-        """The total norm, where this rank was given nothing at all, and whether it is given as fp64.
+        """The total norm where this rank was given no tensors, and whether the result is fp64.
         Collective.
 
-        It can't know whether the others plan, so it does what they do. Reads their headers on the host.
+        This rank can't know whether the others plan, so it reads their headers on the host, and does the
+        same.
         """
         while True:
             reduced = self._exchange(None, Header("join", self.listens))
@@ -292,14 +293,16 @@ class Meter:
         return gradients
 
     def _agree(self, readings: Sequence[Reading], problems: Sequence[DistnormError]) -> None:
-        """Agree on partial gradients, and with the first ones, that replicas hold the same."""
+        """Agree on which gradients are partial; the first time, also check that replicas are equal."""
         self.ranks.raise_together(problems[0] if problems else None)
         is_first = self._batches is None
         self._batches = agree_on_partials(self.ranks, self.shards, readings, self._batches or ())
         if is_first and self._batches is not None and self.plan is not None and self.plan.has_replicas:
             complete = [reading if isinstance(reading, Tensor) else None for reading in readings]
             partial = {i for batch in self._batches for i in batch.layouts}
-            compare_replicas(self.ranks, self.shards, self.shares, complete, apart_from=partial)
+            compare_replicas(
+                self.ranks, self.shards, self.shares, complete, apart_from=partial, finite_only=True
+            )
 
     # ---- agreement
 
@@ -321,7 +324,7 @@ class Meter:
         )
 
     def _poll(self, stage: Stage, here: Mapping[str, object], payload_length: int = 0) -> DecodedHeader:
-        """Exchange headers without a statistic, and raise if ranks are in stages that don't meet."""
+        """Exchange headers without a statistic, and raise if ranks are at different stages of a call."""
         decoded = self._exchange(None, Header(stage, self.listens), payload_length).decode()
         if not (stage == "agree" and decoded.stages <= {"agree", "measure"}):
             diagnosis.raise_disagreement(self.ranks, decoded, here)
@@ -334,7 +337,7 @@ class Meter:
         here: Mapping[str, object] | None,
         gradients: Gradients,
     ) -> NoReturn:
-        """Raise what all ranks find together if all of them listen, else what this rank found alone."""
+        """Raise the reason: searched by all ranks if all of them read results, else what this rank knows."""
         diagnosis.raise_disagreement(self.ranks, decoded, here, terms_too=True)
         self.ranks.raise_together(gradients.problems[0] if gradients.problems else None)
         if decoded.is_one_sided:
@@ -344,8 +347,7 @@ class Meter:
         raise DisagreementError("expected every rank to measure the same set, found headers that don't fit")
 
     def _check_values(self, gradients: Gradients, reduced: ReducedStatistics) -> None:
-        """What the reduced values say, on ranks that read them: unequal replicas, no gradient, none
-        finite."""
+        """Raise or warn, on ranks that read results: not finite, unequal replicas, no gradient at all."""
         norm, difference = float(reduced.total_norm), reduced.replica_difference
         if not math.isfinite(norm):
             if self.raises:
@@ -359,7 +361,7 @@ class Meter:
             diagnosis.warn_of_no_gradients(self.ranks, self.shards, gradients.is_empty())
 
     def _without_suspects(self, reduced: ReducedStatistics) -> ReducedStatistics:
-        """Where nobody reads results, replicas that differ by much make the total norm NaN."""
+        """Where no rank reads results: make the total norm NaN if replicas differ by much."""
         difference = reduced.replica_difference
         if self._replica_check is None or not isinstance(difference, Tensor):
             return reduced

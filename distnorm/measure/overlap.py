@@ -2,8 +2,8 @@
 
 A gradient is read when it is final: torch's own accumulation and FSDP2 announce that by post-accumulate
 hooks, DDP by the communication hook of its bucket. Each has one slot, which the next backward overwrites.
-What was taken is used only if the gradient is proved to be the same: the same address, the versions that
-autograd counts, and a fingerprint of its bytes, for what writes without telling autograd (`.grad.data`,
+A statistic is used only if its gradient is proved to be the same: the same address, the versions that
+autograd counts, and a fingerprint of its bytes, for writes that autograd doesn't count (`.grad.data`,
 numpy, foreach operators on DTensors, collectives). A fingerprint has every byte of a gradient up to 1 MiB,
 and of larger ones 64 bytes of every KiB. If a single gradient is not the same, all are measured as if nothing
 had been taken.
@@ -39,7 +39,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class Overlap:
-    """Takes statistics during backward, for as long as somebody holds it.
+    """Takes statistics during backward, until it is closed or dropped.
 
     Args:
         norm: which norm; one that compiled code can do.
@@ -50,8 +50,8 @@ class Overlap:
     Attributes:
         replicas: ranks over which DDP reduces every gradient; 0 where some gradient goes another way.
         reads_before: whether the next backward also reads gradients before DDP reduces them.
-        before: the sum of squares, [1] fp64, that it found then of the gradients that were taken last; `None`
-            where it read not all of them just once, or they have changed since.
+        before: their sum of squares before DDP's reduction, [1] fp64; `None` unless each was read exactly
+            once, and none has changed since.
 
     Raises:
         ConfigError: a DDP module has a communication hook already.
@@ -97,7 +97,7 @@ class Overlap:
     def take(self, gradients: Gradients) -> Tensor | None:
         """The statistic, [width], of all gradients; `None` if one was not taken, or has changed since.
 
-        Every slot is empty afterwards: gradients that were measured once may be scaled unseen.
+        Every slot is empty afterwards, since the caller may scale the gradients.
         """
         versions, self._versions = self._versions, {}
         buckets, self._buckets, self.before = self._buckets, {}, None
@@ -128,7 +128,7 @@ class Overlap:
         """Take the statistic of a gradient that is final."""
         self._versions.pop(i, None)
         reading: object = None
-        with suppress(DistnormError):  # whoever measures is refused
+        with suppress(DistnormError):  # the measurement will raise it
             reading = self._shards[i].read()
         if (
             isinstance(reading, Tensor)
@@ -140,8 +140,8 @@ class Overlap:
     def read_before(self, bucket: int, flat: Tensor) -> None:
         """Read this rank's own gradients, before others' are added; once in a step."""
         if self.reads_before:
-            seen = bucket in self._buckets
-            self._buckets[bucket] = None if seen else self._norm.statistic([flat], flat.device)
+            is_again = bucket in self._buckets
+            self._buckets[bucket] = None if is_again else self._norm.statistic([flat], flat.device)
 
     def read_local(self, i: int, flat: Tensor) -> bool:
         """Take the statistic of elements that will be a gradient, if it can be; `mark` makes it count."""
@@ -176,7 +176,7 @@ class Overlap:
 
 
 class AccumulateHook:
-    """Tells an `Overlap` that a gradient is final. Copies and pickles of a parameter that bears it do
+    """Lets an `Overlap` read a gradient that is final. In a copy or pickle of its parameter it does
     nothing."""
 
     def __init__(self, listener: Overlap | None = None, i: int = -1) -> None:
@@ -212,13 +212,13 @@ class _Relay:
 
     @classmethod
     def of(cls, module: DistributedDataParallel) -> _Relay:
-        """The module's relay, made at first; a module can't be freed of it."""
+        """The module's relay, made once: torch can't unregister a communication hook."""
         if module not in _relays:
             _relays[module] = cls(module)
         return _relays[module]
 
     def listen(self, listener: weakref.ref[Overlap], index: Mapping[int, int]) -> None:
-        """Tell the listener, and no other any more, of the parameters with these `id`s."""
+        """From now on let this listener read the parameters with these `id`s, and no other listener."""
         self._listener, self._index = listener, index
 
     def run(self, bucket: Bucket) -> Future[Any]:
@@ -243,8 +243,8 @@ _relays: weakref.WeakKeyDictionary[DistributedDataParallel, _Relay] = weakref.We
 
 
 def _register_inner(module: DistributedDataParallel, state: object, hook: Callable[..., Future[Any]]) -> None:
-    """Stands for a DDP module's `register_comm_hook`; a copy of that module has no relay, and the
-    original."""
+    """In place of a DDP module's `register_comm_hook`: keeps the hook for the relay to run. A copy of the
+    module has no relay, and registers as usual."""
     relay = _relays.get(module)
     if relay is None:
         DistributedDataParallel.register_comm_hook(module, state, hook)

@@ -1,10 +1,10 @@
-"""Gradients that arrive as partial sums: agreed on when they are first seen, then reduced in one collective a
+"""Gradients that arrive as partial sums: agreed on when they first appear, then reduced in one collective a
 step.
 
 Tensor parallel with `SequenceParallel` leaves the gradients of replicated parameters ``Partial(sum)``.
 Whether a rank takes part in their reduction can't depend on which gradients it happens to have in a
-step, or a rank without them would leave the others waiting. So the ranks agree, whenever a gradient is
-partial that nobody has agreed on yet, which shards may be; from then on the buffer has that length on every
+step, or a rank without them would leave the others waiting. So whenever a gradient is partial for the
+first time, the ranks agree which shards may be partial; from then on the buffer has that length on every
 rank.
 """
 
@@ -63,7 +63,7 @@ class Batch:
         """Replace this batch's readings by the reduced gradients, and store them if asked to.
 
         A rank without one of the gradients adds zeros, and counts its share of the sum all the same. It
-        is not given the gradient: nobody can tell from here whether any rank had one.
+        is not given the gradient: it can't know whether any rank had one.
         """
         shapes = [shards[i].wide_shape(wide) for i, (_, wide) in self.layouts.items()]
         sizes = [math.prod(shape) for shape in shapes]

@@ -1,4 +1,4 @@
-"""Whether replicas of a gradient were reduced: found in every step, by one more element of the all-reduce.
+"""Checks in every step, by one more element of the all-reduce, that replicas of a gradient were reduced.
 
 Each replica takes the same small sample of the gradient and turns it into a number x that a last-bit
 difference moves by little, and another gradient by much. Weights of replicas add up to zero, so the sum of
@@ -108,7 +108,7 @@ class ReplicaCheck:
         return not abs(difference) <= self.tolerance
 
     def learn(self, difference: float) -> None:
-        """Take in that replicas with this difference were found equal but for their last digits."""
+        """Raise the tolerance: replicas with this difference were found equal but for their last digits."""
         self.tolerance = max(self.tolerance, 4 * abs(difference))
 
 
@@ -128,6 +128,8 @@ def compare_replicas(
     shares: Sequence[Share],
     gradients: Sequence[Tensor | None],
     apart_from: Container[int] = (),
+    *,
+    finite_only: bool = False,
 ) -> None:
     """Compare the norms of all gradients that have replicas, to half of their dtype's digits.
 
@@ -137,31 +139,32 @@ def compare_replicas(
         ranks: who takes part.
         shards, shares, gradients: this rank's.
         apart_from: positions of those that are not compared, on any rank.
+        finite_only: whether gradients that aren't finite are left to the total norm, which is not known yet.
 
     Raises:
         ReplicaError: replicas hold different gradients, or only some of them hold one.
     """
-    held = [
-        i for i, share in enumerate(shares) if share.replicas > 1 and shards[i].numel and i not in apart_from
-    ]
-    l2, found = norm(2), []
-    for i in held:
+    l2, found = norm(2), {}
+    for i, share in enumerate(shares):
+        if share.replicas == 1 or not shards[i].numel or i in apart_from:
+            continue
         gradient = gradients[i]
-        if gradient is None:
-            found.append((-1.0, 0.0))
-        else:
+        value, tolerance = -1.0, 0.0
+        if gradient is not None:
             value = float(l2.finalise(l2.statistic([gradient], gradient.device)))
-            found.append((value, math.sqrt(_eps(gradient.dtype))))
+            tolerance = math.sqrt(_eps(gradient.dtype))
+        if math.isfinite(value) or not finite_only:
+            found[i] = value, tolerance
     with kernels.plain_operators():
-        values = torch.tensor(found, dtype=torch.float64, device="cpu").view(-1, 2)
-        identities = identity_rows([shards[i] for i in held])
+        values = torch.tensor(list(found.values()), dtype=torch.float64, device="cpu").view(-1, 2)
+        identities = identity_rows([shards[i] for i in found])
         rows = torch.cat([identities, values.view(torch.int64)], dim=1)
         differs = ranks.join(identities[:, 0], rows, _differing_norms).view(-1).tolist()
         raise_named(
             ranks,
             [
                 (shards[i].name, "no gradient" if value < 0 else f"a gradient of norm {value:.9g}")
-                for i, (value, _), bad in zip(held, found, differs, strict=True)
+                for (i, (value, _)), bad in zip(found.items(), differs, strict=True)
                 if bad
             ],
             ReplicaError,

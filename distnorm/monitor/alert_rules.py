@@ -1,4 +1,4 @@
-"""The rules that judge layers and steps, and the alerts that follow."""
+"""The rules by which layers and steps give alerts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DEFAULT_FACTOR = 10.0
 
 
 class AlertRules:
-    """Remembers each layer's norms, and finds what somebody should know.
+    """Remembers each layer's norms, and gives alerts.
 
     Args:
         config: the bounds.

@@ -19,7 +19,7 @@ _log = logging.getLogger("distnorm")
 
 
 class Monitor:
-    """Takes a run's host values, and never stops it: rows go to sinks, and what rules find becomes alerts.
+    """Turns a run's values into rows and alerts, and never stops it.
 
     Every rank may hold one, and then all have the same state; only one that writes opens files, logs and
     calls back. The first value opens the sinks, or entering the monitor as a context does.
@@ -136,7 +136,7 @@ class Monitor:
         self._rules.load_state_dict(state["rules"])
 
     def close(self) -> None:
-        """Close all sinks; what comes later is still judged, and written nowhere."""
+        """Close all sinks; later values still give alerts, and are written nowhere."""
         self._closed = True
         if self._sinks is not None:
             self._sinks.close()

@@ -1,4 +1,4 @@
-"""A snapshot of single layers: what a monitored step adds to its all-reduce, and what the result says."""
+"""The layer snapshot: what a monitored step adds to its all-reduce, and the rows that come out."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a clipper does for its monitor: a row of every step, and in some steps a snapshot of all layers.
+"""A clipper's monitor: a row of every step, and on monitored steps a snapshot of all layers.
 
-Nobody waits for a step's values. They are copied to the host asynchronously, and the step is reported when
-the next one has been recorded, or at a flush.
+Values are copied to the host asynchronously, so a step is reported when the next one has been recorded, or at
+a flush.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class NoiseScalePayload:
     """One value: the mean over ranks of the squared norm of their own gradients.
 
     Args:
-        overlap: sees gradients before they are reduced.
+        overlap: reads gradients before they are reduced.
         replicas: R.
     """
 
@@ -43,7 +43,7 @@ class NoiseScalePayload:
         self._overlap, self.replicas = overlap, replicas
 
     def local(self, gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
-        """This rank's summand, [1] fp64; NaN where its gradient has changed since it was seen."""
+        """This rank's summand, [1] fp64; NaN if its gradient has changed since backward."""
         before = self._overlap.before
         if before is None:
             return torch.full((1,), math.nan, dtype=torch.float64, device=device)
@@ -75,7 +75,7 @@ class NoiseScale:
         self._signal = self._noise = 0.0
 
     def add(self, replicas: int, small: float, big: float) -> None:
-        """Take in a monitored step: the squared norms s and b; what isn't finite says nothing."""
+        """Add a monitored step's squared norms s and b; values that are not finite are ignored."""
         if math.isfinite(small) and math.isfinite(big):
             signal = (replicas * big - small) / (replicas - 1)
             noise = (small - big) / (1 - 1 / replicas)

@@ -1,4 +1,4 @@
-"""What one rank adds to the all-reduce so that every rank can read the statistics of single parameters.
+"""The payload from which every rank reads the statistics of single parameters.
 
 The cost is 8 bytes a value, and one reading of the gradients, on the steps that ask for it. With n parameters
 and r rows (ranks times the parameters that each holds a piece of) these are 2n + 2r values, n more with

@@ -1,4 +1,4 @@
-"""Several things that travel in one all-reduce, one behind the other; among them a loss."""
+"""Several payloads in one all-reduce, one behind the other; and the payload of the loss."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class LossPayload:
             total, count = torch.where(given, reduced, 0.0).sum(), given.sum().double()
         if self._is_known_to_be_none(count):
             raise DistnormError(
-                "expected a loss with every step, as the configuration looks at it; found none on any rank: "
+                "expected a loss with every step, as a policy uses it; found none on any rank: "
                 "call note(loss=...) before"
             )
         mean: Tensor = total / count

@@ -25,13 +25,13 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX} if dist.is_available
 
 @dataclass
 class GroupState:
-    """What all members of a process group know alike, since they make every plan together.
+    """State of a process group that is equal on all its members, since they make every plan together.
 
     Args:
         device_type: where vectors are reduced; `None` before the first plan.
         is_packed: whether a consensus header is one number in the all-reduced vector.
         compares_replicas: whether the vector has an element by which replicas are compared.
-        plans: of lists of tensors, by what was planned. Its size is bounded for each group by itself: every
+        plans: of lists of tensors, by what was planned. Its size is bounded for each group apart: every
             member makes the same calls on a group, so all of them evict the same plan.
     """
 
@@ -53,7 +53,7 @@ class Ranks:
 
     Args:
         group: a process group; default: the whole world, or this process alone where there is none.
-        alone: whether this process measures by itself, whatever groups there are.
+        alone: whether this process measures alone, whatever groups there are.
 
     Raises:
         DistnormError: this process is no member of the group, or the group was destroyed.
@@ -92,7 +92,7 @@ class Ranks:
 
     @property
     def state(self) -> GroupState:
-        """What the members of the group know alike."""
+        """The group's state, equal on all its members."""
         if self.group is None:
             return _alone
         if self.group not in _states:

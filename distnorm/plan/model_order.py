@@ -19,7 +19,7 @@ _FIRST_NUMBER = re.compile(r"((?:pp[0-9]+\.)?.*?)([0-9]+)")  # a pp_mesh puts th
 _Key = tuple[str, int]
 _Block = tuple[_Key, list[str]]
 _Position = tuple[int, int]
-"""A block, by its place before a list is taken in, or behind that one the so-manieth block of this list."""
+"""Where a block is: its place before a list is added, and its number among the blocks added behind it."""
 
 _NOWHERE = (-2, 0)
 

@@ -1,9 +1,10 @@
 """The whole model's parameters, by name, the same list on every rank; and which rank holds what of them.
 
 Made once, and only where something needs more than the total norm: per-layer monitoring, a policy that goes
-by single parameters, a comparison of replicas. Each name travels once: of the ranks that hold it one is
-chosen by hash, which spreads the load. Which rank holds what travels as numbers, and so does each name's
-place on the lowest rank that holds it, from which the order of the table is made (see `model_order`).
+by single parameters, a comparison of replicas. Each name is sent once, by
+one of the ranks that hold it, chosen by hash to spread the load. Which rank holds what is sent as numbers,
+and so is each name's place on the lowest rank that holds it, which gives the order of the table
+(`model_order`).
 """
 
 from __future__ import annotations

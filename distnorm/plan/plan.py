@@ -116,8 +116,8 @@ def agree_on_terms(ranks: Ranks, terms: Mapping[str, object] | None) -> None:
     hashed = None if mine is None else stable_hash(repr(sorted(mine.items())))
     if ranks.size == 1 or _same(ranks, hashed):
         return
-    brief = mine and {name: ranks.shortened(value, len(mine)) for name, value in mine.items()}
-    everybody = [(rank, theirs) for rank, theirs in enumerate(ranks.gather(brief)) if theirs is not None]
+    cut = mine and {name: ranks.shortened(value, len(mine)) for name, value in mine.items()}
+    everybody = [(rank, theirs) for rank, theirs in enumerate(ranks.gather(cut)) if theirs is not None]
     differing = []
     for name in dict.fromkeys(name for _, theirs in everybody for name in theirs):
         values: dict[str, list[int]] = {}
@@ -201,11 +201,10 @@ def _check_coverage(ranks: Ranks, shards: Sequence[GradShard], replies: list[lis
 
 
 def _check_values(ranks: Ranks, shards: Sequence[GradShard], rows: Tensor, shares: Sequence[Share]) -> None:
-    """A claim of replicas is checked once, by the bits of the parameters.
+    """Check that shards of one identity are replicas, by the bits of the parameters.
 
-    Frozen parameters may be quantised or have no values at all, and are left alone: should one get a
-        gradient,
-    the gradients of its replicas are compared in every step.
+    Frozen parameters are not read: they may be quantised, or have no values. If one gets a gradient, the
+    gradients of its replicas are compared as in every step.
     """
     claims = [
         i

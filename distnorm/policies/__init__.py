@@ -2,7 +2,7 @@
 
 from distnorm.policies.adagc import AdaGc
 from distnorm.policies.agc import Agc
-from distnorm.policies.decision import EPS, Decision, check_max_norm, settle
+from distnorm.policies.decision import EPS, Decision, check_max_norm, handle_nonfinite
 from distnorm.policies.factory import policy_of
 from distnorm.policies.fixed import Constant, constant
 from distnorm.policies.per_tensor import PerTensor
@@ -30,6 +30,6 @@ __all__ = [
     "ZClip",
     "check_max_norm",
     "constant",
+    "handle_nonfinite",
     "policy_of",
-    "settle",
 ]

@@ -1,4 +1,4 @@
-"""Every parameter by what its own norm has been."""
+"""Clipping each parameter by the history of its own norm."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from distnorm.errors import DistnormError
-from distnorm.policies.decision import EPS, Decision, is_finite, of_each, settle
+from distnorm.policies.decision import EPS, Decision, handle_nonfinite, is_finite, of_each
 from distnorm.policies.policy import Policy, StepStatistics, count, number, scalar
 
 
@@ -27,7 +27,8 @@ class AdaGc(Policy):
     the coefficients are the same bits on every topology. The threshold reported is c in warm-up, then inf.
 
     Args:
-        nonfinite: see `settle`. A total norm that is not finite changes no gamma and is no warm-up step.
+        nonfinite: see `handle_nonfinite`. A total norm that is not finite changes no gamma, and does not
+            count as a warm-up step.
         lambda_: how far above its history a norm may be.
         beta: the decay of gamma.
         warmup: how many steps are clipped by the total norm first.
@@ -71,7 +72,7 @@ class AdaGc(Policy):
         gamma.copy_(torch.where((clipped > 0) & counts, new, gamma))
         state["steps"].add_(counts)
         threshold = torch.full_like(step.total_norm, math.inf).masked_fill(is_warmup, self._c)
-        return settle(of_each(each, threshold), step.total_norm, self._nonfinite)
+        return handle_nonfinite(of_each(each, threshold), step.total_norm, self._nonfinite)
 
     def bind(self, names: Sequence[str]) -> None:
         """Say which parameters there are. What is known of those that have been bound before stays."""

@@ -1,4 +1,4 @@
-"""Every output unit by the norm of its weights."""
+"""Clipping each output unit by the norm of its weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from distnorm.policies.decision import Decision, of_each, settle
+from distnorm.policies.decision import Decision, handle_nonfinite, of_each
 from distnorm.policies.policy import Policy, StepStatistics
 
 
@@ -18,7 +18,7 @@ class Agc(Policy):
     There is no max norm; the threshold reported is inf.
 
     Args:
-        nonfinite: see `settle`.
+        nonfinite: see `handle_nonfinite`.
         lambda_: the largest ratio of a unit's gradient to its weights.
         eps: weights of a smaller norm count as of this one, so that those that begin at 0 can move.
 
@@ -46,4 +46,4 @@ class Agc(Policy):
         allowed = step.unit_weight_norms.clamp(min=self._eps) * self._lambda
         each = (allowed / step.unit_norms).clamp(max=1.0)  # a gradient of 0 gives inf, hence 1
         decision = of_each(each, torch.full_like(step.total_norm, math.inf))
-        return settle(decision, step.total_norm, self._nonfinite)
+        return handle_nonfinite(decision, step.total_norm, self._nonfinite)

@@ -65,7 +65,7 @@ class Outcome:
 
 @dataclass(slots=True)
 class _Statistics:
-    """What the reduced payload says beside the total norm.
+    """What the reduced payload holds for the policies.
 
     Args:
         norms: of single parameters.
@@ -79,7 +79,7 @@ class _Statistics:
 
 
 class Decider:
-    """Asks the policies. Nothing here is collective, and no device is waited for.
+    """Asks every group's policy. Nothing here is collective or waits for a device.
 
     Args:
         groups: the policies, and what they need.
@@ -90,7 +90,7 @@ class Decider:
         self._never_on: dict[torch.device, Tensor] = {}
 
     def decide(self, total_norm: Tensor, payload: Tensor | None, agreed: Tensor | None = None) -> Outcome:
-        """What is to be done in this step; the policies' states go one step on.
+        """Let the policies decide about this step, and advance their states.
 
         Args:
             total_norm: 0-d fp64; NaN where nothing was measured, or where the ranks disagree.
@@ -100,7 +100,7 @@ class Decider:
                 they are known to agree.
 
         Raises:
-            DistnormError: a policy looks at the loss, and no rank gave one; on every rank.
+            DistnormError: a policy uses the loss, and no rank gave one; on every rank.
         """
         groups = self._groups
         found = self._read(payload)
@@ -109,7 +109,7 @@ class Decider:
             step = StepStatistics(total_norm, total_norm)
             if groups.default.looks_back:
                 step = StepStatistics.of(total_norm, loss=found.loss)
-            decision = self._heed(groups.default.decide(step), agreed)
+            decision = self._leave_if_disagreed(groups.default.decide(step), agreed)
             skipped = self._skipped(is_finite, [decision])
             return Outcome(clip_result(total_norm, is_finite, decision, skipped), decision)
         decisions = [
@@ -150,7 +150,7 @@ class Decider:
             found.loss = groups.loss.mean(loss)
         return found
 
-    def _heed(self, decision: Decision, agreed: Tensor | None) -> Decision:
+    def _leave_if_disagreed(self, decision: Decision, agreed: Tensor | None) -> Decision:
         """The decision, or one that leaves gradients alone where the ranks disagree."""
         # Their total norm is NaN, which the other modes leave alone anyway.
         return (
@@ -176,7 +176,7 @@ class Decider:
         if not self._groups.is_single and self._nonfinite != "propagate":
             basis = basis.masked_fill(~is_finite, math.nan)  # the step is of no use to any of them
         step, each = self._statistics_of(group, basis, found)
-        decision = self._heed(group.policy.decide(step), agreed)
+        decision = self._leave_if_disagreed(group.policy.decide(step), agreed)
         if decision.clamp is not None:
             clipped = torch.full_like(own, math.nan)
         elif decision.each is not None and each is not None:
@@ -225,7 +225,7 @@ class Decider:
 
     def _never(self, like: Tensor) -> Tensor:
         """False, made once for each device."""
-        if type(like) is not Tensor:  # a dry run's, which no other step may meet
+        if type(like) is not Tensor:  # made in a dry run: not to be kept for real steps
             return torch.zeros_like(like, dtype=torch.bool)
         if like.device not in self._never_on:
             self._never_on[like.device] = torch.zeros((), dtype=torch.bool, device=like.device)

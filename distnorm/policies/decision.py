@@ -1,4 +1,4 @@
-"""What is to be done with a step's gradients, and what a norm that is not finite does to that."""
+"""A policy's decision about a step's gradients, and how a norm that is not finite changes it."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def check_max_norm(max_norm: float | None) -> float:
 def coefficient(total_norm: Tensor, threshold: Tensor, nonfinite: str) -> Tensor:
     """``min(1, threshold / (total_norm + 1e-6))``, and 1 where the threshold is inf; 0-d fp64."""
     coef = (threshold / (total_norm + EPS)).clamp(max=1.0)
-    # inf / inf would make NaN of every gradient; under the other modes `settle` replaces it.
+    # inf / inf would make NaN of every gradient; under the other modes `handle_nonfinite` replaces it.
     return coef.masked_fill(threshold == math.inf, 1.0) if nonfinite == "propagate" else coef
 
 
-def settle(decision: Decision, total_norm: Tensor, nonfinite: str) -> Decision:
-    """The decision, after ``clip.nonfinite`` has had its say about a total norm that is not finite.
+def handle_nonfinite(decision: Decision, total_norm: Tensor, nonfinite: str) -> Decision:
+    """Change a decision as ``clip.nonfinite`` says, where the total norm is not finite.
 
     Args:
         decision: as the policy's formula gives it.

@@ -1,4 +1,4 @@
-"""A threshold that stays."""
+"""A constant threshold."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distnorm import kernels
-from distnorm.policies.decision import EPS, Decision, settle
+from distnorm.policies.decision import EPS, Decision, handle_nonfinite
 from distnorm.policies.policy import Policy, StepStatistics
 
 
@@ -18,7 +18,7 @@ def constant(total_norm: Tensor, max_norm: float, nonfinite: str = "propagate") 
     Args:
         total_norm: 0-d fp64.
         max_norm: the threshold; inf never clips.
-        nonfinite: what a total norm that is not finite does; see `settle`.
+        nonfinite: what a total norm that is not finite does; see `handle_nonfinite`.
 
     Reference: Pascanu et al., "On the difficulty of training recurrent neural networks",
         arXiv 1211.5063; `torch.nn.utils.clip_grad_norm_` for the 1e-6.
@@ -35,7 +35,7 @@ def constant(total_norm: Tensor, max_norm: float, nonfinite: str = "propagate") 
         return Decision(coef, threshold, may_clip)
     threshold = torch.full_like(total_norm, max_norm)
     coef = (max_norm / (total_norm + EPS)).clamp(max=1.0) if may_clip else torch.ones_like(total_norm)
-    return settle(Decision(coef, threshold, may_clip), total_norm, nonfinite)
+    return handle_nonfinite(Decision(coef, threshold, may_clip), total_norm, nonfinite)
 
 
 class Constant(Policy):

@@ -1,7 +1,7 @@
 """The policies of one clipper: one for each of `clip.groups`, and one for all other parameters.
 
-A single policy that goes by the total norm adds nothing to the all-reduce, needs no list of the model's
-parameters, and leaves one coefficient, as if there were no policies. What needs more adds a payload to it.
+A single policy of the total norm adds nothing to the all-reduce, needs no list of the model's parameters, and
+leaves one coefficient. Groups and policies that need more add a payload to the all-reduce.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class PolicyGroups:
 
     Attributes:
         groups: those of `clip.groups`, in their order, and last the one of all other parameters.
-        loss: what a policy may go by beside the gradients.
-        payload: what has to travel with the total norm; `None` where nothing has to.
+        loss: the payload of the loss, for policies that use it.
+        payload: what policies add to the all-reduce; `None` if nothing.
         is_single: whether there is one policy for all parameters.
         obstacle: why one coefficient of the total norm isn't all that is decided; `None` if it is.
         measures: whether any norm is needed.
@@ -122,7 +122,7 @@ class PolicyGroups:
         return math.inf if value is None else value
 
     def bind(self, ranks: Ranks, shards: Sequence[GradShard], shares: Sequence[Share]) -> None:
-        """Learn which parameters there are; again whenever they are others. Collective.
+        """Bind every group to its parameters, after every planning. Collective.
 
         Raises:
             ConfigError: a pattern matches no parameter, or two groups the same one; on every rank.
@@ -187,5 +187,5 @@ def _fill(fresh: Sequence[PolicyGroup], state: Mapping[str, Any]) -> None:
     if not isinstance(states, Mapping) or set(states) != names:
         found = sorted(map(str, states)) if isinstance(states, Mapping) else states
         raise DistnormError(f"expected the states of the groups {sorted(names)}, found {found!r}")
-    for group in fresh:  # a policy refuses what is no state of its own
+    for group in fresh:  # every policy checks its own part of the state
         group.policy.load_state_dict(states[group.config.name] if group.config else state.get("policy", {}))

@@ -1,11 +1,11 @@
-"""Every parameter by its own norm."""
+"""Clipping each parameter by its own norm."""
 
 from __future__ import annotations
 
 import math
 import sys
 
-from distnorm.policies.decision import Decision, of_each, settle
+from distnorm.policies.decision import Decision, handle_nonfinite, of_each
 from distnorm.policies.fixed import constant
 from distnorm.policies.policy import Policy, StepStatistics
 
@@ -17,7 +17,7 @@ class PerTensor(Policy):
 
     Args:
         max_norm: c; inf never clips.
-        nonfinite: see `settle`.
+        nonfinite: see `handle_nonfinite`.
         rms: whether ``norm(g) / sqrt(elements)`` stands for the norm.
 
     Reference: TensorFlow's `clip_by_norm`, and with `rms` optax's `clip_by_block_rms`, from Shazeer and
@@ -45,4 +45,4 @@ class PerTensor(Policy):
         # A threshold of 0 makes 0 of a gradient of 0, not 0 / 0.
         each = self._max_norm / norms.clamp(min=max(self._max_norm, sys.float_info.min))
         threshold = unclipped.threshold.clamp(max=self._max_norm)
-        return settle(of_each(each, threshold), step.total_norm, self._nonfinite)
+        return handle_nonfinite(of_each(each, threshold), step.total_norm, self._nonfinite)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from distnorm.policies.decision import Decision, coefficient, is_finite, settle
+from distnorm.policies.decision import Decision, coefficient, handle_nonfinite, is_finite
 from distnorm.policies.policy import Policy, StepStatistics
 from distnorm.policies.window import held, push, window
 
@@ -21,7 +21,7 @@ class Percentile(Policy):
 
     Args:
         max_norm: a bound of the threshold.
-        nonfinite: see `settle`. A norm that is not finite doesn't enter the window.
+        nonfinite: see `handle_nonfinite`. A norm that is not finite doesn't enter the window.
         p: the percentile, 0 to 100.
         window: how many norms are kept.
 
@@ -54,7 +54,7 @@ class Percentile(Policy):
         # An empty window holds inf alone, and inf - inf is NaN.
         threshold = percentile.nan_to_num(math.inf, math.inf).clamp(max=self._max_norm)
         coef = coefficient(step.total_norm, threshold, self._nonfinite)
-        return settle(Decision(coef, threshold), step.total_norm, self._nonfinite)
+        return handle_nonfinite(Decision(coef, threshold), step.total_norm, self._nonfinite)
 
     def _saved(self) -> dict[str, Any]:
         return {"history": held(self._state)}

@@ -56,7 +56,7 @@ class Policy(ABC):
 
     Args:
         max_norm: ``clip.max_norm``; inf where it is null.
-        nonfinite: ``clip.nonfinite``; see `settle`.
+        nonfinite: ``clip.nonfinite``; see `handle_nonfinite`.
 
     Attributes:
         name: as in ``clip.policy``.

@@ -17,7 +17,7 @@ class GroupResult:
     """What was found of and done to one of `clip.groups`; fields as in `ClipResult`.
 
     Args:
-        total_norm: the group's own norm, also where its policy goes by the whole model's.
+        total_norm: the group's own norm, also where its policy uses the whole model's.
         clip_coef: the smallest that a gradient of the group was multiplied by.
         clipped_norm: the group's own norm after clipping.
         threshold: the max norm in force.

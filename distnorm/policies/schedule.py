@@ -1,4 +1,4 @@
-"""A threshold that follows a curve over the steps."""
+"""A threshold that changes with the step, along a curve."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from distnorm.policies.decision import Decision, coefficient, settle
+from distnorm.policies.decision import Decision, coefficient, handle_nonfinite
 from distnorm.policies.fixed import constant
 from distnorm.policies.policy import Policy, StepStatistics, count, scalar
 
@@ -38,7 +38,7 @@ class Schedule(Policy):
 
     Args:
         max_norm: the unit of the factors; inf never clips.
-        nonfinite: see `settle`.
+        nonfinite: see `handle_nonfinite`.
         curve: one of the four.
         points: in the order of their steps, no step twice.
         warmup: the first so many steps ...
@@ -74,7 +74,7 @@ class Schedule(Policy):
             warmup.masked_fill_(state["step"] < self._warmup, self._warmup_factor)
             threshold = self._factor(**state) * warmup * self._max_norm
             coef = coefficient(step.total_norm, threshold, self._nonfinite)
-            decision = settle(Decision(coef, threshold), step.total_norm, self._nonfinite)
+            decision = handle_nonfinite(Decision(coef, threshold), step.total_norm, self._nonfinite)
         state["step"].add_(1)
         return decision
 

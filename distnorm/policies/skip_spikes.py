@@ -29,15 +29,15 @@ class SkipSpikes(Policy):
 
     Args:
         max_norm: what gradients are clipped to; inf never clips.
-        nonfinite: see `settle`. It alone decides where the norm is not finite: such a step enters no history,
-            and isn't skipped by this policy.
+        nonfinite: see `handle_nonfinite`. It alone decides where the norm is not finite: such a step enters
+            no history, and isn't skipped by this policy.
         k: how many standard deviations above the mean a spike begins.
         window: how many values are kept.
         after: how many there must be; at most `window`.
         on: ``"norm"`` or ``"loss"``, which then has to be given with every step.
         above: the absolute bound, or None.
 
-    Reference: OLMo-core's `SkipStepOptimizer` (which looks at both, and once there are max(20, window // 2)
+    Reference: OLMo-core's `SkipStepOptimizer` (which checks both, and once there are max(20, window // 2)
         values with this step's); skipped batches are from Chowdhery et al., "PaLM", arXiv 2204.02311.
     """
 

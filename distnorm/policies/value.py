@@ -1,4 +1,4 @@
-"""Every element by itself."""
+"""Clipping each element to a bound."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distnorm.policies.policy import Policy, StepStatistics
 class Value(Policy):
     """Put every element of every gradient within ``[-max_norm, max_norm]``.
 
-    No norm is measured and nothing is reduced, so ``clip.nonfinite`` has nothing to go by: an infinite
+    No norm is measured and nothing is reduced, so ``clip.nonfinite`` does nothing: an infinite
     element becomes a finite one, and NaN stays NaN. The coefficient is 1 and no max norm is in force.
 
     Reference: Mikolov, "Statistical language models based on neural networks" (2012), and

@@ -1,4 +1,4 @@
-"""A threshold for norms that stand out."""
+"""Clipping norms that are far above their running mean."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distnorm.policies.decision import Decision, coefficient, is_finite, settle
+from distnorm.policies.decision import Decision, coefficient, handle_nonfinite, is_finite
 from distnorm.policies.policy import Policy, StepStatistics, count, number, scalar
 
 
@@ -30,7 +30,8 @@ class ZClip(Policy):
 
     Args:
         max_norm: a bound of the threshold.
-        nonfinite: see `settle`. A norm that is not finite changes nothing, and is no step of warm-up.
+        nonfinite: see `handle_nonfinite`. A norm that is not finite changes nothing, and does not
+            count as a step of warm-up.
         alpha: the decay of mean and variance.
         z_t: the z-score above which a norm is clipped.
         warmup: how many norms are collected first.
@@ -67,7 +68,7 @@ class ZClip(Policy):
         applied = threshold.masked_fill(stands_out.logical_not(), self._max_norm)
         self._take(state, torch.where(stands_out, lower, norm), is_finite(norm), is_ready)
         coef = coefficient(step.total_norm, applied, self._nonfinite)
-        return settle(Decision(coef, threshold), step.total_norm, self._nonfinite)
+        return handle_nonfinite(Decision(coef, threshold), step.total_norm, self._nonfinite)
 
     def _take(self, state: Mapping[str, Tensor], value: Tensor, enters: Tensor, is_ready: Tensor) -> None:
         """Both statistics go on in one form: during warm-up with the weight 1 / n, which gives the plain mean

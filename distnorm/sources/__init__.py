@@ -56,7 +56,7 @@ def shards_of(
     Args:
         named: names and tensors, as `named_tensors` gives them.
         source: what is measured of them.
-        target: what they were named from. Modules in it tell what parameters don't (FSDP1).
+        target: what they were named from. FSDP1's parameters are found by its modules.
         stage: this rank's pipeline stage, put before every name that is not tied; `None` where names
             are those of the whole model already.
         tied: groups of names that are one parameter.

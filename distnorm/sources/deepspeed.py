@@ -104,7 +104,7 @@ def _shards(piece: Piece, cuts: Sequence[int]) -> Iterator[EngineShard]:
 def _part_of_gradient(gradient: Callable[[], Tensor | None], inside: tuple[int, int]) -> Tensor | None:
     found = gradient()
     if found is None or found.layout is not torch.strided:
-        return found  # refused by whoever reads it
+        return found  # `read` refuses it
     return found.reshape(-1).narrow(0, *inside)
 
 

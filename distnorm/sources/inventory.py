@@ -24,7 +24,7 @@ class Inventory:
     """A target's tensors, and whether they are still the same.
 
     Args:
-        target: what `read_once` has seen.
+        target: what `read_once` returned.
 
     Attributes:
         named: names and tensors, as `named_tensors` gives them.

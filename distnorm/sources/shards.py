@@ -49,7 +49,7 @@ class Source(Enum):
     GRADIENT = "gradient"
     """The gradient that it holds."""
     TENSOR = "tensor"
-    """The tensor itself, be it a gradient, a parameter or an update."""
+    """The tensor that was given, be it a gradient, a parameter or an update."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class GradShard(ABC):
     def indices(self, dim: int) -> Tensor:
         """The indices that the piece holds along one dim of the global shape, [n] int64."""
         extent = self.piece[dim]
-        assert isinstance(extent, tuple), "a source that gives digests tells what they stand for"
+        assert isinstance(extent, tuple), "a source that gives digests overrides this method"
         return torch.arange(*extent, device="cpu")
 
     @property
@@ -141,7 +141,7 @@ class GradShard(ABC):
 
     @abstractmethod
     def witness(self) -> Tensor:
-        """The local values by which two shards are seen to be replicas."""
+        """The local values by which replicas are compared."""
 
     @abstractmethod
     def read(self) -> Tensor | PartialGrad | None:

@@ -1,4 +1,4 @@
-"""What the caller hands in, as (name, tensor) pairs; and the names that make an identity."""
+"""The caller's target as (name, tensor) pairs, and the names of parameters in the whole model."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def read_once(target: Tensor | nn.Module | Iterable[Any]) -> Tensor | nn.Module 
 
 
 def modules_of(target: Tensor | nn.Module | Iterable[Any]) -> list[nn.Module]:
-    """The modules in a target that `read_once` has seen."""
+    """The modules in a target that `read_once` returned."""
     if isinstance(target, nn.Module):
         return [target]
     if isinstance(target, Tensor | Mapping):
@@ -94,7 +94,7 @@ def _parts_pairs(parts: Sequence[nn.Module]) -> list[tuple[str, Tensor]]:
     pairs = [_module_pairs(part) for part in parts]
     owners: dict[str, int] = {}
     alike = any(owners.setdefault(name, id(tensor)) != id(tensor) for part in pairs for name, tensor in part)
-    # Parts that use one name for two parameters number their layers from zero, each for itself.
+    # Parts that use one name for two parameters each number their layers from zero.
     return [
         (f"{index}.{name}" if alike else name, tensor)
         for index, part in enumerate(pairs)

@@ -119,7 +119,7 @@ class DeepSpeedHook:
         engine = self._engine
 
         def take_measured_step(*args: Any, **kwargs: Any) -> Any:
-            adapter.settle()
+            adapter.wait_for_gradients()
             verdict = self.clipper.judge(adapter.loss_scale, is_scaled=engine.fp16_enabled())
             adapter.verdict, self._error = verdict, verdict.error
             try:

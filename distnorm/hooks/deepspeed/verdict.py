@@ -1,4 +1,4 @@
-"""One norm and one decision a step, from gradients that still bear the loss scale."""
+"""One norm and one decision a step, from gradients that are still scaled by the loss scale."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Verdict:
     """What is to be done with one step's gradients.
 
     Args:
-        result: what the caller is told.
+        result: what the caller gets.
         decision: threshold and coefficient, of the unscaled norm.
         loss_scale: what the gradients were multiplied by at backward.
         skips: whether the step does not happen.
@@ -49,9 +49,9 @@ class Verdict:
 
 
 class EngineClipper:
-    """What clips an engine's gradients. They can be measured only as its step begins, so the engine does it.
+    """Clips an engine's gradients, which can be measured only as the engine's own step begins.
 
-    It has of `GradClipper` what goes into a checkpoint and to a monitor; `attach` returns it in its handle.
+    It is the `clipper` of an engine's `Handle`, with those members of `GradClipper` that make sense there.
 
     Args:
         shards: what this rank holds.
@@ -123,7 +123,7 @@ class EngineClipper:
         """Measure this step's gradients and decide. Collective: every rank must call it.
 
         Args:
-            loss_scale: what the gradients bear.
+            loss_scale: what the gradients were multiplied by.
             is_scaled: whether the loss is scaled at all: then a step whose norm is not finite never happens,
                 whatever `clip.nonfinite` says, since it is the scale that has to change.
         """
