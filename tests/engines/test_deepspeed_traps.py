@@ -372,3 +372,22 @@ def test_zero_and_propagate_do_as_they_say_where_no_loss_scale_asks_for_a_skip(e
     for cell, zeroed, propagated in zip(cells, found[::2], found[1::2], strict=True):
         assert not any(zeroed[0].moved.values()) and zeroed[0].skipped == 0, cell
         assert propagated[0].is_nan and propagated[0].skipped == 0, cell
+
+
+def norms_under_a_default_device(stage: int) -> list[float]:
+    engine = make_engine(stage)
+    with torch.device("meta"):
+        hook = DeepSpeedHook(engine, SKIP)
+    run_step(engine, 0)
+    assert hook.clipper.last is not None
+    plain = make_engine(stage)
+    plain_hook = DeepSpeedHook(plain, SKIP)
+    run_step(plain, 0)
+    assert plain_hook.clipper.last is not None
+    return [float(each.clipper.last.total_norm) for each in (hook, plain_hook)]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_default_device_does_not_reach_the_hooks_own_tensors(engine_ranks, stage):
+    (under, without), _ = engine_ranks(2, norms_under_a_default_device, stage)
+    assert under == without > 0
