@@ -1,4 +1,4 @@
-"""What the monitor and a checkpoint get of an engine's steps: numbers without the loss scale, and all steps."""
+"""What the monitor and a checkpoint get of an engine's steps: all of them, without the loss scale."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def layer_errors_of(stage: int, dtype: str, folder: Path) -> dict[str, float]:
 
 
 def test_layer_rows_are_the_dense_oracles_whatever_the_loss_scale(engine_ranks, tmp_path):
-    for cell, errors in zip(CELLS, engine_ranks(2, layer_errors, CELLS, tmp_path, timeout=120)[0], strict=True):
+    for cell, errors in zip(
+        CELLS, engine_ranks(2, layer_errors, CELLS, tmp_path, timeout=120)[0], strict=True
+    ):
         assert errors and max(errors.values()) <= 1, (cell, errors)
 
 
