@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
-from distnorm import ConfigError, DistnormError, UnsupportedGradientError
+from distnorm import ConfigError, DistnormError, UnsupportedGradientError, load_config
 from distnorm.hooks import Handle
 from distnorm.hooks.deepspeed import DeepSpeedHook, is_engine
+from distnorm.hooks.deepspeed.verdict import Verdict
+from distnorm.plan.collectives import Ranks
+from distnorm.policies.deciding import Decider
+from distnorm.step import Step
 from tests.engines.rig import make_engine, make_net, use_deepspeed
 
 
@@ -100,6 +105,7 @@ def test_what_cant_be_hooked_is_refused_by_name(engine_ranks):
             assert found[name][0] == kind.__name__ and words in found[name][1], (name, found[name])
 
 
+ZERO = {"clip": {"max_norm": 1.0, "nonfinite": "zero"}}
 OF_MANY = ("value", "per_tensor", "agc", "adagc")
 
 
@@ -129,6 +135,16 @@ def test_settings_and_calls_that_are_the_engines_own_are_refused(engine_ranks):
         assert found[2].startswith("clip.groups: expected none with a DeepSpeed engine")
         for name, message in zip(OF_MANY, found[3:], strict=True):
             assert message.startswith("clip.policy: expected one that goes by") and name in message
+
+
+def test_gradients_stay_where_ranks_of_a_device_measured_another_set_and_zero_is_asked_for():
+    """Nobody has read there that they did, so the total norm is NaN though every gradient is finite."""
+    total_norm, agreed = torch.tensor(math.nan, dtype=torch.float64), torch.tensor(False)
+    outcome = Decider(Step(load_config(ZERO), Ranks(), ()).groups).decide(total_norm, None, agreed)
+    assert outcome.decision is not None
+    gradient = torch.tensor([8.0, 4.0])
+    Verdict(outcome.result, outcome.decision, 4.0, skips=False, error=None).rescale_([gradient])
+    assert gradient.tolist() == [2.0, 1.0]
 
 
 def test_without_deepspeed_nothing_is_an_engine(monkeypatch):

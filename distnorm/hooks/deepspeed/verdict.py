@@ -44,8 +44,8 @@ class Verdict:
         """Divide gradients by the loss scale and clip them, in place, in one multiplication."""
         if self.decision.may_clip or self.loss_scale != 1:
             kernels.scale_(gradients, self.decision.coef / self.loss_scale)
-        if self.decision.zero:
-            kernels.zero_unless_(gradients, self.result.is_finite)
+        if self.decision.zero_unless is not None:
+            kernels.zero_unless_(gradients, self.decision.zero_unless)
 
 
 class EngineClipper:
