@@ -137,6 +137,21 @@ def test_settings_and_calls_that_are_the_engines_own_are_refused(engine_ranks):
             assert message.startswith("clip.policy: expected one that goes by") and name in message
 
 
+def step_without_the_group() -> str:
+    engine = make_engine(0)
+    DeepSpeedHook(engine, ZERO)
+    engine.backward(engine(torch.ones(2, 7)).sum())
+    torch.distributed.destroy_process_group()
+    with pytest.raises(DistnormError) as caught:
+        engine.step()
+    return str(caught.value)
+
+
+def test_a_group_that_was_destroyed_is_refused_with_what_an_engine_can_do(engine_ranks):
+    for message in engine_ranks(2, step_without_the_group):
+        assert "found that it was destroyed; make the engine anew, attach" in message
+
+
 def test_gradients_stay_where_ranks_of_a_device_measured_another_set_and_zero_is_asked_for():
     """Nobody has read there that they did, so the total norm is NaN though every gradient is finite."""
     total_norm, agreed = torch.tensor(math.nan, dtype=torch.float64), torch.tensor(False)

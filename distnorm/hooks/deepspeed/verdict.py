@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from distnorm import kernels
 from distnorm.config import Config, load_config
-from distnorm.errors import ConfigError, NonFiniteGradientError
+from distnorm.errors import ConfigError, DistnormError, NonFiniteGradientError
 from distnorm.monitor import Monitor
 from distnorm.plan.collectives import Ranks
 from distnorm.policies import Decision, policy_of
@@ -126,9 +126,16 @@ class EngineClipper:
             loss_scale: what the gradients bear.
             is_scaled: whether the loss is scaled at all: then a step whose norm is not finite never happens,
                 whatever `clip.nonfinite` says, since it is the scale that has to change.
+
+        Raises:
+            DistnormError: a gradient can't be measured, or the process group was destroyed; on every rank.
         """
         step, before = self._step, self._step.count
-        step.check_group()
+        if not step.ranks.is_current:
+            raise DistnormError(
+                "expected the process group that the engine was attached with, found that it was destroyed; "
+                "make the engine anew, attach, and give the new handle's clipper the state of this one"
+            )
         error: NonFiniteGradientError | None = None
         try:
             outcome = step.take((), scales=False, loss_scale=loss_scale)
