@@ -41,11 +41,13 @@ class Verdict:
     error: NonFiniteGradientError | None
 
     def rescale_(self, gradients: Sequence[Tensor]) -> None:
-        """Divide gradients by the loss scale and clip them, in place, in one multiplication."""
+        """Divide gradients by the loss scale and clip them, in place, in one multiplication, and memory that
+        some of them share once."""
+        memory = kernels.once([kernels.memory_of(gradient) for gradient in gradients])
         if self.decision.may_clip or self.loss_scale != 1:
-            kernels.scale_(gradients, self.decision.coef / self.loss_scale)
+            kernels.scale_(memory, self.decision.coef / self.loss_scale)
         if self.decision.zero_unless is not None:
-            kernels.zero_unless_(gradients, self.decision.zero_unless)
+            kernels.zero_unless_(memory, self.decision.zero_unless)
 
 
 class EngineClipper:
