@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distnorm.plan.collectives import Ranks, plain_operators
+from distnorm import kernels
+from distnorm.plan.collectives import Ranks
 from distnorm.plan.plan import stable_hash
 from distnorm.sources.deepspeed import Cuts, Piece
 
@@ -23,7 +24,7 @@ def cuts_inside(ranks: Ranks, pieces: Sequence[Piece]) -> Cuts:
     Returns:
         Offsets by name. No rank holds more than those of its own pieces, and of the names it owns.
     """
-    with plain_operators():
+    with kernels.plain_operators():
         return _cuts_inside(ranks, pieces)
 
 
