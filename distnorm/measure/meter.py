@@ -17,6 +17,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from distnorm import kernels
 from distnorm.errors import DisagreementError, DistnormError
 from distnorm.measure import diagnosis
 from distnorm.measure.diagnosis import SET
@@ -348,7 +349,9 @@ class Meter:
 
     def _check_values(self, gradients: Gradients, reduced: ReducedStatistics) -> None:
         """Raise or warn, on ranks that read results: not finite, unequal replicas, no gradient at all."""
-        norm, difference = float(reduced.total_norm), reduced.replica_difference
+        total_norm, difference = reduced.total_norm, reduced.replica_difference
+        # In the host's memory to read a value takes no operator.
+        norm = float(total_norm.numpy() if kernels.on_host(total_norm) else total_norm)
         if not math.isfinite(norm):
             if self.raises:
                 diagnosis.raise_not_finite(self.ranks, self.norm.order, norm, self.shards, gradients.tensors)

@@ -196,7 +196,7 @@ class Zero12(Adapter):
         self.optimizer.overflow = self._skips()
 
     def _no_norm(self, *_: Any, **__: Any) -> Tensor:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
 
 
 class Zero3(Adapter):
@@ -230,7 +230,7 @@ class Zero3(Adapter):
         self.optimizer.inf_or_nan_tracker.zero_()
 
     def _norm_groups(self) -> list[Tensor]:
-        return [torch.tensor(self._sign())]
+        return [torch.tensor(self._sign(), device="cpu")]
 
     def _unscale_and_clip(self, sub_group: int, *_: Any, **__: Any) -> None:
         self._rescale([self.optimizer.fp32_partitioned_groups_flat[sub_group].grad])

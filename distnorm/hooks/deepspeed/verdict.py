@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from distnorm import kernels
 from distnorm.config import Config, load_config
-from distnorm.errors import ConfigError, NonFiniteGradientError
+from distnorm.errors import ConfigError, DistnormError, NonFiniteGradientError
 from distnorm.monitor import Monitor
 from distnorm.plan.collectives import Ranks
 from distnorm.policies import Decision, policy_of
@@ -41,11 +41,13 @@ class Verdict:
     error: NonFiniteGradientError | None
 
     def rescale_(self, gradients: Sequence[Tensor]) -> None:
-        """Divide gradients by the loss scale and clip them, in place, in one multiplication."""
+        """Divide gradients by the loss scale and clip them, in place, in one multiplication, and memory that
+        some of them share once."""
+        memory = kernels.once([kernels.memory_of(gradient) for gradient in gradients])
         if self.decision.may_clip or self.loss_scale != 1:
-            kernels.scale_(gradients, self.decision.coef / self.loss_scale)
-        if self.decision.zero:
-            kernels.zero_unless_(gradients, self.result.is_finite)
+            kernels.scale_(memory, self.decision.coef / self.loss_scale)
+        if self.decision.zero_unless is not None:
+            kernels.zero_unless_(memory, self.decision.zero_unless)
 
 
 class EngineClipper:
@@ -126,9 +128,16 @@ class EngineClipper:
             loss_scale: what the gradients were multiplied by.
             is_scaled: whether the loss is scaled at all: then a step whose norm is not finite never happens,
                 whatever `clip.nonfinite` says, since it is the scale that has to change.
+
+        Raises:
+            DistnormError: a gradient can't be measured, or the process group was destroyed; on every rank.
         """
         step, before = self._step, self._step.count
-        step.check_group()
+        if not step.ranks.is_current:
+            raise DistnormError(
+                "expected the process group that the engine was attached with, found that it was destroyed; "
+                "make the engine anew, attach, and give the new handle's clipper the state of this one"
+            )
         error: NonFiniteGradientError | None = None
         try:
             outcome = step.take((), scales=False, loss_scale=loss_scale)
