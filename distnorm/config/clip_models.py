@@ -50,9 +50,9 @@ class ClipConfig(Section):
     )
     nonfinite: Literal["raise", "raise_now", "skip", "zero", "propagate"] = Field(
         "raise",
-        description="What happens where the norm is inf or NaN. raise is an error: at once on the CPU; on an "
-        "accelerator, where nobody waits for the norm, one step later, and the step itself does no harm. "
-        "raise_now waits for the norm and raises at once on every device. skip leaves out the optimizer's "
+        description="What happens where the norm is inf or NaN. raise is an error, which waits "
+        "for the norm on an accelerator today, and later releases may raise there one step later; raise_now "
+        "is an error in the step itself on every device, now and later. skip leaves out the optimizer's "
         "step. zero sets the gradients to zero. propagate leaves the outcome to the arithmetic.",
     )
     apply: Literal["auto", "scale", "optimizer"] = Field(
