@@ -13,6 +13,7 @@ from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.distributed.device_mesh import DeviceMesh
 
 from distnorm.config import Config, load_config
+from distnorm.kernels import outside_graphs
 from distnorm.monitor import Monitor
 from distnorm.plan.collectives import Ranks
 from distnorm.policies.groups import PolicyGroups
@@ -83,6 +84,7 @@ class GradClipper(Joinable):
         self._tied = self._step.tied
         self._step.plan(self._read_target, modules_of(self._target))
 
+    @outside_graphs
     def clip(self) -> ClipResult:
         """Measure this step's gradient and clip it, in place, as the policies decide.
 
@@ -107,6 +109,7 @@ class GradClipper(Joinable):
         self._plan_if_changed()
         return self._step.take(self._inventory.holders, scales=True).result
 
+    @outside_graphs
     def decide(self) -> ClipResult:
         """Do as `clip` does, but leave the gradients for the caller to multiply by the coefficient.
 
@@ -119,6 +122,7 @@ class GradClipper(Joinable):
         self._plan_if_changed()
         return self._step.take(self._inventory.holders, scales=False).result
 
+    @outside_graphs
     def measure(self) -> ClipResult:
         """Measure this step's gradient and change nothing. Collective, and raises, as `clip` does."""
         self._plan_if_changed()

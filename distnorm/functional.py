@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from distnorm import policies
+from distnorm import kernels, policies
 from distnorm.errors import DistnormError
 from distnorm.measure.gradients import Gradients, read_with_care
 from distnorm.measure.meter import Meter
@@ -41,6 +41,7 @@ _MOST_SHAPES = 64
 _log = logging.getLogger("distnorm")
 
 
+@kernels.outside_graphs
 def get_total_norm(
     tensors: Target,
     norm_type: float = 2.0,
@@ -86,6 +87,7 @@ def get_total_norm(
     return measured.result()
 
 
+@kernels.outside_graphs
 def clip_grads_with_norm_(
     parameters: Target, max_norm: float, total_norm: Tensor, foreach: bool | None = None
 ) -> None:
@@ -117,6 +119,7 @@ def clip_grads_with_norm_(
         apply(policies.constant(total.double(), threshold), gradients)
 
 
+@kernels.outside_graphs
 def clip_grad_norm_(
     parameters: Target,
     max_norm: float,
@@ -160,12 +163,6 @@ def clip_grad_norm_(
             decision = decision.where(measured.agreed)
         apply(decision, measured.gradients)
     return measured.result()
-
-
-for _function in (get_total_norm, clip_grads_with_norm_, clip_grad_norm_):
-    # What torch.compiler.disable sets, without the seconds that importing the compiler takes: a compiled
-    # function that calls ours leaves its graph for the call.
-    setattr(_function, "_torchdynamo_disable", True)  # noqa: B010
 
 
 class _Measured(NamedTuple):

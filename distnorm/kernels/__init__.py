@@ -18,9 +18,10 @@ from distnorm.kernels.dispatch import (
 from distnorm.kernels.eager import blocks, clamp_, moved, on_device, zero_unless_
 from distnorm.kernels.finding import Finder, Found
 from distnorm.kernels.memory import SharedMemoryError, memory_of, once
+from distnorm.kernels.modes import outside_graphs, plain_operators
 from distnorm.kernels.native import Kernel, split
 from distnorm.kernels.sampling import sample_of, samples, samples_of
-from distnorm.kernels.walking import hold_just
+from distnorm.kernels.walking import first_with_gradient, hold_just
 
 __all__ = [
     "PLAIN",
@@ -34,6 +35,7 @@ __all__ = [
     "checksum",
     "clamp_",
     "fingerprints",
+    "first_with_gradient",
     "hold_just",
     "measure",
     "memory_of",
@@ -41,6 +43,8 @@ __all__ = [
     "on_device",
     "on_host",
     "once",
+    "outside_graphs",
+    "plain_operators",
     "row_squares",
     "sample_of",
     "samples",

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distnorm.kernels import walking
+from distnorm.kernels import native, walking
 from distnorm.kernels.addresses import CODES, AddressTable, Ints, addresses_of, has_memory
 
 _NO_SLOTS = (None, -1, -1)
@@ -53,16 +53,18 @@ class Finder:
             exactly `DTensor`: local tensors are meant then, and addresses are theirs.
 
     Raises:
-        ValueError: a (local) tensor is none that `Finder` could find: of exactly `torch.Tensor`, dense and
-            contiguous in the CPU's memory, and of a dtype that compiled code knows.
+        ValueError: a (local) tensor is none that it could find again: of exactly `torch.Tensor`, contiguous
+            in the CPU's memory, and of a dtype that compiled code knows.
     """
 
     def __init__(self, gradients: Sequence[Tensor]) -> None:
         self._kind, self._specs = _kind_of(gradients)
         tensors = [self._local(gradient) for gradient in gradients]
         self._dtypes = [tensor.dtype for tensor in tensors]
+        compiled = native.library()
+        known = CODES if compiled is None else compiled.code
         for i, tensor in enumerate(tensors):
-            if not _fits(tensor, tensor.numel(), tensor.dtype):
+            if tensor.dtype not in known or not _fits(tensor, tensor.numel(), tensor.dtype):
                 raise ValueError(
                     "expected (local) gradients that are dense and contiguous in the CPU's memory, found "
                     f"gradient {i}: {type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
@@ -152,7 +154,6 @@ def _fits(tensor: Tensor, numel: int, dtype: torch.dtype) -> bool:
     return (
         type(tensor) is Tensor
         and tensor.dtype is dtype
-        and dtype in CODES
         and tensor.is_cpu
         and tensor.layout is torch.strided
         and tensor.numel() == numel

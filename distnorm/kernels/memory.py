@@ -63,16 +63,20 @@ def once(tensors: Sequence[Tensor]) -> list[Tensor]:
     Raises:
         SharedMemoryError: some share memory, but not a whole run of one dtype.
     """
-    if not all(
-        map(_has_addresses, tensors)
-    ):  # a dry run: of memory that isn't there, a tensor is the measure
-        return list({id(tensor): tensor for tensor in tensors}.values())
-    starts = addresses_of(tensors)
-    ends = starts + np.fromiter(map(_extent, tensors), np.int64, len(tensors))
+    where = [i for i, tensor in enumerate(tensors) if _has_addresses(tensor)]
+    apart: list[Tensor] = []
+    if len(where) < len(tensors):  # as in a dry run: of what has no memory each object is one
+        others = {id(tensor): tensor for tensor in tensors if not _has_addresses(tensor)}
+        apart = list(others.values())
+    here = [tensors[i] for i in where]
+    starts = addresses_of(here)
+    ends = starts + np.fromiter(map(_extent, here), np.int64, len(here))
     order = np.argsort(starts, kind="stable")
     if (starts[order][1:] >= ends[order][:-1]).all():
-        return list(tensors)
-    return [view for members in _clusters(starts, ends, order) for view in _once(tensors, members)]
+        return [*here, *apart]
+    for members in _clusters(starts, ends, order):
+        apart += _once(tensors, [where[i] for i in members])
+    return apart
 
 
 def _has_addresses(tensor: Tensor) -> bool:

@@ -25,7 +25,7 @@ _SIGNS = 0xB5297A4D68E31DA4
 def samples(table: AddressTable) -> Tensor:
     """The two sums of each row of a table of the CPU's memory, by compiled code, [rows, 2] fp64 on the CPU.
 
-    The tensors are contiguous, or elements are not taken in the order of their indices.
+    The tensors are some that `split` found fitting, and contiguous: elements are taken as they lie in memory.
     """
     return native.samples(table, _SIGNS)
 

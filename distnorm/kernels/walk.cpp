@@ -198,3 +198,14 @@ extern "C" void distnorm_changed(PyObject *capsule) {
     for (const Held &gradient : *of_capsule(capsule))
         if (!gradient->is_inference()) gradient->bump_version();
 }
+
+// The position of the first of `tensors`, a list of these, that has a gradient; -1 if none has.
+extern "C" Py_ssize_t distnorm_first_with_gradient(PyObject *tensors) {
+    Py_ssize_t count = PyList_GET_SIZE(tensors);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (i + 2 * AHEAD < count) fetch(PyList_GET_ITEM(tensors, i + 2 * AHEAD), OBJECT);
+        if (i + AHEAD < count) unpacked(PyList_GET_ITEM(tensors, i + AHEAD));
+        if (THPVariable_Unpack(PyList_GET_ITEM(tensors, i)).unsafeGetTensorImpl()->grad().defined()) return i;
+    }
+    return -1;
+}

@@ -21,6 +21,7 @@ from threading import Thread
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distnorm.kernels import compiling
 
@@ -37,6 +38,14 @@ def hold_just(dicts: list[Mapping[Any, Any]], values: list[object]) -> bool:
         return bool(found)
     held = chain.from_iterable(owned.values() for owned in dicts)
     return all(starmap(is_, zip_longest(held, values, fillvalue=_MISSING)))
+
+
+def first_with_gradient(tensors: list[Tensor]) -> int:
+    """The position of the first tensor that has a gradient; -1 if none has."""
+    compiled = library(0)
+    if compiled is not None:
+        return int(compiled.distnorm_first_with_gradient(tensors))
+    return next((i for i, tensor in enumerate(tensors) if tensor.grad is not None), -1)
 
 
 def slots_of(compiled: ctypes.PyDLL, kind: type, names: Sequence[str]) -> tuple[int, ...] | None:
@@ -78,6 +87,8 @@ def _load(*, compiles: bool) -> ctypes.PyDLL | None:
         return None
     size, address, instance = ctypes.c_ssize_t, ctypes.c_void_p, ctypes.py_object
     compiled.distnorm_holds.argtypes = [instance, instance]
+    compiled.distnorm_first_with_gradient.argtypes = [instance]
+    compiled.distnorm_first_with_gradient.restype = size
     compiled.distnorm_slot.argtypes = [instance, ctypes.c_char_p]
     compiled.distnorm_slot.restype = size
     compiled.distnorm_find.argtypes = [instance, instance, *[address] * 4, instance, size, size]

@@ -202,7 +202,7 @@ class _Relay:
         self._group = module.process_group
         self._listener: weakref.ref[Overlap] | None = None
         self._index: Mapping[int, int] = {}
-        module.register_comm_hook(self, _run_hook)
+        module.register_comm_hook(self, lambda relay, bucket: relay.run(bucket))
         # A copy of the module has a reducer of its own, without our hook, and must not claim to have it.
         module._comm_hooks.pop()
         module.register_comm_hook = partial(_register_inner, module)  # type: ignore[method-assign]
@@ -237,13 +237,6 @@ class _Relay:
 
 
 _relays: weakref.WeakKeyDictionary[DistributedDataParallel, _Relay] = weakref.WeakKeyDictionary()
-
-
-def _run_hook(relay: _Relay, bucket: Bucket) -> Future[Any]:
-    return relay.run(bucket)
-
-
-_run_hook.__annotations__ = {}  # DDP takes types that it knows, or none, and none that wait as strings
 
 
 def _register_inner(module: DistributedDataParallel, state: object, hook: Callable[..., Future[Any]]) -> None:

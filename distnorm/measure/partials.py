@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from distnorm import kernels
 from distnorm.errors import CoverageError
-from distnorm.plan.collectives import Ranks, plain_operators, ranks_of, reduce_partial_
+from distnorm.plan.collectives import Ranks, ranks_of, reduce_partial_
 from distnorm.plan.plan import identity_rows, piece_groups, raise_named, spread, stable_hash
 from distnorm.sources.shards import GradShard, PartialGrad, Reading
 
@@ -121,7 +122,7 @@ def agree_on_partials(
     Raises:
         CoverageError: ranks of one mesh axis hold different sets of partial gradients.
     """
-    with plain_operators():
+    with kernels.plain_operators():
         before = {i: (layout, batch.dtype) for batch in batches for i, layout in batch.layouts.items()}
         identities = identity_rows(shards)
         facts = [_facts(shard, readings[i], before.get(i)) for i, shard in enumerate(shards)]

@@ -23,7 +23,7 @@ from torch import Tensor
 from distnorm import kernels
 from distnorm.errors import ReplicaError
 from distnorm.measure.norms import norm
-from distnorm.plan.collectives import Ranks, plain_operators
+from distnorm.plan.collectives import Ranks
 from distnorm.plan.plan import Share, identity_rows, piece_groups, raise_named, spread
 from distnorm.sources.shards import GradShard
 
@@ -61,7 +61,7 @@ class ReplicaCheck:
         factors = [0.5 + (shares[i].key >> 20 & 0xFFFF) / 0xFFFF for i in held]
         first = [(shares[i].index == 0) - 1 / shares[i].replicas for i in held]
         own = [i for i in held if shares[i].index == 0]
-        noise = sum(torch.finfo(shards[i].holder.dtype).eps ** 2 for i in own)
+        noise = sum(_eps(shards[i].holder.dtype) ** 2 for i in own)
         total = torch.tensor([noise, len(own)], dtype=torch.float64, device=ranks.device())
         squares, count = ranks.all_reduce_(total, "sum").tolist()
         return cls(
@@ -112,6 +112,10 @@ class ReplicaCheck:
         self.tolerance = max(self.tolerance, 4 * abs(difference))
 
 
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0.0
+
+
 def _numbers(samples: Tensor) -> Tensor:
     """[n, (signed sum, sum of magnitudes)] -> [n] the x of each sample; 0 of zeros."""
     signed, magnitudes = samples.unbind(dim=1)
@@ -147,8 +151,8 @@ def compare_replicas(
             found.append((-1.0, 0.0))
         else:
             value = float(l2.finalise(l2.statistic([gradient], gradient.device)))
-            found.append((value, math.sqrt(torch.finfo(gradient.dtype).eps)))
-    with plain_operators():
+            found.append((value, math.sqrt(_eps(gradient.dtype))))
+    with kernels.plain_operators():
         values = torch.tensor(found, dtype=torch.float64, device="cpu").view(-1, 2)
         identities = identity_rows([shards[i] for i in held])
         rows = torch.cat([identities, values.view(torch.int64)], dim=1)

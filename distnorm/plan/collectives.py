@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -234,20 +234,6 @@ class Ranks:
         out = rows.new_empty(sum(receive), rows.shape[1])
         dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.group)
         return out
-
-
-@contextmanager
-def plain_operators() -> Iterator[None]:
-    """Run bookkeeping on real tensors in the host's memory, whatever modes the caller is in.
-
-    A default device, FakeTensorMode and counting modes apply to the caller's tensors, and not to ours.
-    """
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    with ExitStack() as stack:
-        stack.enter_context(torch._C.DisableTorchFunction())
-        stack.enter_context(_disable_current_modes())
-        yield
 
 
 def shown(facts: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distnorm import kernels
 from distnorm.errors import ConfigError, CoverageError, DisagreementError, DistnormError, ReplicaError
-from distnorm.plan.collectives import Ranks, name_ranks, plain_operators, shown
+from distnorm.plan.collectives import Ranks, name_ranks, shown
 from distnorm.sources.shards import GradShard, Source
 
 _NAMED_IN_ERRORS = 3
@@ -77,7 +77,7 @@ def make_plan(
         CoverageError: pieces of a parameter are missing, or overlap.
         ReplicaError: shards that claim to be replicas hold other parameter values.
     """
-    with plain_operators():
+    with kernels.plain_operators():
         return _make_plan(ranks, shards, terms, replicas_share)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from distnorm import kernels
+
 
 def _groups(module: nn.Module) -> Iterator[Any]:
     """FSDP2's parameter groups of this very module."""
@@ -54,19 +56,27 @@ class UnreducedGradients:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._groups = [weakref.ref(group) for module in modules for group in _groups(module)]
+        # FSDP2 makes each of these once. Their memory is freed while a group is sharded.
+        self._unsharded: dict[int, list[Tensor]] = {}
 
     def find(self) -> Iterator[tuple[Tensor, str]]:
-        """The sharded parameters whose gradients are not complete, each with the reason."""
-        for group in filter(None, (ref() for ref in self._groups)):
+        """Sharded parameters whose gradients are not complete, one of a group, each with the reason."""
+        for at, group in enumerate(ref() for ref in self._groups):
+            if group is None:
+                continue
+            managed: list[Any] = group.fsdp_params
             if group._partial_reduce_output is not None:
-                for managed in group.fsdp_params:
-                    yield managed.sharded_param, _NOT_ALL_REDUCED
-            for managed in group.fsdp_params:
-                unsharded = getattr(managed, "_unsharded_param", None)
-                if managed.unsharded_accumulated_grad is not None or (
-                    unsharded is not None and unsharded.grad is not None
-                ):
-                    yield managed.sharded_param, _NOT_SYNCHRONISED
+                yield managed[0].sharded_param, _NOT_ALL_REDUCED
+            unsharded = self._unsharded.get(at)
+            if unsharded is None or len(unsharded) < len(managed):
+                unsharded = [p._unsharded_param for p in managed if hasattr(p, "_unsharded_param")]
+                self._unsharded[at] = unsharded
+            if (first := kernels.first_with_gradient(unsharded)) >= 0:
+                found = next(p for p in managed if getattr(p, "_unsharded_param", None) is unsharded[first])
+                yield found.sharded_param, _NOT_SYNCHRONISED
+            if group.mp_policy.reduce_dtype is not None or group.mp_policy.param_dtype is not None:
+                held_back = (p for p in managed if p.unsharded_accumulated_grad is not None)
+                yield from ((p.sharded_param, _NOT_SYNCHRONISED) for p in held_back)
 
 
 _NOT_ALL_REDUCED = (

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from distnorm.errors import ConfigError, DistnormError
+from distnorm.errors import ConfigError, DistnormError, UnsupportedGradientError
 from distnorm.sources import fsdp2
 
 Tied = Sequence[Sequence[str]]
@@ -37,8 +37,15 @@ def named_tensors(target: Tensor | nn.Module | Iterable[Any]) -> list[tuple[str,
 
     Raises:
         DistnormError: something in the target is no tensor, pair or module.
+        UnsupportedGradientError: a tensor is nested.
     """
-    return list({id(tensor): (name, tensor) for name, tensor in reversed(_pairs(target))}.values())[::-1]
+    named = list({id(tensor): (name, tensor) for name, tensor in reversed(_pairs(target))}.values())[::-1]
+    for name, tensor in named:
+        if tensor.is_nested:
+            raise UnsupportedGradientError(
+                f"parameter '{name}': expected a dense tensor, found a nested one; give its values()"
+            )
+    return named
 
 
 def read_once(target: Tensor | nn.Module | Iterable[Any]) -> Tensor | nn.Module | Collection[Any]:

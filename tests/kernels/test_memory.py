@@ -165,3 +165,12 @@ def test_in_a_dry_run_a_tensor_given_twice_is_had_once():
     views = once([tensor, other, meta, tensor, meta])
     assert [id(view) for view in views] == [id(tensor), id(other), id(meta)]
     assert memory_of(tensor.expand(2, 3)).shape == (1, 3)
+
+
+def test_a_tensor_without_addresses_hides_no_sharing_of_others():
+    flat, meta = torch.zeros(6), torch.ones(2, device="meta")
+    views = once([meta, flat[:4], meta, flat[2:]])
+    assert sorted(view.numel() for view in views) == [2, 6]
+    with pytest.raises(SharedMemoryError) as caught:
+        once([meta, flat, meta, flat.view(torch.int32)])
+    assert caught.value.positions == (1, 3)
