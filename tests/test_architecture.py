@@ -37,7 +37,10 @@ MAY_ISSUE_COLLECTIVES = {"plan.collectives", "testing", "trainer", "verification
 # The oracles share no code with what they judge, so each knows for itself what an infinite order means; and
 # a configuration is refused before torch is imported.
 MAY_ASK_WHETHER_P_IS_INFINITE = {"measure.norms", "config.combinations", "testing", "verification"}
-FACTORIES = set("zeros ones empty full tensor arange eye linspace logspace rand randn randint randperm".split())
+FACTORIES = {
+    *("zeros", "ones", "empty", "full", "tensor", "arange", "eye", "linspace", "logspace"),
+    *("rand", "randn", "randint", "randperm"),
+}
 MAKES_TENSORS = [room for room in ORDER[: ORDER.index("hooks")] if room not in ("errors", "config")]
 MAX_LINES, MAX_FUNCTION_LINES = 300, 50
 
@@ -297,9 +300,7 @@ def made_on_the_default_device(tree: ast.AST) -> Iterator[str]:
 
 
 def test_every_tensor_is_made_on_a_device_that_is_said():
-    found = {
-        s.module: list(made_on_the_default_device(s.tree)) for s in library() if s.room in MAKES_TENSORS
-    }
+    found = {s.module: list(made_on_the_default_device(s.tree)) for s in library() if s.room in MAKES_TENSORS}
     assert {module: calls for module, calls in found.items() if calls} == {}
 
 

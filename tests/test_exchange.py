@@ -225,7 +225,9 @@ def unreduced_beside_a_rank_that_is_given_nothing(of_gradients: bool) -> list[He
         parameter = with_gradient(1.0, 2.0 + (rank() if step == 2 else 0.0))
         target = [("w", parameter if of_gradients else parameter.grad)] if rank() < 2 else []
         measure = distnorm.clip_grad_norm_ if of_gradients else distnorm.get_total_norm
-        said.append(heard(lambda m=measure, t=target: m(t, **({"max_norm": math.inf} if of_gradients else {}))))
+        said.append(
+            heard(lambda m=measure, t=target: m(t, **({"max_norm": math.inf} if of_gradients else {})))
+        )
     return said
 
 

@@ -194,7 +194,7 @@ def _held(
     Every cut is made on the indices themselves, so that strided, uneven and empty pieces need no rule of
     their own.
     """
-    held = torch.arange(shape[dim])
+    held = torch.arange(shape[dim], device="cpu")
     for axis, parts in _in_order(_axes(dim, shape, placements), mesh_shape, placements):
         runs = torch.chunk(held, parts) if parts > 1 else (held,)
         held = torch.cat([_chunk(run, mesh_shape[axis], coordinate[axis]) for run in runs])
