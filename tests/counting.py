@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from distnorm import kernels
 from distnorm.kernels import addresses, dispatch, eager, native
+from distnorm.measure.fast_path import FastPath
 from distnorm.measure.meter import Meter
 
 HOST_READS = {
@@ -47,6 +48,7 @@ def as_on_an_accelerator() -> Iterator[None]:
 
     with (
         mock.patch.object(Meter, "listens", property(lambda meter: meter.raises)),
+        mock.patch.object(FastPath, "read", lambda path, holders: None),
         mock.patch.multiple(kernels, on_host=never, split=none_fits),
         mock.patch.object(addresses, "on_host", never),
         mock.patch.object(dispatch, "on_host", never),

@@ -182,7 +182,7 @@ def entry_points() -> dict[str, Callable[[nn.Module], Any]]:
         return made
 
     def monitored(model: nn.Module) -> Any:
-        made = distnorm.GradClipper(model, {"clip": {"max_norm": 1.0}, "monitor": {"layers": {"every": 1}}})
+        made = distnorm.GradClipper(model, {"clip": {"max_norm": 1.0}, "monitor": {"every": 1}})
         return made, made.clip(), made.clip()
 
     def attach(model: nn.Module) -> Any:
