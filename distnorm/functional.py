@@ -236,10 +236,10 @@ def _measure(
 
         plans = ranks.state.plans
         meter = plans.get(known.key)
-        if meter is None:
+        if meter is None or not holders:
             meter = Meter(ranks, order, terms, tied, raises, source=source, allow_empty=not is_gradient)
             meter.managers = known.managers
-            if not is_gradient and not holders:
+            if not holders:  # which plan the others have, it can't know
                 total_norm, is_double = meter.join_empty()
                 return _Measured(Gradients([]), total_norm, True, is_double)
             meter.prepare_anew(lambda: (describe(), named_tensors(target)))

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from distnorm.measure.readings import completed, read_gradients
 from torch import Tensor
 
 from distnorm.measure.exchange import Payload
+from distnorm.measure.gradients import completed, read_with_care
 from distnorm.measure.norms import Norm, norm
 from distnorm.measure.partials import agree_on_partials
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.model_table import ModelTable, make_model_table
 from distnorm.plan.plan import Share, make_plan
 from distnorm.sources import shards_of, stage_of
-from distnorm.sources.shards import GradShard, of_grad
+from distnorm.sources.shards import GradShard, Source
 from tests import oracle
 from tests.topologies import (
     Held,
@@ -46,7 +46,7 @@ class Model:
 
     @classmethod
     def of(cls, named: Sequence[tuple[str, Tensor]], order: float = 2.0, **more: Any) -> Model:
-        return cls.of_shards(shards_of(named, of_grad, **more), order)
+        return cls.of_shards(shards_of(named, Source.GRADIENT, **more), order)
 
     @classmethod
     def of_shards(cls, shards: list[GradShard], order: float = 2.0) -> Model:
@@ -63,13 +63,13 @@ class Model:
         return cls.of(named, topology.order, stage=stage, tied=topology.tied), held
 
     def gradients(self) -> list[Tensor | None]:
-        readings, problems = read_gradients(self.shards)
+        readings, problems = read_with_care(self.shards)
         assert not problems
         if self.batches is None:  # until some rank has a gradient
-            self.batches = agree_on_partials(self.ranks, self.shares, self.shards, readings)
+            self.batches = agree_on_partials(self.ranks, self.shards, readings)
         for batch in self.batches or ():
             batch.reduce(self.shards, readings, store=False)
-        return completed(self.shards, readings, store=False)[0]
+        return completed(self.shards, readings, problems, store=False).tensors
 
     def reduced(
         self, payload: Payload, gradients: Sequence[Tensor | None] | None = None, op: str | None = None

@@ -356,12 +356,20 @@ class Meter:
             if self.raises:
                 diagnosis.raise_not_finite(self.ranks, self.norm.order, norm, self.shards, gradients.tensors)
             return
-        check = self._replica_check
-        if difference is not None and check is not None and check.is_suspect(difference):
+        if difference is not None and self._are_suspect(reduced, float(difference)):
             compare_replicas(self.ranks, self.shards, self.shares, gradients.tensors)
-            check.learn(float(difference))
+            if self._replica_check is not None:
+                self._replica_check.learn(float(difference))
         if norm == 0 and self.managers is not None:
             diagnosis.warn_of_no_gradients(self.ranks, self.shards, gradients.is_empty())
+
+    def _are_suspect(self, reduced: ReducedStatistics, difference: float) -> bool:
+        """Whether replicas are to be compared whole; alike on all ranks."""
+        check = self._replica_check
+        suspect = check is not None and bool(check.is_suspect(difference))
+        if reduced.is_packed or difference == 0 or reduced.decode().values["measure"] == self.ranks.size:
+            return suspect
+        return self.ranks.any(suspect)[0]  # a rank that was given nothing has no plan to go by
 
     def _without_suspects(self, reduced: ReducedStatistics) -> ReducedStatistics:
         """Where no rank reads results: make the total norm NaN if replicas differ by much."""

@@ -71,6 +71,8 @@ class Overlap:
         self._unmarked: set[int] = set()
         index = {id(shard.holder): i for i, shard in enumerate(shards) if _can_be_taken(shard)}
         self._handles: list[Any] = []
+        # Not __del__: what is freed in a cycle finds the weak references that its handles remove by dead.
+        self._finalizer = weakref.finalize(self, _remove, self._handles)
         self.reads_before = False
         self.before: Tensor | None = None
         self._buckets: dict[int, Tensor | None] = {}
@@ -87,12 +89,7 @@ class Overlap:
 
     def close(self) -> None:
         """Let backward run as before."""
-        for handle in self._handles:
-            handle.remove()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_handles"):
-            self.close()
+        self._finalizer()
 
     def take(self, gradients: Gradients) -> Tensor | None:
         """The statistic, [width], of all gradients; `None` if one was not taken, or has changed since.
@@ -264,6 +261,11 @@ def _when_reduced(
                 listener.read_local(i, flat[at : at + numel])
             at += numel
     return flat
+
+
+def _remove(handles: Sequence[Any]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _can_be_taken(shard: GradShard) -> bool:

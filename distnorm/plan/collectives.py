@@ -63,14 +63,15 @@ class Ranks:
         self.is_alone = alone
         self.is_connected = not alone and dist.is_available() and dist.is_initialized()
         self.group = group if group is not None or not self.is_connected else dist.group.WORLD
-        if group is not None and not self.is_current:
+        is_member = group is None or not self.is_connected or group != dist.GroupMember.NON_GROUP_MEMBER
+        if group is not None and is_member and not (self.is_connected and self.is_current):
             raise DistnormError(
                 "group: expected a process group of this process, found one that was destroyed"
             )
+        if not is_member:
+            raise DistnormError("expected a process group that this rank is a member of")
         self.rank = dist.get_rank(self.group) if self.is_connected else 0
         self.size = dist.get_world_size(self.group) if self.is_connected else 1
-        if self.rank < 0:
-            raise DistnormError("expected a process group that this rank is a member of")
         self._device_types = self._supported_device_types()
         self.is_simulated = self.is_connected and dist.get_backend(self.group) == "fake"
         if self.is_simulated:

@@ -87,7 +87,8 @@ def _make_plan(
     agree_on_terms(ranks, terms)
     ranks.agree_on_device([shard.holder.device for shard in shards])
     rows = identity_rows(shards)
-    sizes = torch.tensor([[s.numel, s.global_numel] for s in shards], dtype=torch.int64).view(-1, 2)
+    numels = [[s.numel, s.global_numel] for s in shards]
+    sizes = torch.tensor(numels, dtype=torch.int64, device="cpu").view(-1, 2)
     replies = ranks.join(rows[:, 0], torch.cat([rows, sizes], dim=1), _holders).tolist()
     if not ranks.is_simulated:
         _check_coverage(ranks, shards, replies)
@@ -157,7 +158,7 @@ def _holders(rows: Tensor) -> Tensor:
     order = piece_of.argsort(stable=True)
     first_row = replicas.cumsum(0) - replicas
     index = torch.empty_like(order)
-    index[order] = torch.arange(len(rows)) - first_row[piece_of[order]]
+    index[order] = torch.arange(len(rows), device=rows.device) - first_row[piece_of[order]]
     first = index == 0
     covered = torch.zeros_like(names).index_add_(0, name_of[first], rows[first, 2])
     mixed = spread(rows[:, 3], name_of, len(names)) != 0
@@ -212,7 +213,7 @@ def _check_values(ranks: Ranks, shards: Sequence[GradShard], rows: Tensor, share
         if share.replicas > 1 and shard.source is Source.GRADIENT and _has_values(shard)
     ]
     sums = to_host([kernels.checksum(shards[i].witness()) for i in claims])
-    values = torch.tensor(sums, dtype=torch.int64).view(-1, 1)
+    values = torch.tensor(sums, dtype=torch.int64, device="cpu").view(-1, 1)
     mine = rows[claims]
     differs = ranks.join(mine[:, 0], torch.cat([mine, values], dim=1), differing).view(-1).tolist()
     facts = [

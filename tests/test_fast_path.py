@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import distnorm
-from distnorm.measure.fast_path import Steady
+from distnorm.measure.fast_path import FastPath
 from tests import oracle
 
 CLIP = {"clip": {"max_norm": 0.5, "nonfinite": "propagate"}}
@@ -37,15 +37,15 @@ def dense(found: list[nn.Parameter]) -> float:
 
 @pytest.fixture
 def count_careful(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """Grows by one with every careful reading that led to a new `Steady`."""
+    """Grows by one with every careful reading that led to a new `FastPath`."""
     calls: list[None] = []
-    original = Steady.of.__func__
+    original = FastPath.of.__func__
 
-    def counted(cls: type[Steady], *args: Any) -> Steady | None:
+    def counted(cls: type[FastPath], *args: Any) -> FastPath | None:
         calls.append(None)
         return original(cls, *args)
 
-    monkeypatch.setattr(Steady, "of", classmethod(counted))
+    monkeypatch.setattr(FastPath, "of", classmethod(counted))
     return calls
 
 
@@ -211,8 +211,8 @@ def fsdp2_steps(world: int) -> list[tuple[float, float, int]]:
     fully_shard(model, mesh=mesh)
     clipper = distnorm.GradClipper(model, {"clip": {"nonfinite": "propagate"}})
     careful: list[None] = []
-    original = Steady.of.__func__
-    Steady.of = classmethod(lambda cls, *args: (careful.append(None), original(cls, *args))[1])  # type: ignore
+    original = FastPath.of.__func__
+    FastPath.of = classmethod(lambda cls, *args: (careful.append(None), original(cls, *args))[1])  # type: ignore
     steps = []
     for step in range(6):
         model.zero_grad()
