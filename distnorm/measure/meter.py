@@ -352,7 +352,7 @@ class Meter:
                 diagnosis.raise_not_finite(self.ranks, self.norm.order, norm, self.shards, gradients.tensors)
             return
         check = self._replica_check
-        if difference is not None and check is not None and check.is_suspect(difference):
+        if difference is not None and check is not None and check.is_suspect(float(difference)):
             compare_replicas(self.ranks, self.shards, self.shares, gradients.tensors)
             check.learn(float(difference))
         if norm == 0 and self.managers is not None:
@@ -363,6 +363,6 @@ class Meter:
         difference = reduced.replica_difference
         if self._replica_check is None or not isinstance(difference, Tensor):
             return reduced
-        suspect = self._replica_check.is_suspect(difference / 4)
-        agreed = torch.as_tensor(reduced.agreed, device=difference.device) & ~torch.as_tensor(suspect)
+        suspect = self._replica_check.exceeds_rounding(difference)
+        agreed = torch.as_tensor(reduced.agreed, device=difference.device) & ~suspect
         return replace(reduced, total_norm=reduced.total_norm.masked_fill(~agreed, math.nan), agreed=agreed)
