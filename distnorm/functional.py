@@ -104,10 +104,14 @@ def clip_grads_with_norm_(
     Raises:
         ConfigError: `max_norm` is negative or NaN.
         DistnormError: gradients were given where parameters are meant.
-        UnsupportedGradientError: a gradient can't be multiplied; nothing has changed then.
+        UnsupportedGradientError: a gradient can't be multiplied, or FSDP2 holds it back; nothing has changed
+            then.
     """
     with torch.no_grad(), torch._C.DisableTorchFunction():
         threshold, parameters = policies.check_max_norm(max_norm), read_once(parameters)
+        known, _ = _recognise(parameters, ("clip_grads_with_norm_", Source.GRADIENT))
+        if known.managers is not None:
+            known.managers.refuse_unreduced()
         shards = shards_of(named_tensors(parameters), Source.GRADIENT, target=parameters)
         readings, problems = read_with_care(shards)
         gradients = Gradients([r.tensor if isinstance(r, PartialGrad) else r for r in readings], problems)

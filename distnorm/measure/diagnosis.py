@@ -17,7 +17,7 @@ from distnorm.errors import DisagreementError, NonFiniteGradientError, Unsupport
 from distnorm.measure.header import DecodedHeader
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.plan import agree_on_terms
-from distnorm.sources.shards import GradShard
+from distnorm.sources.shards import GradShard, Reading
 
 SET = "the set of parameters or tensors"
 _MOST_NAMED = 5
@@ -126,15 +126,36 @@ def warn_of_no_gradients(ranks: Ranks, shards: Sequence[GradShard], is_empty: bo
             "rank, and a hook that runs when its gradient is accumulated; an optimizer that steps inside "
             "backward leaves nothing to measure or clip: step after backward, or clip inside the hook"
         )
-    if ranks.rank == 0 and not _said:
-        _said.append(True)
-        _log.warning(
+    if ranks.rank == 0:
+        _warn_once(
             "no parameter has a gradient on any rank, so the total norm is 0 and nothing is clipped; were "
             "the gradients set to None before this call, or are they kept elsewhere than in .grad?"
         )
 
 
-_said: list[bool] = []
+def warn_of_taken_gradients(shards: Sequence[GradShard], readings: Sequence[Reading]) -> None:
+    """Say once that hooks may have taken some gradients away, so that the norm is that of the others. Not
+    collective."""
+    if all(reading is None for reading in readings):  # all ranks find out together: see the function above
+        return
+    for shard, reading in zip(shards, readings, strict=True):
+        if reading is None and shard.holder.requires_grad and _has_foreign_hook(shard.holder):
+            _warn_once(
+                f"parameter '{shard.name}' has no gradient, and a hook that runs when its gradient is "
+                "accumulated, while other parameters have one; if an optimizer steps in that hook, the total "
+                "norm is that of the other gradients alone: step after backward, or clip inside the hook"
+            )
+            return
+
+
+def _warn_once(text: str) -> None:
+    kind = text.split("'")[0]
+    if kind not in _said:
+        _said.add(kind)
+        _log.warning(text)
+
+
+_said: set[str] = set()
 
 
 def _has_foreign_hook(parameter: Tensor) -> bool:

@@ -126,7 +126,7 @@ class Meter:
             self._weights = dict(presence_weights(plan.shares))
             if plan.has_replicas:
                 self._replica_check = ReplicaCheck.of(self.ranks, self.shards, plan.shares)
-        if self.managers is None and self.source is Source.GRADIENT:
+        if self.source is Source.GRADIENT and (self.managers is None or not self.managers.are_of(named)):
             self.managers = Managers(named)
         self.plan = plan
 
@@ -278,6 +278,8 @@ class Meter:
 
     def _read_with_care(self, store: bool, payload_length: int) -> Gradients:
         readings, problems = read_with_care(self.shards)
+        if self.managers is not None:
+            diagnosis.warn_of_taken_gradients(self.shards, readings)
         if self._batches is None or not all(is_agreed(self._batches, i, r) for i, r in enumerate(readings)):
             decoded = self._poll("agree", {}, payload_length)
             if decoded.all_raise or not decoded.values["measure"]:
@@ -376,6 +378,6 @@ class Meter:
         difference = reduced.replica_difference
         if self._replica_check is None or not isinstance(difference, Tensor):
             return reduced
-        suspect = self._replica_check.is_suspect(difference / 4)
-        agreed = torch.as_tensor(reduced.agreed, device=difference.device) & ~torch.as_tensor(suspect)
+        suspect = self._replica_check.exceeds_rounding(difference)
+        agreed = torch.as_tensor(reduced.agreed, device=difference.device) & ~suspect
         return replace(reduced, total_norm=reduced.total_norm.masked_fill(~agreed, math.nan), agreed=agreed)

@@ -1,9 +1,9 @@
-"""Checks in every step, by one more element of the all-reduce, that replicas of a gradient were reduced.
+"""Whether replicas of a gradient were reduced: found in every step, by one more element of the all-reduce.
 
 Each replica takes the same small sample of the gradient and turns it into a number x that a last-bit
 difference moves by little, and another gradient by much. Weights of replicas add up to zero, so the sum of
 weighted x over all ranks, the difference, vanishes where replicas are equal. Where it doesn't, the ranks that
-read results compare their gradients whole.
+read results compare their gradients whole, and learn from those found equal which rounding is usual here.
 
     x = sum(r_k g_k) / sum(|g_k|) + log2(sum(|g_k|)),  r_k = +1 or -1 by position
 """
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from distnorm import kernels
 from distnorm.errors import ReplicaError
-from distnorm.measure.norms import norm
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.plan import Share, identity_rows, piece_groups, raise_named, spread
 from distnorm.sources.shards import GradShard
@@ -30,7 +29,8 @@ from distnorm.sources.shards import GradShard
 Ints = npt.NDArray[np.int64]
 
 _ROUNDING = 1e-9  # of fp64 sums of equal numbers
-_MARGIN = 16  # so many units in the last place may replicas differ before they are compared
+_MARGIN = 64  # so many units in the last place may replicas differ where nobody can compare them
+_IRRATIONALS = (2**0.5, 3**0.5, 5**0.5, 7**0.5)
 _AT_ONCE = 8  # shards a step where each sample costs launches: which of them changes from step to step
 
 
@@ -42,15 +42,19 @@ class ReplicaCheck:
         positions: of this rank's shards that have replicas.
         weights: [positions] of their numbers; over all replicas of a shard they add up to zero.
         keys: [positions] hashes of their identities.
-        tolerance: what the difference may be before gradients are compared whole; the same on every rank.
+        unread_tolerance: what the difference may be where nobody reads it; the same on every rank.
         turns: in so many steps each shard has its turn, where not all are sampled in each.
+        tolerance: what the difference may be before gradients are compared whole, as `learn` leaves it. It
+            starts at that of equal bits, which most replicas have: what rounding of a low precision might
+            explain would hide a gradient that was never reduced.
     """
 
     positions: Ints
     weights: npt.NDArray[np.float64]
     keys: Ints
-    tolerance: float
+    unread_tolerance: float
     turns: int
+    tolerance: float = _ROUNDING
     _step: int = 0
 
     @classmethod
@@ -101,11 +105,13 @@ class ReplicaCheck:
     def _has_turn(self, device: torch.device, k: int) -> bool:
         return device.type == "cpu" or int(self.keys[k]) % self.turns == self._step % self.turns
 
-    def is_suspect(self, difference: Tensor | float) -> Tensor | bool:
-        """Whether a difference is more than rounding explains; a NaN is."""
-        if isinstance(difference, Tensor):
-            return ~(difference.abs() <= self.tolerance)
+    def is_suspect(self, difference: float) -> bool:
+        """Whether gradients have to be compared whole; with a NaN they have."""
         return not abs(difference) <= self.tolerance
+
+    def exceeds_rounding(self, difference: Tensor) -> Tensor:
+        """Whether a difference that nobody reads is more than rounding explains, 0-d bool; a NaN is."""
+        return ~(difference.abs() <= self.unread_tolerance)
 
     def learn(self, difference: float) -> None:
         """Raise the tolerance: replicas with this difference were found equal but for their last digits."""
@@ -131,9 +137,10 @@ def compare_replicas(
     *,
     finite_only: bool = False,
 ) -> None:
-    """Compare the norms of all gradients that have replicas, to half of their dtype's digits.
+    """Compare all gradients that have replicas, to half of their dtype's digits.
 
-    Replicas may differ in the last bits: each may have computed the gradient for itself. Collective.
+    Replicas may differ in the last bits: each may have computed the gradient for itself. So norms are
+    compared, and products with fixed vectors, in which elements of another sign or order show. Collective.
 
     Args:
         ranks: who takes part.
@@ -144,27 +151,23 @@ def compare_replicas(
     Raises:
         ReplicaError: replicas hold different gradients, or only some of them hold one.
     """
-    l2, found = norm(2), {}
-    for i, share in enumerate(shares):
-        if share.replicas == 1 or not shards[i].numel or i in apart_from:
-            continue
-        gradient = gradients[i]
-        value, tolerance = -1.0, 0.0
-        if gradient is not None:
-            value = float(l2.finalise(l2.statistic([gradient], gradient.device)))
-            tolerance = math.sqrt(_eps(gradient.dtype))
-        if math.isfinite(value) or not finite_only:
-            found[i] = value, tolerance
+    held = [
+        i for i, share in enumerate(shares) if share.replicas > 1 and shards[i].numel and i not in apart_from
+    ]
+    found = {i: _compared(gradients[i]) for i in held}
+    if finite_only:
+        found = {i: numbers for i, numbers in found.items() if math.isfinite(numbers[0])}
     with kernels.plain_operators():
-        values = torch.tensor(list(found.values()), dtype=torch.float64, device="cpu").view(-1, 2)
+        values = torch.tensor(list(found.values()), dtype=torch.float64, device="cpu")
+        values = values.view(-1, 2 + len(_IRRATIONALS))
         identities = identity_rows([shards[i] for i in found])
         rows = torch.cat([identities, values.view(torch.int64)], dim=1)
-        differs = ranks.join(identities[:, 0], rows, _differing_norms).view(-1).tolist()
+        differs = ranks.join(identities[:, 0], rows, _differing).view(-1).tolist()
         raise_named(
             ranks,
             [
-                (shards[i].name, "no gradient" if value < 0 else f"a gradient of norm {value:.9g}")
-                for (i, (value, _)), bad in zip(found.items(), differs, strict=True)
+                (shards[i].name, _described(numbers))
+                for (i, numbers), bad in zip(found.items(), differs, strict=True)
                 if bad
             ],
             ReplicaError,
@@ -174,15 +177,43 @@ def compare_replicas(
         )
 
 
-def _differing_norms(rows: Tensor) -> Tensor:
-    """[m, (name, piece, norm, tolerance)] -> [m, 1]: whether replicas differ; a norm of -1 is no gradient."""
+def _compared(gradient: Tensor | None) -> list[float]:
+    """What is compared of one gradient: norm, or -1 for none; tolerance; products with fixed vectors."""
+    if gradient is None:
+        return [-1.0] + [0.0] * (1 + len(_IRRATIONALS))
+    tolerance = math.sqrt(_eps(gradient.dtype))
+    if gradient.is_complex():
+        gradient = torch.view_as_real(gradient.resolve_conj())
+    sums = torch.zeros(1 + len(_IRRATIONALS), dtype=torch.float64, device=gradient.device)
+    first = 0
+    for block in kernels.blocks([gradient]):
+        stop = first + len(block)
+        places = torch.arange(first, stop, dtype=torch.float64, device=gradient.device)
+        # Fractions of multiples of an irrational number are spread evenly over 0 to 1; of variance 1 here.
+        vectors = [((places * number).frac_() - 0.5) * math.sqrt(12) for number in _IRRATIONALS]
+        sums += torch.stack([torch.dot(block, other) for other in (block, *vectors)])
+        first = stop
+    squares, *products = sums.tolist()
+    return [math.sqrt(squares), tolerance, *products]
+
+
+def _described(numbers: Sequence[float]) -> str:
+    value, _, product, *_ = numbers
+    if value < 0:
+        return "no gradient"
+    return f"a gradient of norm {value:.9g} (product with a fixed vector {product:.9g})"
+
+
+def _differing(rows: Tensor) -> Tensor:
+    """[m, (name, piece, norm, tolerance, products ...)] -> [m, 1]: whether replicas differ."""
     of, count = piece_groups(rows)
-    norms, tolerance = rows[:, 2:].contiguous().view(torch.float64).unbind(1)
+    norms, tolerance, *products = rows[:, 2:].contiguous().view(torch.float64).unbind(1)
     finite = norms.isfinite()
     unlike = spread(finite.long(), of, count) > 0
     norms = torch.where(finite, norms, 0.0)
     most, allowed = (
         torch.zeros_like(norms[:count]).scatter_reduce_(0, of, v, "amax") for v in (norms, tolerance)
     )
-    unlike |= spread(norms, of, count) > most * allowed
+    for numbers in (norms, *products):
+        unlike |= spread(torch.where(finite, numbers, 0.0), of, count) > most * allowed
     return unlike[of].long().view(-1, 1)

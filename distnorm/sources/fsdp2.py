@@ -34,6 +34,14 @@ def managed_parameters(module: nn.Module) -> Iterator[Tensor]:
         yield from (managed.sharded_param for managed in group.fsdp_params)
 
 
+def gathered_parameters(module: nn.Module) -> Iterator[Tensor]:
+    """What this very module shows in their place while FSDP2 has them gathered."""
+    for group in _groups(module):
+        for managed in group.fsdp_params:
+            if (gathered := getattr(managed, "_unsharded_param", None)) is not None:
+                yield gathered
+
+
 def sharded_parameters(module: nn.Module) -> Mapping[tuple[int, str], Tensor]:
     """The sharded parameter for every (id of a module, name of its parameter) that FSDP2 manages inside."""
     found: dict[tuple[int, str], Tensor] = {}
@@ -79,6 +87,10 @@ class UnreducedGradients:
                 yield from ((p.sharded_param, _NOT_SYNCHRONISED) for p in held_back)
 
 
+GATHERED = (
+    "expected a parameter as FSDP2 shards it, found the gathered one that the module shows meanwhile, whose "
+    "gradient FSDP2 takes away; pass the module itself, or call its reshard() before parameters()"
+)
 _NOT_ALL_REDUCED = (
     "expected a gradient that FSDP2 has reduced over all axes, found one that is not all-reduced over "
     "replicas; call set_requires_all_reduce(True) before the last backward pass"

@@ -6,7 +6,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import starmap, zip_longest
+from itertools import chain, starmap, zip_longest
 from operator import is_
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distnorm import kernels
 from distnorm.errors import DistnormError, UnsupportedGradientError
-from distnorm.sources.fsdp2 import UnreducedGradients, managed_parameters
+from distnorm.sources.fsdp2 import GATHERED, UnreducedGradients, gathered_parameters, managed_parameters
 from distnorm.sources.targets import modules_of, named_tensors
 
 
@@ -73,13 +73,21 @@ class Managers:
         found = _managing(self._names) if dist.is_available() and dist.is_initialized() else []
         self._replicated = [weakref.ref(m) for m in found if isinstance(m, DistributedDataParallel)]
         self._unreduced = UnreducedGradients(found)
+        gathered = {id(parameter) for module in found for parameter in gathered_parameters(module)}
+        self._gathered = [name for key, name in self._names.items() if key in gathered]
+
+    def are_of(self, named: Sequence[tuple[str, Tensor]]) -> bool:
+        """Whether these are the parameters that were searched for."""
+        return self._names == {id(tensor): name for name, tensor in named}
 
     def refuse_unreduced(self) -> None:
-        """Refuse gradients that FSDP2 holds back.
+        """Refuse gradients that FSDP2 holds back, and parameters that it only lends.
 
         Raises:
-            UnsupportedGradientError: naming one of their parameters.
+            UnsupportedGradientError: naming one of the parameters.
         """
+        if self._gathered:
+            raise UnsupportedGradientError(f"parameter '{self._gathered[0]}': {GATHERED}")
         for parameter, fact in self._unreduced.find():
             if id(parameter) in self._names:
                 raise UnsupportedGradientError(f"parameter '{self._names[id(parameter)]}': {fact}")
@@ -112,4 +120,6 @@ def _managing(names: Mapping[int, str]) -> list[nn.Module]:
 
 
 def _parameters(module: nn.Module) -> Iterable[Tensor]:
-    return module.parameters() if isinstance(module, DistributedDataParallel) else managed_parameters(module)
+    if isinstance(module, DistributedDataParallel):
+        return module.parameters()
+    return chain(managed_parameters(module), gathered_parameters(module))
