@@ -73,6 +73,7 @@ class Managers:
         found = _managing(self._names) if dist.is_available() and dist.is_initialized() else []
         self._replicated = [weakref.ref(m) for m in found if isinstance(m, DistributedDataParallel)]
         self._unreduced = UnreducedGradients(found)
+        self._over: list[object] = []
 
     def refuse_unreduced(self) -> None:
         """Refuse gradients that FSDP2 holds back.
@@ -84,6 +85,15 @@ class Managers:
             if id(parameter) in self._names:
                 raise UnsupportedGradientError(f"parameter '{self._names[id(parameter)]}': {fact}")
 
+    def end_join(self) -> None:
+        """Take torch's `Join` to be over, whose modules keep what it has set until the next one."""
+        self._over = [module._join_config for module in self._joining()]
+
+    def _joining(self) -> list[DistributedDataParallel]:
+        alive = [module for module in (ref() for ref in self._replicated) if module is not None]
+        enabled = [module for module in alive if module._join_config.enable]
+        return [module for module in enabled if not any(module._join_config is over for over in self._over)]
+
     @property
     def is_joining(self) -> bool:
         """Whether DDP runs under torch's `Join`, where ranks that are out of data make no step.
@@ -91,7 +101,7 @@ class Managers:
         Raises:
             DistnormError: a parameter is not DDP's, so that the norm needs the ranks that are out of data.
         """
-        joining = [m for m in (ref() for ref in self._replicated) if m is not None and m._join_config.enable]
+        joining = self._joining()
         if not joining:
             return False
         rest = self._trained.difference(id(p) for module in joining for p in module.parameters())
