@@ -63,7 +63,7 @@ class Ranks:
         self.is_alone = alone
         self.is_connected = not alone and dist.is_available() and dist.is_initialized()
         self.group = group if group is not None or not self.is_connected else dist.group.WORLD
-        if group is not None and not self.is_current:
+        if group is not None and not (self.is_connected and self.is_current):
             raise DistnormError(
                 "group: expected a process group of this process, found one that was destroyed"
             )
