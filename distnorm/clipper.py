@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.distributed.device_mesh import DeviceMesh
 
 from distnorm.config import Config, load_config
+from distnorm.errors import DistnormError
 from distnorm.kernels import outside_graphs
 from distnorm.monitor import Monitor
 from distnorm.plan.collectives import Ranks
@@ -211,6 +212,13 @@ class GradClipper(Joinable):
         """
         self._step.rebind(Ranks(group))
         self._step.plan(self._read_target, modules_of(self._target))
+
+    def __reduce__(self) -> NoReturn:
+        """Refused: process groups and what was planned with them can't be copied."""
+        raise DistnormError(
+            "expected a clipper to stay with its model, found a copy or pickle of it; keep "
+            "clipper.state_dict(), and make a GradClipper of the copied model"
+        )
 
     def __repr__(self) -> str:
         return f"GradClipper({len(self._inventory.holders)} tensors, {self._step.describe()})"

@@ -24,6 +24,7 @@ from distnorm.policies.deciding import apply
 from distnorm.sources import (
     Inventory,
     Managers,
+    Replicated,
     Source,
     Target,
     Tied,
@@ -231,8 +232,8 @@ def _measure(
             known, holders = _recognise(target, fixed)
         except DistnormError as error:
             Meter(ranks, norm(2), {}, (), raises).abort(error)
-        if known.managers is not None and known.managers.is_joining:
-            # Ranks that are out of data make no step, and each replica holds the whole gradient.
+        if ranks.is_connected and _is_joining(known, holders):
+            # The ranks that are out of data make no step, and replicas hold all of it.
             ranks = Ranks(alone=True)
 
         def describe() -> list[GradShard]:
@@ -290,6 +291,20 @@ def _recognise(target: Any, fixed: tuple[object, ...]) -> tuple[_Known, Sequence
         if len(_known) > _MOST_KNOWN:
             _known.popitem(last=False)
     return known, holders
+
+
+def _is_joining(known: _Known, tensors: Sequence[Tensor]) -> bool:
+    """Whether these tensors are of DDP modules under torch's `Join`."""
+    if known.managers is not None:
+        return known.managers.is_joining
+    if known.key not in _replicated:
+        _replicated[known.key] = Replicated()
+        if len(_replicated) > _MOST_KNOWN:
+            _replicated.popitem(last=False)
+    return _replicated[known.key].joins(tensors)
+
+
+_replicated: OrderedDict[tuple[object, ...], Replicated] = OrderedDict()
 
 
 def _identity(target: Any) -> tuple[object, ...]:

@@ -238,6 +238,9 @@ class Step:
         state = next((state for state in states if state is not None), None)
         if state is not None:
             self.load_state_dict(state)
+        if self._meter.managers is not None:
+            self._meter.managers.end_join()
+        self._alone = None
 
     # ---- monitored steps
 

@@ -221,6 +221,8 @@ class _Relay:
     def run(self, bucket: Bucket) -> Future[Any]:
         """Reduce a bucket, and let the listener read it before and after."""
         listener = self._listener() if self._listener is not None else None
+        if torch._C._current_graph_task_id() == -1:
+            listener = None  # under torch's Join: this rank is out of data, and reduces zeros
         if listener is not None:
             listener.read_before(bucket.index(), bucket.buffer())
         reduced = (

@@ -24,7 +24,7 @@ from distnorm import kernels
 from distnorm.errors import ReplicaError
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.plan import Share, identity_rows, piece_groups, raise_named, spread
-from distnorm.sources.shards import GradShard
+from distnorm.sources.shards import PACKED, GradShard
 
 Ints = npt.NDArray[np.int64]
 
@@ -119,7 +119,8 @@ class ReplicaCheck:
 
 
 def _eps(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0.0
+    has_digits = (dtype.is_floating_point or dtype.is_complex) and dtype not in PACKED
+    return torch.finfo(dtype).eps if has_digits else 0.0
 
 
 def _numbers(samples: Tensor) -> Tensor:

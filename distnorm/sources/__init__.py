@@ -6,6 +6,7 @@ not imported already.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from distnorm.errors import DistnormError
 from distnorm.sources import dtensor, fsdp1, plain
-from distnorm.sources.inventory import Inventory, Managers
+from distnorm.sources.inventory import Inventory, Managers, Replicated
 from distnorm.sources.shards import GradShard, Source
 from distnorm.sources.targets import (
     Tied,
@@ -31,6 +32,7 @@ Target = Tensor | nn.Module | Iterable[Any]
 __all__ = [
     "Inventory",
     "Managers",
+    "Replicated",
     "Source",
     "Target",
     "Tied",
@@ -63,8 +65,15 @@ def shards_of(
 
     Raises:
         UnsupportedGradientError: a tensor that can't be described, named.
-        DistnormError: gradients were given where parameters are meant, or one name twice.
+        DistnormError: gradients were given where parameters are meant, or one name twice; or torch simulates
+            several ranks in this process.
     """
+    local_tensors = sys.modules.get("torch.distributed._local_tensor")
+    if local_tensors is not None and local_tensors.local_tensor_mode() is not None:
+        raise DistnormError(
+            "expected one rank in this process, found torch's LocalTensorMode, which runs all of them; use "
+            "torch's fake process group, or FakeTensorMode, for a dry run"
+        )
     if source is Source.GRADIENT and named and all(_never_has_grad(tensor) for _, tensor in named):
         raise DistnormError(
             f"expected parameters, found {len(named)} tensors that hold no gradient and require none; "

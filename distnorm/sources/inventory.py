@@ -75,6 +75,7 @@ class Managers:
         self._unreduced = UnreducedGradients(found)
         gathered = {id(parameter) for module in found for parameter in gathered_parameters(module)}
         self._gathered = [name for key, name in self._names.items() if key in gathered]
+        self._over: list[object] = []
 
     def are_of(self, named: Sequence[tuple[str, Tensor]]) -> bool:
         """Whether these are the parameters that were searched for."""
@@ -92,6 +93,15 @@ class Managers:
             if id(parameter) in self._names:
                 raise UnsupportedGradientError(f"parameter '{self._names[id(parameter)]}': {fact}")
 
+    def end_join(self) -> None:
+        """Take torch's `Join` to be over, whose modules keep what it has set until the next one."""
+        self._over = [module._join_config for module in self._joining()]
+
+    def _joining(self) -> list[DistributedDataParallel]:
+        alive = [module for module in (ref() for ref in self._replicated) if module is not None]
+        enabled = [module for module in alive if module._join_config.enable]
+        return [module for module in enabled if not any(module._join_config is over for over in self._over)]
+
     @property
     def is_joining(self) -> bool:
         """Whether DDP runs under torch's `Join`, where ranks that are out of data make no step.
@@ -99,7 +109,7 @@ class Managers:
         Raises:
             DistnormError: a parameter is not DDP's, so that the norm needs the ranks that are out of data.
         """
-        joining = [m for m in (ref() for ref in self._replicated) if m is not None and m._join_config.enable]
+        joining = self._joining()
         if not joining:
             return False
         rest = self._trained.difference(id(p) for module in joining for p in module.parameters())
@@ -111,12 +121,52 @@ class Managers:
         return True
 
 
+class Replicated:
+    """The DDP modules of this process, for tensors that are no parameters and so name no module.
+
+    The process is searched once.
+    """
+
+    def __init__(self) -> None:
+        self._modules = [weakref.ref(module) for module in _instances((DistributedDataParallel,))]
+
+    def joins(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether DDP holds these gradients or parameters, and runs under torch's `Join`.
+
+        Raises:
+            DistnormError: it runs under `Join`, and some are none of its: their norm needs the ranks that are
+                out of data.
+        """
+        alive = (module for module in (ref() for ref in self._modules) if module is not None)
+        joining = [module for module in alive if module._join_config.enable]
+        if not joining:
+            return False
+        held = {id(tensor) for module in joining for p in module.parameters() for tensor in (p, p.grad)}
+        if any(id(tensor) not in held for tensor in tensors):
+            raise DistnormError(
+                "expected under Join gradients or parameters that DDP replicates, found other tensors; give "
+                "those themselves, or measure after Join"
+            )
+        return True
+
+
 def _managing(names: Mapping[int, str]) -> list[nn.Module]:
     fsdp2 = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", DistributedDataParallel)
     kinds = (DistributedDataParallel, fsdp2)
+    return [m for m in _instances(kinds) if any(id(p) in names for p in _parameters(m))]
+
+
+def _instances(kinds: tuple[type, ...]) -> list[Any]:
     # By type: `isinstance` would ask an object's own `__class__`, which may run code of lazy modules.
-    found = [module for module in gc.get_objects() if issubclass(type(module), kinds)]
-    return [m for m in found if any(id(p) in names for p in _parameters(m))]
+    # An object refers to its class, and the collector finds that in a third of the time that a loop takes.
+    found = gc.get_referrers(*_with_subclasses(kinds))
+    return [module for module in found if issubclass(type(module), kinds)]
+
+
+def _with_subclasses(kinds: Iterable[type]) -> Iterable[type]:
+    for kind in kinds:
+        yield kind
+        yield from _with_subclasses(kind.__subclasses__())
 
 
 def _parameters(module: nn.Module) -> Iterable[Tensor]:

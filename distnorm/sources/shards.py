@@ -171,7 +171,7 @@ def measurable(tensor: Tensor) -> Tensor:
             f"expected a dense gradient, found layout {tensor.layout}; "
             "make it dense (for nn.Embedding: sparse=False) before it is measured"
         )
-    if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex) or tensor.dtype in _PACKED:
+    if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex) or tensor.dtype in PACKED:
         raise UnsupportedGradientError(f"expected a floating-point or complex dtype, found {tensor.dtype}")
     if type(tensor) is Tensor or type(tensor).__name__ == "FakeTensor":
         return tensor
@@ -183,7 +183,7 @@ def measurable(tensor: Tensor) -> Tensor:
     return tensor.as_subclass(Tensor)
 
 
-_PACKED = tuple(
+PACKED = tuple(
     getattr(torch, name) for name in ("float8_e8m0fnu", "float4_e2m1fn_x2") if hasattr(torch, name)
 )
 """No signs, or two numbers in an element: no gradient."""
