@@ -63,7 +63,7 @@ class Ranks:
         self.is_alone = alone
         self.is_connected = not alone and dist.is_available() and dist.is_initialized()
         self.group = group if group is not None or not self.is_connected else dist.group.WORLD
-        is_member = group is None or not self.is_connected or group != dist.GroupMember.NON_GROUP_MEMBER
+        is_member = group is None or not self.is_connected or isinstance(group, ProcessGroup)
         if group is not None and is_member and not (self.is_connected and self.is_current):
             raise DistnormError(
                 "group: expected a process group of this process, found one that was destroyed"
