@@ -24,7 +24,8 @@ from distnorm.measure.norms import norm
 from distnorm.measure.partials import _COMPLETE, _DTYPES, Batch, _merge, agree_on_partials
 from distnorm.measure.replica_check import _differing_norms, compare_replicas
 from distnorm.plan.collectives import Ranks
-from distnorm.plan.plan import Plan, _holders, differing, identity_rows, make_plan, stable_hash
+from distnorm.plan.plan import Plan, _holders, differing, identity_rows, make_plan
+from distnorm.plan.terms import stable_hash
 from distnorm.sources.shards import Extent, GradShard, Source
 
 

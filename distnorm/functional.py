@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import weakref
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,23 +19,19 @@ from distnorm.measure.norms import norm
 from distnorm.plan.collectives import Ranks
 from distnorm.policies.deciding import apply
 from distnorm.sources import (
-    Inventory,
-    Managers,
-    Replicated,
     Source,
     Target,
     Tied,
     checked_tied,
     named_tensors,
     read_once,
+    recognise,
     shards_of,
     stage_of,
 )
 from distnorm.sources.shards import GradShard, PartialGrad
 
 _MOST_PLANS = 32  # for each group
-_MOST_KNOWN = 64
-_MOST_SHAPES = 64
 _log = logging.getLogger("distnorm")
 
 
@@ -110,7 +103,7 @@ def clip_grads_with_norm_(
     """
     with torch.no_grad(), torch._C.DisableTorchFunction():
         threshold, parameters = policies.check_max_norm(max_norm), read_once(parameters)
-        known, _ = _recognise(parameters, ("clip_grads_with_norm_", Source.GRADIENT))
+        known, _ = recognise(parameters, Source.GRADIENT, ("clip_grads_with_norm_",))
         if known.managers is not None:
             known.managers.refuse_unreduced()
         shards = shards_of(named_tensors(parameters), Source.GRADIENT, target=parameters)
@@ -180,37 +173,6 @@ class _Measured(NamedTuple):
         return self.total_norm if self.is_double else self.total_norm.float()
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """What is remembered of a target that was measured before. It keeps no module or parameter alive.
-
-    Args:
-        key: of its plan.
-        managers: of its parameters.
-        shapes: of the first parameters: another list may have got the `id`s of one that was freed.
-        module: the target, if it is one.
-        inventory: the module's.
-    """
-
-    key: tuple[object, ...]
-    managers: Managers | None
-    shapes: list[torch.Size]
-    module: weakref.ref[nn.Module] | None
-    inventory: Inventory | None
-
-    def holders(self, target: Any) -> Sequence[Tensor] | None:
-        """The target's tensors, if they are those that were measured, checked without reading most of
-        them."""
-        if self.inventory is not None:
-            same = self.module is not None and self.module() is target and self.inventory.is_current
-            return self.inventory.holders if same else None
-        holders = _tensors(target)
-        return holders if [tensor.shape for tensor in holders[:_MOST_SHAPES]] == self.shapes else None
-
-
-_known: OrderedDict[tuple[object, ...], _Known] = OrderedDict()
-
-
 def _measure(
     target: Target,
     source: Source,
@@ -228,11 +190,12 @@ def _measure(
             order, threshold = norm(norm_type), policies.check_max_norm(max_norm)
             stage, tied = stage_of(pp_mesh), checked_tied(tied)
             terms = {"norm_type": order.order, "error_if_nonfinite": raises, "tied": tied}
-            fixed = (*terms.values(), stage, source)
-            known, holders = _recognise(target, fixed)
+            known, holders = recognise(target, source, (*terms.values(), stage))
+            if not is_gradient:
+                _warn_of_weights(holders)
         except DistnormError as error:
             Meter(ranks, norm(2), {}, (), raises).abort(error)
-        if ranks.is_connected and _is_joining(known, holders):
+        if ranks.is_connected and known.is_joining(holders):
             # The ranks that are out of data make no step, and replicas hold all of it.
             ranks = Ranks(alone=True)
 
@@ -262,73 +225,6 @@ def _measure(
             meter.describe_by(list)
         assert meter.plan is not None
         return _Measured(gradients, reduced.total_norm, reduced.agreed, meter.plan.is_double)
-
-
-def _recognise(target: Any, fixed: tuple[object, ...]) -> tuple[_Known, Sequence[Tensor]]:
-    """What is remembered of a target, made if it is a new one; and its tensors."""
-    memo = (*fixed, *_identity(target))
-    known = _known.get(memo)
-    holders = None if known is None else known.holders(target)
-    if known is not None and holders is not None:
-        return known, holders
-    named = named_tensors(target)
-    holders = [tensor for _, tensor in named]
-    is_gradient = fixed[-1] is Source.GRADIENT
-    if not is_gradient:
-        _warn_of_weights(holders)
-    layout = [
-        (name, t.shape, t.dtype, getattr(t, "placements", None), getattr(t, "device_mesh", None))
-        for name, t in named
-    ]
-    module = inventory = None
-    if isinstance(target, nn.Module):
-        module, inventory = weakref.ref(target, lambda _: _known.pop(memo, None)), Inventory(target)
-    managers = Managers(named) if is_gradient else None
-    shapes = [tensor.shape for tensor in holders[:_MOST_SHAPES]]
-    known = _Known((*fixed, *layout), managers, shapes, module, inventory)
-    if is_gradient and (inventory is not None or _is_flat(target, holders)):
-        _known[memo] = known
-        if len(_known) > _MOST_KNOWN:
-            _known.popitem(last=False)
-    return known, holders
-
-
-def _is_joining(known: _Known, tensors: Sequence[Tensor]) -> bool:
-    """Whether these tensors are of DDP modules under torch's `Join`."""
-    if known.managers is not None:
-        return known.managers.is_joining
-    if known.key not in _replicated:
-        _replicated[known.key] = Replicated()
-        if len(_replicated) > _MOST_KNOWN:
-            _replicated.popitem(last=False)
-    return _replicated[known.key].joins(tensors)
-
-
-_replicated: OrderedDict[tuple[object, ...], Replicated] = OrderedDict()
-
-
-def _identity(target: Any) -> tuple[object, ...]:
-    if isinstance(target, Tensor | nn.Module):
-        return (id(target),)
-    items = target.items() if isinstance(target, Mapping) else target
-    return tuple(
-        (item[0], id(item[1])) if isinstance(item, tuple) and len(item) == 2 else id(item) for item in items
-    )
-
-
-def _tensors(target: Any) -> Sequence[Tensor]:
-    """The tensors of a target without modules, as they were given."""
-    if isinstance(target, Tensor):
-        return [target]
-    if isinstance(target, Mapping):
-        return list(target.values())
-    return [item[1] if isinstance(item, tuple) else item for item in target]
-
-
-def _is_flat(target: Any, holders: Sequence[Tensor]) -> bool:
-    """Whether the target names just these tensors, each once."""
-    given = () if isinstance(target, nn.Module) else _tensors(target)
-    return list(map(id, given)) == list(map(id, holders))
 
 
 def _warn_of_weights(tensors: Sequence[Tensor]) -> None:

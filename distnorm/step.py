@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from distnorm import kernels
 from distnorm.config import Config
 from distnorm.errors import DistnormError, NonFiniteGradientError
-from distnorm.measure.exchange import Payload, ReducedStatistics
+from distnorm.measure.exchange import ReducedStatistics
 from distnorm.measure.meter import Meter, Reader
 from distnorm.measure.norms import norm
 from distnorm.monitor.snapshot import LayerSnapshot
 from distnorm.monitor.step_monitor import StepMonitor, monitor_terms
-from distnorm.payload.payload import PayloadParts
+from distnorm.payload.payload import join_payloads, split_payload
 from distnorm.plan.collectives import Ranks
 from distnorm.policies.deciding import Decider, Outcome
 from distnorm.policies.groups import PolicyGroups
@@ -89,7 +89,7 @@ class Step:
         """
         number = self.count + 1
         meter, snapshot = self._meter_now(), self._snapshot(number)
-        payload = _join_payloads(self.groups.payload, snapshot)
+        payload = join_payloads(self.groups.payload, snapshot)
         length = 0 if payload is None else payload.length
         with torch.no_grad(), torch._C.DisableTorchFunction():
             try:
@@ -103,7 +103,7 @@ class Step:
                 raise
             finally:  # a loss belongs to one step, even if that raises
                 self.groups.loss.forget()
-            of_policies, of_snapshot = _split_payload(reduced.payload, self.groups.payload, snapshot)
+            of_policies, of_snapshot = split_payload(reduced.payload, self.groups.payload, snapshot)
             agreed = reduced.agreed if isinstance(reduced.agreed, Tensor) else None
             outcome = self._decider.decide(reduced.total_norm / loss_scale, of_policies, agreed)
             where = meter.find_not_finite(gradients) if self._names_not_finite(reduced, snapshot) else ()
@@ -191,7 +191,7 @@ class Step:
         """
         meter, ranks = self._meter, self.ranks
         if anew:
-            payload = _join_payloads(self.groups.payload, self._snapshot(self.count + 1))
+            payload = join_payloads(self.groups.payload, self._snapshot(self.count + 1))
             meter.prepare_anew(read, 0 if payload is None else payload.length)
         else:
             meter.prepare(read)
@@ -299,17 +299,3 @@ class Step:
         if self.last is not None and kernels.on_host(self.last.total_norm):
             facts.append(f"last norm {float(self.last.total_norm):.6g}")
         return ", ".join(facts)
-
-
-def _join_payloads(of_policies: PayloadParts | None, snapshot: LayerSnapshot | None) -> PayloadParts | None:
-    parts: list[Payload] = [part for part in (of_policies, snapshot) if part is not None]
-    return PayloadParts(parts) if parts else None
-
-
-def _split_payload(
-    reduced: Tensor, of_policies: PayloadParts | None, snapshot: LayerSnapshot | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The reduced payloads of policies and of a snapshot."""
-    length = 0 if of_policies is None else of_policies.length
-    mine = None if of_policies is None or not len(reduced) else reduced[:length]
-    return mine, None if snapshot is None else reduced[length:]

@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from distnorm import kernels
 from distnorm.measure.replica_check import ReplicaCheck, _numbers
 from distnorm.plan.collectives import Ranks
-from distnorm.plan.plan import Share, stable_hash
+from distnorm.plan.plan import Share
+from distnorm.plan.terms import stable_hash
 from distnorm.sources import shards_of
 from distnorm.sources.shards import Source
 from tests.refusals import TIMEOUT, Heard, clipper, distributed, heard, rank

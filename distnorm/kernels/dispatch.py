@@ -33,7 +33,7 @@ def scale_at_(table: AddressTable, coef: Tensor) -> bool:
 def fingerprints(table: AddressTable) -> Ints | None:
     """A fingerprint of each row's bytes, [rows]: equal fingerprints mean that the bytes have not changed.
 
-    Every byte of up to 1 MiB is read; of more, 64 bytes of every 1024, and both ends. Any change to what is
+    Every byte of up to 16 MiB is read; of more, 64 bytes of every 1024, and both ends. Any change to what is
     read shows, elements that trade places too.
 
     Returns:

@@ -425,7 +425,7 @@ int64_t distnorm_checksum(const char *p, int64_t size, int64_t count) {
 
 // ---- fingerprints: proof that bytes are still those that were read
 
-enum { CHAINS = 4, LARGE = 1 << 20, PERIOD = 1 << 10, END = 1 << 12, FETCHED = 8 }; // lines; bytes; periods
+enum { CHAINS = 4, LARGE = 1 << 24, PERIOD = 1 << 10, END = 1 << 12, FETCHED = 8 }; // lines; bytes; periods
 
 typedef VECTOR(uint64_t, LINE) u64s;
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from distnorm.errors import DisagreementError, NonFiniteGradientError, UnsupportedGradientError
 from distnorm.measure.header import DecodedHeader
 from distnorm.plan.collectives import Ranks
-from distnorm.plan.plan import agree_on_terms
+from distnorm.plan.terms import agree_on_terms
 from distnorm.sources.shards import GradShard, Reading
 
 SET = "the set of parameters or tensors"

@@ -10,29 +10,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from distnorm import kernels
 from distnorm.errors import DisagreementError, DistnormError
 from distnorm.measure import diagnosis
 from distnorm.measure.diagnosis import SET
 from distnorm.measure.exchange import Exchange, Payload, ReducedStatistics
-from distnorm.measure.fast_path import FastPath
-from distnorm.measure.gradients import Gradients, completed, read_with_care
+from distnorm.measure.gradients import Gradients, read_with_care
 from distnorm.measure.header import DecodedHeader, Header, Stage, presence_weights
 from distnorm.measure.norms import Norm
 from distnorm.measure.overlap import Overlap
-from distnorm.measure.partials import Batch, agree_on_partials, is_agreed
-from distnorm.measure.replica_check import ReplicaCheck, compare_replicas
+from distnorm.measure.reading import GradientReader
+from distnorm.measure.replica_check import ReplicaCheck
+from distnorm.measure.result_checks import ResultChecks
 from distnorm.plan.collectives import Ranks
-from distnorm.plan.plan import Plan, Share, check_tied, make_plan, stable_hash
+from distnorm.plan.plan import Plan, Share, check_tied, make_plan
+from distnorm.plan.terms import stable_hash
 from distnorm.sources import Managers, Tied
-from distnorm.sources.shards import GradShard, Reading, Source
+from distnorm.sources.shards import GradShard, Source
 
 Reader = Callable[[], tuple[list[GradShard], list[tuple[str, Tensor]]]]
 """Gives this rank's shards, and its tensors with the names that they were given under."""
@@ -74,10 +74,9 @@ class Meter:
     _shards: list[GradShard] | None = None
     _describe: Callable[[], list[GradShard]] = list
     _exchange: Exchange = field(init=False)
-    _replica_check: ReplicaCheck | None = None
-    _batches: tuple[Batch, ...] | None = None
+    _checks: ResultChecks = field(init=False)
     _weights: dict[int, int] = field(default_factory=dict)
-    _fast_path: FastPath | None = None
+    _reader: GradientReader = field(init=False)
     _hashed: tuple[tuple[object, ...], int] = ((), 0)  # terms, and their hash
 
     def __post_init__(self) -> None:
@@ -112,7 +111,7 @@ class Meter:
         Raises:
             DistnormError: what `read` raised on any rank, or what `make_plan` found; on every rank.
         """
-        self.plan = self._fast_path = self._batches = self.overlap = None
+        self.plan = self.overlap = None
         named: list[tuple[str, Tensor]] = []
         with self.ranks.together():
             self._shards, named = read()
@@ -121,14 +120,31 @@ class Meter:
         if self.allow_empty or not self._exchange.can_pack:
             self._exchange.use_full_form()
         self.ranks.state.compares_replicas |= plan.has_replicas
-        self._weights, self._replica_check = {}, None
+        self._weights, replica_check = {}, None
         if self.norm.replicas_share:
             self._weights = dict(presence_weights(plan.shares))
             if plan.has_replicas:
-                self._replica_check = ReplicaCheck.of(self.ranks, self.shards, plan.shares)
+                replica_check = ReplicaCheck.of(self.ranks, self.shards, plan.shares)
+        self._checks = ResultChecks(
+            self.ranks, self.norm, self.raises, self.source, plan.shares, replica_check
+        )
         if self.source is Source.GRADIENT and (self.managers is None or not self.managers.are_of(named)):
             self.managers = Managers(named)
+        self._reader = self._reader_of(plan.shares)
         self.plan = plan
+
+    def _reader_of(self, shares: Sequence[Share]) -> GradientReader:
+        return GradientReader(
+            self.ranks,
+            self._exchange,
+            self.norm,
+            lambda: self.shards,
+            shares,
+            self._weights,
+            listens=self.listens,
+            one_coefficient=self.one_coefficient,
+            source=self.source,
+        )
 
     def prepare_anew(self, read: Reader, payload_length: int = 0) -> None:
         """Make another plan, after the set of shards changed. Collective.
@@ -181,8 +197,7 @@ class Meter:
                 self.managers.refuse_unreduced()
             except DistnormError as error:
                 return Gradients([None] * len(self.shares), [error])
-        found = self._fast_path.read(holders) if self._fast_path is not None else None
-        return found if found is not None else self._read_with_care(store, payload_length)
+        return self._reader.read(holders, store, payload_length)
 
     def reduce(
         self,
@@ -212,7 +227,7 @@ class Meter:
         statistic = self.overlap.take(gradients) if self.overlap is not None else None
         if statistic is None:
             statistic = gradients.statistic(self.norm, self.shares, device)
-        check = self._replica_check
+        check = self._checks.replica_check
         replicas: Tensor | float = 0.0
         if check is not None and self.ranks.state.compares_replicas:
             replicas = gradients.replica_number(check, device)
@@ -222,15 +237,16 @@ class Meter:
         if not self.listens:
             if gradients.problems:
                 raise gradients.problems[0]
-            return gradients, self._without_suspects(reduced)
+            return gradients, self._checks.without_suspects(reduced)
         if not reduced.agreed:
             decoded = reduced.decode()
             if decoded.stages == {"agree", "measure"} and decoded.all_raise:
-                self._agree(read_with_care(self.shards)[0], gradients.problems)
+                self._reader.agree(read_with_care(self.shards)[0], gradients.problems)
                 length = 0 if payload is None else payload.length
-                return self.reduce(self._read_with_care(store, length), payload, terms, store=store)
-            self._raise_disagreement(reduced, decoded, here, gradients)
-        self._check_values(gradients, reduced)
+                again = self._reader.read_with_care(store, length)
+                return self.reduce(again, payload, terms, store=store)
+            self._checks.raise_disagreement(reduced, decoded, here, self.shards, gradients)
+        self._checks.check_values(reduced, lambda: self.shards, gradients)
         return gradients, reduced
 
     def without_norm(self, gradients: Gradients) -> ReducedStatistics:
@@ -258,54 +274,21 @@ class Meter:
                 self.allow_empty = True
                 self.prepare(lambda: ([], []))
             elif "agree" in decoded.stages:
-                self._agree([], [])
+                self._reader_of(()).agree([], [])
             elif not decoded.stages:  # nobody has anything
                 return self.norm.finalise(self.norm.zeros(self.ranks.device())), False
             else:
                 break
-        empty = Gradients([])
-        if not reduced.agreed and self.listens:
-            self._raise_disagreement(reduced, decoded, None, empty)
         if self.listens:
-            self._check_values(empty, reduced)
+            empty, checks = Gradients([]), ResultChecks(self.ranks, self.norm, self.raises, self.source)
+            if not reduced.agreed:
+                checks.raise_disagreement(reduced, decoded, None, (), empty)
+            checks.check_values(reduced, tuple, empty)
         return reduced.total_norm, decoded.values["double"] > 0
 
     def find_not_finite(self, gradients: Gradients) -> tuple[tuple[str, int], ...]:
         """The first few parameters of each rank whose gradient isn't finite, with that rank. Collective."""
         return diagnosis.find_not_finite(self.ranks, self.shards, gradients.tensors)
-
-    # ---- reading
-
-    def _read_with_care(self, store: bool, payload_length: int) -> Gradients:
-        readings, problems = read_with_care(self.shards)
-        if self.managers is not None:
-            diagnosis.warn_of_taken_gradients(self.shards, readings)
-        if self._batches is None or not all(is_agreed(self._batches, i, r) for i, r in enumerate(readings)):
-            decoded = self._poll("agree", {}, payload_length)
-            if decoded.all_raise or not decoded.values["measure"]:
-                self._agree(readings, problems)
-        for batch in self._batches or ():
-            batch.reduce(self.shards, readings, store=store)
-        gradients = completed(self.shards, readings, problems, store=store)
-        self._fast_path = None
-        if store:
-            gradients.lay_out(self.shards, one_coefficient=self.one_coefficient)
-            if not self._batches and not gradients.problems and self.norm.kernel is not None:
-                presence = gradients.presence(self._weights)
-                self._fast_path = FastPath.of(self.shards, self.shares, gradients, presence)
-        return gradients
-
-    def _agree(self, readings: Sequence[Reading], problems: Sequence[DistnormError]) -> None:
-        """Agree on which gradients are partial; the first time, also check that replicas are equal."""
-        self.ranks.raise_together(problems[0] if problems else None)
-        is_first = self._batches is None
-        self._batches = agree_on_partials(self.ranks, self.shards, readings, self._batches or ())
-        if is_first and self._batches is not None and self.plan is not None and self.plan.has_replicas:
-            complete = [reading if isinstance(reading, Tensor) else None for reading in readings]
-            partial = {i for batch in self._batches for i in batch.layouts}
-            compare_replicas(
-                self.ranks, self.shards, self.shares, complete, apart_from=partial, finite_only=True
-            )
 
     # ---- agreement
 
@@ -329,55 +312,5 @@ class Meter:
     def _poll(self, stage: Stage, here: Mapping[str, object], payload_length: int = 0) -> DecodedHeader:
         """Exchange headers without a statistic, and raise if ranks are at different stages of a call."""
         decoded = self._exchange(None, Header(stage, self.listens), payload_length).decode()
-        if not (stage == "agree" and decoded.stages <= {"agree", "measure"}):
-            diagnosis.raise_disagreement(self.ranks, decoded, here)
+        diagnosis.raise_disagreement(self.ranks, decoded, here)
         return decoded
-
-    def _raise_disagreement(
-        self,
-        reduced: ReducedStatistics,
-        decoded: DecodedHeader,
-        here: Mapping[str, object] | None,
-        gradients: Gradients,
-    ) -> NoReturn:
-        """Raise the reason: searched by all ranks if all of them read results, else what this rank knows."""
-        diagnosis.raise_disagreement(self.ranks, decoded, here, terms_too=True)
-        self.ranks.raise_together(gradients.problems[0] if gradients.problems else None)
-        if decoded.is_one_sided:
-            compare_replicas(self.ranks, self.shards, self.shares, gradients.tensors)
-        if reduced.is_packed:
-            diagnosis.raise_left_out(self.ranks, decoded)
-        raise DisagreementError("expected every rank to measure the same set, found headers that don't fit")
-
-    def _check_values(self, gradients: Gradients, reduced: ReducedStatistics) -> None:
-        """Raise or warn, on ranks that read results: not finite, unequal replicas, no gradient at all."""
-        total_norm, difference = reduced.total_norm, reduced.replica_difference
-        # In the host's memory to read a value takes no operator.
-        norm = float(total_norm.numpy() if kernels.on_host(total_norm) else total_norm)
-        if not math.isfinite(norm):
-            if self.raises:
-                diagnosis.raise_not_finite(self.ranks, self.norm.order, norm, self.shards, gradients.tensors)
-            return
-        if difference is not None and self._are_suspect(reduced, float(difference)):
-            compare_replicas(self.ranks, self.shards, self.shares, gradients.tensors)
-            if self._replica_check is not None:
-                self._replica_check.learn(float(difference))
-        if norm == 0 and self.managers is not None:
-            diagnosis.warn_of_no_gradients(self.ranks, self.shards, gradients.is_empty())
-
-    def _are_suspect(self, reduced: ReducedStatistics, difference: float) -> bool:
-        """Whether replicas are to be compared whole; alike on all ranks."""
-        check = self._replica_check
-        suspect = check is not None and bool(check.is_suspect(difference))
-        if reduced.is_packed or difference == 0 or reduced.decode().values["measure"] == self.ranks.size:
-            return suspect
-        return self.ranks.any(suspect)[0]  # a rank that was given nothing has no plan to go by
-
-    def _without_suspects(self, reduced: ReducedStatistics) -> ReducedStatistics:
-        """Where no rank reads results: make the total norm NaN if replicas differ by much."""
-        difference = reduced.replica_difference
-        if self._replica_check is None or not isinstance(difference, Tensor):
-            return reduced
-        suspect = self._replica_check.exceeds_rounding(difference)
-        agreed = torch.as_tensor(reduced.agreed, device=difference.device) & ~suspect
-        return replace(reduced, total_norm=reduced.total_norm.masked_fill(~agreed, math.nan), agreed=agreed)

@@ -4,7 +4,7 @@ A gradient is read when it is final: torch's own accumulation and FSDP2 announce
 hooks, DDP by the communication hook of its bucket. Each has one slot, which the next backward overwrites.
 A statistic is used only if its gradient is proved to be the same: the same address, the versions that
 autograd counts, and a fingerprint of its bytes, for writes that autograd doesn't count (`.grad.data`,
-numpy, foreach operators on DTensors, collectives). A fingerprint has every byte of a gradient up to 1 MiB,
+numpy, foreach operators on DTensors, collectives). A fingerprint has every byte of a gradient up to 16 MiB,
 and of larger ones 64 bytes of every KiB. If a single gradient is not the same, all are measured as if nothing
 had been taken.
 """

@@ -22,7 +22,8 @@ from torch.distributed import ProcessGroup
 from distnorm import kernels
 from distnorm.errors import CoverageError
 from distnorm.plan.collectives import Ranks, ranks_of, reduce_partial_
-from distnorm.plan.plan import identity_rows, piece_groups, raise_named, spread, stable_hash
+from distnorm.plan.plan import identity_rows, piece_groups, raise_named, spread
+from distnorm.plan.terms import stable_hash
 from distnorm.sources.shards import GradShard, PartialGrad, Reading
 
 _MISSING, _COMPLETE = 1, 2

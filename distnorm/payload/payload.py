@@ -108,3 +108,18 @@ class LossPayload:
             return False
         self._was_given = True
         return float(count.item()) == 0
+
+
+def join_payloads(of_policies: PayloadParts | None, snapshot: Payload | None) -> PayloadParts | None:
+    """What a step sends beside its statistic; `None` if that is nothing."""
+    parts = [part for part in (of_policies, snapshot) if part is not None]
+    return PayloadParts(parts) if parts else None
+
+
+def split_payload(
+    reduced: Tensor, of_policies: PayloadParts | None, snapshot: Payload | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The reduced payloads of policies and of a snapshot; `None` where there is none."""
+    length = 0 if of_policies is None else of_policies.length
+    mine = None if of_policies is None or not len(reduced) else reduced[:length]
+    return mine, None if snapshot is None else reduced[length:]

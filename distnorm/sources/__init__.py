@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from distnorm.errors import DistnormError
 from distnorm.sources import dtensor, fsdp1, plain
 from distnorm.sources.inventory import Inventory, Managers, Replicated
+from distnorm.sources.recognition import recognise
 from distnorm.sources.shards import GradShard, Source
 from distnorm.sources.targets import (
     Tied,
@@ -40,6 +41,7 @@ __all__ = [
     "modules_of",
     "named_tensors",
     "read_once",
+    "recognise",
     "shards_of",
     "stage_of",
 ]

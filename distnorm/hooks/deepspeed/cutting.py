@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distnorm import kernels
 from distnorm.plan.collectives import Ranks
-from distnorm.plan.plan import stable_hash
+from distnorm.plan.terms import stable_hash
 from distnorm.sources.deepspeed import Cuts, Piece
 
 
