@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,7 +83,7 @@ class Scene:
         if local is None or not is_readable(local) or type(local) is not Tensor or piece.complete is not None:
             return False
         fits = local.dtype is holder.dtype and local.shape == holder.shape and local.is_contiguous()
-        return fits and not local.is_inference() and not local.requires_grad
+        return fits and not (local.is_inference() or local.requires_grad or local._is_zerotensor())
 
     def put(self, i: int, tensor: Tensor, dice: random.Random) -> None:
         """Make a tensor the (local) gradient, whatever its dtype and shape are."""
@@ -102,7 +103,8 @@ class Scene:
             holder.grad = tensor
         except (RuntimeError, TypeError):
             holder.grad = torch.zeros_like(holder)
-            holder.grad.data = tensor
+            with suppress(RuntimeError):  # torch refuses it before we can
+                holder.grad.data = tensor
 
 
 def made(values: Values, shape: Sequence[int], dtype: torch.dtype, before: int = 0) -> Tensor:

@@ -17,7 +17,7 @@ from distnorm.kernels.dispatch import (
 )
 from distnorm.kernels.eager import blocks, clamp_, moved, on_device, zero_unless_
 from distnorm.kernels.finding import Finder, Found
-from distnorm.kernels.memory import SharedMemoryError, memory_of, once
+from distnorm.kernels.memory import SharedMemoryError, is_all_there, memory_of, once
 from distnorm.kernels.native import Kernel, split
 from distnorm.kernels.sampling import sample_of, samples, samples_of
 from distnorm.kernels.walking import hold_just
@@ -35,6 +35,7 @@ __all__ = [
     "clamp_",
     "fingerprints",
     "hold_just",
+    "is_all_there",
     "measure",
     "memory_of",
     "moved",

@@ -85,7 +85,7 @@ class Gradients:
         views: list[Tensor | None] = []
         for shard, tensor in zip(shards, self._tensors, strict=True):
             try:
-                views.append(None if tensor is None else kernels.memory_of(tensor))
+                views.append(None if tensor is None else _writable(tensor))
             except ValueError as error:
                 self.problems.append(refusal(shard, str(error)))
                 views.append(None)
@@ -194,6 +194,17 @@ def completed(
                 refusal(shard, "its gradient is Partial now, and other ranks can't be asked to reduce it")
             )
     return Gradients(tensors, late)
+
+
+def _writable(tensor: Tensor) -> Tensor:
+    """`kernels.memory_of` of what torch lets be changed in place.
+
+    Raises:
+        ValueError: it doesn't, or elements share memory.
+    """
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError("expected a tensor that can be changed here, found one of inference mode; clone it")
+    return kernels.memory_of(tensor)
 
 
 def refusal(shard: GradShard, fact: str) -> DistnormError:

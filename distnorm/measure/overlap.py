@@ -205,7 +205,8 @@ class _Relay:
         self._group = module.process_group
         self._listener: weakref.ref[Overlap] | None = None
         self._index: Mapping[int, int] = {}
-        module.register_comm_hook(self, _run_hook)
+        # torch refuses a hook whose annotation of `bucket` is a string, so this one has none.
+        module.register_comm_hook(self, lambda relay, bucket: relay.run(bucket))
         # A copy of the module has a reducer of its own, without our hook, and must not claim to have it.
         module._comm_hooks.pop()
         module.register_comm_hook = partial(_register_inner, module)  # type: ignore[method-assign]
@@ -240,10 +241,6 @@ class _Relay:
 
 
 _relays: weakref.WeakKeyDictionary[DistributedDataParallel, _Relay] = weakref.WeakKeyDictionary()
-
-
-def _run_hook(relay: _Relay, bucket: Bucket) -> Future[Any]:
-    return relay.run(bucket)
 
 
 def _register_inner(module: DistributedDataParallel, state: object, hook: Callable[..., Future[Any]]) -> None:
