@@ -142,6 +142,10 @@ class Picture:
         self.blocks: dict[int, Block] = {}
         self.copies: list[tuple[Tensor, Tensor, int]] = []  # of memory that a look would change
         self.shares_oddly = False
+        # Replicas of few digits may differ by so much that a difference of one of them doesn't show.
+        grads = [p.holder.grad for p in pieces if p.holder.grad is not None]
+        kept = {p.holder.dtype for p in pieces} | {local_of(gradient).dtype for gradient in grads}
+        self.is_coarse = not kept <= {torch.float32, torch.float64}
         self.shares = False
         for i, piece in enumerate(pieces):
             state, values = self._look(i, piece)
@@ -239,6 +243,7 @@ class Truth:
         must_refuse: whether the call can't be right.
         may_refuse: whether it need not be measured.
         shares, shares_oddly: whether gradients share memory, and not as one tensor.
+        is_unequal: whether replicas hold different gradients.
         trouble: how many ranks found something wrong before.
     """
 
@@ -248,6 +253,7 @@ class Truth:
     shares: bool
     shares_oddly: bool
     trouble: float
+    is_unequal: bool = False
 
     def norm(self, order: float, which: Sequence[int] | None = None) -> float:
         chosen = range(len(self.whole)) if which is None else which
@@ -272,14 +278,14 @@ def gather(values: Sequence[float] | Values) -> Values:
 def agree(picture: Picture, trouble: bool, may_refuse: bool) -> Truth:
     """Put the ranks' gradients together. Collective."""
     pieces = picture.pieces
-    odd = [float(x) for x in (trouble, picture.shares, picture.shares_oddly, may_refuse)]
+    odd = [float(x) for x in (trouble, picture.shares, picture.shares_oddly, may_refuse, picture.is_coarse)]
     longest = sum(1 + max(map(len, piece.everywhere)) for piece in pieces) + len(odd)
     mine = np.concatenate(
         [np.array(odd), *(np.r_[s, v] for s, v in zip(picture.states, picture.values, strict=True))]
     )
     rows = gather(np.pad(mine, (0, longest - len(mine))))
     at = [len(odd)] * len(rows)
-    shares, shares_oddly, may_refuse = (bool(rows[:, column].any()) for column in (1, 2, 3))
+    shares, shares_oddly, may_refuse, is_coarse = (bool(rows[:, column].any()) for column in range(1, 5))
     truth = Truth([], False, may_refuse, shares, shares_oddly, float(rows[:, 0].sum()))
     for piece in pieces:
         whole, is_there = np.zeros(piece.numel), np.zeros(piece.numel, dtype=bool)
@@ -297,11 +303,18 @@ def agree(picture: Picture, trouble: bool, may_refuse: bool) -> Truth:
             if state == PRESENT:
                 old = is_there[index]
                 if not np.array_equal(whole[index][old], values[old], equal_nan=True):
-                    truth.must_refuse = True
+                    truth.is_unequal, truth.may_refuse = True, True
+                    truth.must_refuse |= not is_coarse and _differ(whole[index], values)
                 whole[index], is_there[index] = values, True
         truth.may_refuse |= len(kinds) > 1
         truth.whole.append(whole[is_there])
     return truth
+
+
+def _differ(one: Values, other: Values) -> bool:
+    """Whether by more than a few digits, in their norms too."""
+    norms = [float(np.sqrt(np.square(values).sum())) for values in (one, other)]
+    return all(map(math.isfinite, norms)) and abs(norms[0] - norms[1]) > 0.3 * max(norms)
 
 
 @dataclass(frozen=True)

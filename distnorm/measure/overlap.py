@@ -278,7 +278,11 @@ def _local(gradient: Tensor) -> Tensor:
 
 
 def _versions_of(gradient: Tensor) -> tuple[int, int]:
-    return gradient._version, _local(gradient)._version
+    return _version_of(gradient), _version_of(_local(gradient))
+
+
+def _version_of(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version  # inference tensors count no changes
 
 
 def _replicated(modules: Sequence[nn.Module]) -> list[DistributedDataParallel]:
