@@ -117,7 +117,7 @@ def run(campaign: Campaign, ranks: Callable[..., list[Any]] | None = None) -> tu
     """Run a campaign, and return what was counted and what was wrong."""
     start = ranks or RankPool().run
     try:
-        told = start(campaign.world, attack, campaign, timeout=600, collective_timeout=40)
+        told = start(campaign.world, attack, campaign, timeout=600, collective_timeout=120)
     except RankError as error:
         return Counter(), [str(error)]
     return told[0][0], [f"rank {rank}: {finding}" for rank, (_, all_) in enumerate(told) for finding in all_]

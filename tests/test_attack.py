@@ -102,7 +102,29 @@ def test_an_inference_tensor_is_refused_before_any_gradient_changes(policy):
     found[1].grad = None
     with torch.inference_mode():
         found[1].grad = torch.full((3, 4), 2.0)
-    with pytest.raises(distnorm.UnsupportedGradientError, match=r"parameter .1.: .* inference mode; clone it"):
+    with pytest.raises(
+        distnorm.UnsupportedGradientError, match=r"parameter .1.: .* inference mode; clone it"
+    ):
         clipper.clip()
     assert all(bool((p.grad == 2).all()) for p in found)
     assert float(distnorm.get_total_norm([p.grad for p in found])) == pytest.approx(12, rel=1e-6)
+
+
+def test_an_empty_meta_gradient_is_refused_by_name():
+    found = [nn.Parameter(torch.zeros(0, 4)), nn.Parameter(torch.zeros(2))]
+    clipper = distnorm.GradClipper(found, {"clip": {"max_norm": 1.0}})
+    fill(found)
+    moved_to_meta(found[0].grad)
+    with pytest.raises(distnorm.UnsupportedGradientError, match="parameter '0': expected memory for 0"):
+        clipper.clip()
+
+
+def test_overlapping_gradients_with_coefficients_of_their_own_are_refused_by_name():
+    found = [nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    clip = {"max_norm": 1.0, "policy": "per_tensor"}
+    clipper = distnorm.GradClipper(found, {"clip": clip})
+    memory = torch.full((6,), 3.0)
+    found[0].grad, found[1].grad = memory[:4], memory[2:]
+    with pytest.raises(distnorm.UnsupportedGradientError, match="memory of its own, as coefficients"):
+        clipper.clip()
+    assert bool((memory == 3).all())
