@@ -17,7 +17,7 @@ from distnorm.kernels.dispatch import (
 )
 from distnorm.kernels.eager import blocks, clamp_, moved, on_device, zero_unless_
 from distnorm.kernels.finding import Finder, Found
-from distnorm.kernels.memory import SharedMemoryError, memory_of, once
+from distnorm.kernels.memory import SharedMemoryError, is_all_there, memory_of, once
 from distnorm.kernels.modes import outside_graphs, plain_operators
 from distnorm.kernels.native import Kernel, split
 from distnorm.kernels.sampling import sample_of, samples, samples_of
@@ -37,6 +37,7 @@ __all__ = [
     "fingerprints",
     "first_with_gradient",
     "hold_just",
+    "is_all_there",
     "measure",
     "memory_of",
     "moved",

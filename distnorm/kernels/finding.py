@@ -159,6 +159,7 @@ def _fits(tensor: Tensor, numel: int, dtype: torch.dtype) -> bool:
         and tensor.numel() == numel
         and tensor.is_contiguous()
         and not tensor.is_neg()
+        and not tensor.is_inference()
         and not tensor._is_zerotensor()
         and not torch._C._is_cow_tensor(tensor)  # type: ignore[attr-defined]
         and has_memory(tensor, numel * tensor.element_size())

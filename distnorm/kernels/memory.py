@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distnorm.kernels.addresses import PLAIN, Ints, addresses_of
+from distnorm.kernels.addresses import PLAIN, Ints, addresses_of, has_memory
 
 
 class SharedMemoryError(ValueError):
@@ -22,6 +22,16 @@ class SharedMemoryError(ValueError):
     def __init__(self, fact: str, positions: tuple[int, int]) -> None:
         super().__init__(fact)
         self.positions = positions
+
+
+def is_all_there(tensor: Tensor) -> bool:
+    """Whether a tensor's elements are within its storage, which can be freed or made smaller under it.
+
+    Lazy zeros and meta tensors have no memory; of the latter not even empty ones are where they should be.
+    """
+    if tensor.is_meta or tensor._is_zerotensor():
+        return not (tensor.is_meta or tensor.numel())
+    return has_memory(tensor, _extent(tensor))
 
 
 def memory_of(tensor: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ bool is_exactly(const c10::TensorImpl &tensor, PyObject *type, bool may_be_none)
 bool is_as_expected(const c10::TensorImpl &tensor, int64_t numel, c10::ScalarType dtype) {
     if (tensor.numel() != numel || tensor.dtype() != dtype || tensor.layout() != c10::kStrided ||
         tensor.device_type() != c10::kCPU || tensor.is_python_dispatch() || tensor.is_neg() ||
-        tensor.is_conj() || !tensor.is_contiguous())
+        tensor.is_conj() || tensor.is_inference() || !tensor.is_contiguous())
         return false;
     const c10::Storage &storage = tensor.storage();
     size_t end = (tensor.storage_offset() + numel) * tensor.itemsize();
@@ -193,10 +193,9 @@ extern "C" PyObject *distnorm_tensors(PyObject *capsule) {
     return list;
 }
 
-// Count a change in place of each tensor that a capsule holds; inference tensors count none.
+// Count a change in place of each tensor that a capsule holds.
 extern "C" void distnorm_changed(PyObject *capsule) {
-    for (const Held &gradient : *of_capsule(capsule))
-        if (!gradient->is_inference()) gradient->bump_version();
+    for (const Held &gradient : *of_capsule(capsule)) gradient->bump_version();
 }
 
 // The position of the first of `tensors`, a list of these, that has a gradient; -1 if none has.

@@ -85,7 +85,7 @@ class Gradients:
         views: list[Tensor | None] = []
         for shard, tensor in zip(shards, self._tensors, strict=True):
             try:
-                views.append(None if tensor is None else kernels.memory_of(tensor))
+                views.append(None if tensor is None else _writable(tensor))
             except ValueError as error:
                 self.problems.append(refusal(shard, str(error)))
                 views.append(None)
@@ -99,8 +99,8 @@ class Gradients:
             self.problems.append(refusal(shards[positions[error.positions[0]]], f"{error} ({names})"))
             return
         if len(self._once) < len(there) and not one_coefficient:
-            starts = [view.data_ptr() for view in there.values()]
-            first = next(i for i, start in zip(there, starts, strict=True) if starts.count(start) > 1)
+            alone = list(map(id, self._once))
+            first = next(i for i, view in there.items() if not _took(alone, id(view)))
             fact = "expected memory of its own, as coefficients are each gradient's own, found shared memory"
             self.problems.append(refusal(shards[first], fact))
 
@@ -194,6 +194,25 @@ def completed(
                 refusal(shard, "its gradient is Partial now, and other ranks can't be asked to reduce it")
             )
     return Gradients(tensors, late)
+
+
+def _took(numbers: list[int], number: int) -> bool:
+    """Take a number out of a list, if it is there."""
+    is_there = number in numbers
+    if is_there:
+        numbers.remove(number)
+    return is_there
+
+
+def _writable(tensor: Tensor) -> Tensor:
+    """`kernels.memory_of` of what torch lets be changed in place.
+
+    Raises:
+        ValueError: it doesn't, or elements share memory.
+    """
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError("expected a tensor that can be changed here, found one of inference mode; clone it")
+    return kernels.memory_of(tensor)
 
 
 def refusal(shard: GradShard, fact: str) -> DistnormError:

@@ -202,6 +202,7 @@ class _Relay:
         self._group = module.process_group
         self._listener: weakref.ref[Overlap] | None = None
         self._index: Mapping[int, int] = {}
+        # torch refuses a hook whose annotation of `bucket` is a string, so this one has none.
         module.register_comm_hook(self, lambda relay, bucket: relay.run(bucket))
         # A copy of the module has a reducer of its own, without our hook, and must not claim to have it.
         module._comm_hooks.pop()
@@ -281,7 +282,11 @@ def _local(gradient: Tensor) -> Tensor:
 
 
 def _versions_of(gradient: Tensor) -> tuple[int, int]:
-    return gradient._version, _local(gradient)._version
+    return _version_of(gradient), _version_of(_local(gradient))
+
+
+def _version_of(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version  # inference tensors count no changes
 
 
 def _replicated(modules: Sequence[nn.Module]) -> list[DistributedDataParallel]:

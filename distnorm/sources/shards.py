@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from distnorm import kernels
 from distnorm.errors import UnsupportedGradientError
 
 Extent = tuple[int, int] | str
@@ -161,8 +162,8 @@ def measurable(tensor: Tensor) -> Tensor:
     """The tensor as plain memory, if it has elements that can be measured and multiplied there.
 
     Raises:
-        UnsupportedGradientError: it is sparse, nested, of integers or of packed numbers, or of a class whose
-            operators alone know what is inside.
+        UnsupportedGradientError: it is sparse, nested, of integers or of packed numbers, of a class whose
+            operators alone know what is inside, or its memory is not all there.
     """
     if hasattr(tensor, "trigger_wait"):  # an asynchronous collective's result
         tensor = tensor.trigger_wait()
@@ -173,14 +174,20 @@ def measurable(tensor: Tensor) -> Tensor:
         )
     if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex) or tensor.dtype in PACKED:
         raise UnsupportedGradientError(f"expected a floating-point or complex dtype, found {tensor.dtype}")
-    if type(tensor) is Tensor or type(tensor).__name__ == "FakeTensor":
+    if type(tensor).__name__ == "FakeTensor":
         return tensor
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise UnsupportedGradientError(
             f"expected a tensor of plain memory, found {type(tensor).__name__}, whose operators alone "
             "know its elements; convert the gradient to a plain tensor before it is measured"
         )
-    return tensor.as_subclass(Tensor)
+    plain = tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
+    if not kernels.is_all_there(plain):
+        raise UnsupportedGradientError(
+            f"expected memory for {tensor.numel()} elements of {tensor.dtype}, found less: it is a meta "
+            "tensor or lazy zeros, or its storage was freed or made smaller"
+        )
+    return plain
 
 
 PACKED = tuple(
