@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD, AdamW, Optimizer
 
 import distnorm
@@ -324,13 +325,13 @@ def test_after_an_overflow_a_step_without_the_scaler_is_clipped() -> None:
 
 def one_of_two_optimizers() -> float:
     """The next scale, where one of two optimizers steps and the other's gradients overflow on rank 0."""
-    net = model()
+    net = fully_shard(model())
     first, second = SGD(net[0].parameters(), lr=1.0), SGD(net[2].parameters(), lr=1.0)
     distnorm.attach(net, [first, second], {"clip": {"max_norm": MAX_NORM, "nonfinite": "skip"}})
     scaler = GradScaler("cpu", init_scale=8.0)
     scaler.scale(loss_of(net)).backward()
     if dist.get_rank() == 0:
-        net[2].weight.grad.fill_(math.inf)
+        net[2].weight.grad.to_local().fill_(math.inf)
     scaler.step(first)
     scaler.update()
     return scaler.get_scale()

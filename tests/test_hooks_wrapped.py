@@ -421,13 +421,13 @@ def test_a_handle_is_shown_in_one_helpful_line() -> None:
     net = model()
     optimizer = SGD(net.parameters(), lr=1.0)
     handle = distnorm.attach(net, optimizer, CLIP)
-    assert repr(handle).startswith("<distnorm.Handle: SGD; max_norm 0.01, policy ")
-    assert repr(handle).endswith("nonfinite raise; steps 0, no step yet>")
+    assert repr(handle).startswith("Handle(SGD; GradClipper(4 tensors, 1 rank, norm 2, max_norm 0.01, ")
+    assert repr(handle).endswith(", 0 steps))")
     true = backward(net)
     optimizer.step()
-    assert repr(handle).endswith(f"steps 1, last norm {true:.6g}>")
+    assert repr(handle).endswith(f", 1 step, last norm {true:.6g}))")
     handle.remove()
-    assert repr(handle).startswith("<distnorm.Handle: removed;")
+    assert repr(handle).startswith("Handle(removed; GradClipper(")
 
 
 def zero_redundancy() -> tuple[float, float, float]:
