@@ -3,7 +3,7 @@ reference."""
 
 from __future__ import annotations
 
-from distnorm.kernels.addresses import PLAIN, AddressTable, addresses_of, on_host
+from distnorm.kernels.addresses import HOST, PLAIN, AddressTable, addresses_of, on_host
 from distnorm.kernels.dispatch import (
     checksum,
     fingerprints,
@@ -24,6 +24,7 @@ from distnorm.kernels.sampling import sample_of, samples, samples_of
 from distnorm.kernels.walking import first_with_gradient, hold_just
 
 __all__ = [
+    "HOST",
     "PLAIN",
     "AddressTable",
     "Finder",

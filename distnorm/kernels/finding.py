@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,25 +21,20 @@ _NO_SLOTS = (None, -1, -1)
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Gradients where they were found. Its tensors stay alive until it is dropped.
+    """Gradients where they were found. Their memory stays until it is dropped.
 
     Args:
         addresses: [gradients] of the first elements of the (local) tensors.
+        tensors: gives the (local) tensors themselves, in their order.
     """
 
     addresses: Ints
-    _held: Any  # a list of the tensors; or a capsule that holds them
+    tensors: Callable[[], list[Tensor]]
+    _held: Any  # a list of the tensors; or a capsule that holds them, or their memory
     _compiled: ctypes.PyDLL | None = None  # what made the capsule
 
-    def tensors(self) -> list[Tensor]:
-        """The (local) tensors themselves, in their order."""
-        if self._compiled is None:
-            return list(self._held)
-        held: list[Tensor] = self._compiled.distnorm_tensors(self._held)
-        return held
-
     def mark_changed(self) -> None:
-        """Count one more version of every (local) tensor in autograd, as after a change in place."""
+        """Tell autograd that every plain gradient is changed in place; local tensors have no version that counts."""
         if self._compiled is None:
             torch.autograd.graph.increment_version(self._held)
         else:
@@ -98,7 +94,8 @@ class Finder:
         arrays = (*self._columns, addresses.ctypes.data, self._scratch.ctypes.data)
         listed = holders if isinstance(holders, list | tuple) else list(holders)
         held = self._compiled.distnorm_find(listed, self._specs, *arrays, *self._slots)
-        return None if held is None else Found(addresses, held, self._compiled)
+        tensors = partial(self._locals, listed)
+        return None if held is None else Found(addresses, tensors, held, self._compiled)
 
     def _take(self, compiled: ctypes.PyDLL | None) -> None:
         if compiled is None:
@@ -124,11 +121,14 @@ class Finder:
             if not _fits(tensor, numel, dtype):
                 return None
             held.append(tensor)
-        return Found(addresses_of(held), held)
+        return Found(addresses_of(held), lambda: list(held), held)
 
     @staticmethod
     def _has(spec: Any, gradient: Any) -> bool:
         return gradient._spec is spec or bool(gradient._spec == spec)
+
+    def _locals(self, holders: Sequence[Any]) -> list[Tensor]:
+        return [self._local(holder.grad) for holder in holders]
 
     def _local(self, gradient: Any) -> Tensor:
         local: Tensor = gradient if self._specs is None else gradient._local_tensor

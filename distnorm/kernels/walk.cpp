@@ -22,7 +22,13 @@ void fetch(const void *at, int lines) {
 }
 
 using Held = c10::intrusive_ptr<c10::TensorImpl, at::UndefinedTensorImpl>;
-using Gradients = std::vector<Held>;
+
+// What keeps gradients where they were found: the tensors, or, of DTensors, the memory of the local ones. Many
+// of those lie in one storage, so that this is held once.
+struct Gradients {
+    std::vector<Held> tensors;
+    std::vector<c10::Storage> storages;
+};
 
 constexpr const char *CAPSULE = "distnorm.gradients";
 
@@ -47,7 +53,7 @@ bool is_exactly(const c10::TensorImpl &tensor, PyObject *type, bool may_be_none)
 bool is_as_expected(const c10::TensorImpl &tensor, int64_t numel, c10::ScalarType dtype) {
     if (tensor.numel() != numel || tensor.dtype() != dtype || tensor.layout() != c10::kStrided ||
         tensor.device_type() != c10::kCPU || tensor.is_python_dispatch() || tensor.is_neg() ||
-        tensor.is_conj() || tensor.is_inference() || !tensor.is_contiguous())
+        tensor.is_conj() || const_cast<c10::TensorImpl &>(tensor).is_inference() || !tensor.is_contiguous())
         return false;
     const c10::Storage &storage = tensor.storage();
     size_t end = (tensor.storage_offset() + numel) * tensor.itemsize();
@@ -60,37 +66,45 @@ PyObject *held(PyObject *instance, Py_ssize_t offset) {
     return *reinterpret_cast<PyObject **>(reinterpret_cast<char *>(instance) + offset);
 }
 
-// Put in place of DTensors their local tensors. `scratch` is of as many pointers.
-bool go_to_locals(Gradients &gradients, PyObject *specs, PyObject *dtensor, Py_ssize_t spec, Py_ssize_t local,
-                  void **scratch) {
-    size_t count = gradients.size();
-    auto **objects = reinterpret_cast<PyObject **>(scratch);
-    for (size_t i = 0; i < count; i++) {
-        PyObject *gradient = object_of(*gradients[i]);
+// Put in place of DTensors their local tensors.
+bool go_to_locals(c10::TensorImpl **tensors, Py_ssize_t count, PyObject *specs, PyObject *dtensor,
+                  Py_ssize_t spec, Py_ssize_t local) {
+    auto **objects = reinterpret_cast<PyObject **>(tensors);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *gradient = object_of(*tensors[i]);
         bool is_ours = gradient && reinterpret_cast<PyObject *>(Py_TYPE(gradient)) == dtensor;
-        Py_XDECREF(gradient); // the tensor, which is held, keeps it
+        Py_XDECREF(gradient); // the tensor, which its parameter holds, keeps it
         if (!is_ours) return false;
         objects[i] = gradient;
         fetch(gradient, OBJECT);
     }
-    for (size_t i = 0; i < count; i++) {
+    for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *expected = PyList_GET_ITEM(specs, i), *found = held(objects[i], spec);
-        if (!found) return false;
+        PyObject *tensor = held(objects[i], local);
+        if (!found || !tensor) return false;
         if (found != expected) {
             Py_INCREF(found);
             int is_equal = PyObject_RichCompareBool(found, expected, Py_EQ);
             Py_DECREF(found);
             if (is_equal != 1) return false;
         }
-        fetch(held(objects[i], local), OBJECT);
+        objects[i] = tensor;
+        fetch(tensor, OBJECT);
     }
-    for (size_t i = 0; i < count; i++) {
-        PyObject *tensor = held(objects[i], local);
-        if (!tensor || reinterpret_cast<PyObject *>(Py_TYPE(tensor)) != THPVariableClass) return false;
-        gradients[i] = THPVariable_Unpack(tensor).getIntrusivePtr();
-        fetch(gradients[i].get(), TENSOR);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (reinterpret_cast<PyObject *>(Py_TYPE(objects[i])) != THPVariableClass) return false;
+        tensors[i] = THPVariable_Unpack(objects[i]).unsafeGetTensorImpl();
+        fetch(tensors[i], TENSOR);
     }
     return true;
+}
+
+void hold(Gradients &gradients, c10::TensorImpl &tensor, bool is_local) {
+    if (!is_local) {
+        gradients.tensors.push_back(Held::reclaim_copy(&tensor));
+    } else if (gradients.storages.empty() || !gradients.storages.back().is_alias_of(tensor.storage())) {
+        gradients.storages.push_back(tensor.storage());
+    }
 }
 
 bool find(Gradients &gradients, PyObject *holders, PyObject *specs, const int64_t *numels,
@@ -100,6 +114,7 @@ bool find(Gradients &gradients, PyObject *holders, PyObject *specs, const int64_
     Py_ssize_t count = PySequence_Fast_GET_SIZE(holders);
     PyObject **holder = PySequence_Fast_ITEMS(holders);
     auto **tensors = reinterpret_cast<c10::TensorImpl **>(scratch);
+    bool are_local = specs != Py_None;
     for (Py_ssize_t i = 0; i < count; i++) {
         if (i + AHEAD < count) fetch(holder[i + AHEAD], OBJECT);
         if (!THPVariable_Check(holder[i])) return false;
@@ -110,15 +125,18 @@ bool find(Gradients &gradients, PyObject *holders, PyObject *specs, const int64_
         if (i + AHEAD < count) fetch(tensors[i + AHEAD]->autograd_meta(), OBJECT);
         const auto *meta = tensors[i]->autograd_meta();
         if (!meta || !meta->grad().defined()) return false;
-        gradients.push_back(meta->grad().getIntrusivePtr());
-        fetch(gradients[i].get(), TENSOR);
+        tensors[i] = meta->grad().unsafeGetTensorImpl();
+        fetch(tensors[i], TENSOR);
     }
-    if (specs != Py_None && !go_to_locals(gradients, specs, dtensor, spec, local, scratch)) return false;
+    if (are_local && !go_to_locals(tensors, count, specs, dtensor, spec, local)) return false;
     for (Py_ssize_t i = 0; i < count; i++) {
-        const c10::TensorImpl &gradient = *gradients[i];
-        if (specs == Py_None && !is_exactly(gradient, THPVariableClass, true)) return false;
+        if (i + AHEAD < count && tensors[i + AHEAD]->has_storage())
+            fetch(tensors[i + AHEAD]->unsafe_storage().unsafeGetStorageImpl(), OBJECT);
+        c10::TensorImpl &gradient = *tensors[i];
+        if (!are_local && !is_exactly(gradient, THPVariableClass, true)) return false;
         if (!is_as_expected(gradient, numels[i], DTYPES[codes[i]])) return false;
         out[i] = reinterpret_cast<int64_t>(gradient.data());
+        hold(gradients, gradient, are_local);
     }
     return true;
 }
@@ -169,7 +187,7 @@ extern "C" PyObject *distnorm_find(PyObject *holders, PyObject *specs, const int
                                    Py_ssize_t spec, Py_ssize_t local) {
     try {
         auto gradients = std::make_unique<Gradients>();
-        gradients->reserve(PySequence_Fast_GET_SIZE(holders));
+        if (specs == Py_None) gradients->tensors.reserve(PySequence_Fast_GET_SIZE(holders));
         if (find(*gradients, holders, specs, numels, codes, out, scratch, dtensor, spec, local)) {
             PyObject *capsule = PyCapsule_New(gradients.get(), CAPSULE, let_go);
             if (capsule) gradients.release();
@@ -181,21 +199,9 @@ extern "C" PyObject *distnorm_find(PyObject *holders, PyObject *specs, const int
     Py_RETURN_NONE;
 }
 
-// The tensors that a capsule holds, as a list.
-extern "C" PyObject *distnorm_tensors(PyObject *capsule) {
-    const Gradients &gradients = *of_capsule(capsule);
-    PyObject *list = PyList_New(gradients.size());
-    for (size_t i = 0; list && i < gradients.size(); i++) {
-        PyObject *tensor = THPVariable_Wrap(at::Tensor(gradients[i]));
-        if (tensor) PyList_SET_ITEM(list, i, tensor);
-        else Py_CLEAR(list);
-    }
-    return list;
-}
-
 // Count a change in place of each tensor that a capsule holds.
 extern "C" void distnorm_changed(PyObject *capsule) {
-    for (const Held &gradient : *of_capsule(capsule)) gradient->bump_version();
+    for (const Held &gradient : of_capsule(capsule)->tensors) gradient->bump_version();
 }
 
 // The position of the first of `tensors`, a list of these, that has a gradient; -1 if none has.

@@ -17,6 +17,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from distnorm import kernels
 from distnorm.errors import DisagreementError, DistnormError
 from distnorm.measure import diagnosis
 from distnorm.measure.diagnosis import SET
@@ -71,6 +72,7 @@ class Meter:
     overlap: Overlap | None = None
     managers: Managers | None = None
     plan: Plan | None = None
+    _home: torch.device = kernels.HOST  # where the first parameter is
     _shards: list[GradShard] | None = None
     _describe: Callable[[], list[GradShard]] = list
     _exchange: Exchange = field(init=False)
@@ -101,7 +103,7 @@ class Meter:
     @property
     def listens(self) -> bool:
         """Whether this rank reads results on the host: if it must, or if they are reduced there anyway."""
-        return self.raises or self.ranks.reduce_device(torch.device("cpu")).type == "cpu"
+        return self.raises or self.ranks.reduce_device(self._home).type == "cpu"
 
     # ---- planning
 
@@ -115,6 +117,7 @@ class Meter:
         named: list[tuple[str, Tensor]] = []
         with self.ranks.together():
             self._shards, named = read()
+        self._home = next((shard.holder.device for shard in self.shards), self._home)
         plan = make_plan(self.ranks, self.shards, self.terms, replicas_share=self.norm.replicas_share)
         check_tied(self.ranks, [name for name, _ in named], self.tied)
         if self.allow_empty or not self._exchange.can_pack:
