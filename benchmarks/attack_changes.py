@@ -156,7 +156,7 @@ def _zero(scene: Scene, i: int, dice: random.Random) -> str | None:
     for k in range(len(scene.pieces)):
         local = current(scene, k)
         if local is not None and not local.is_inference():
-            with torch.no_grad():
+            with torch.no_grad(), suppress(RuntimeError):  # torch refuses it where elements share memory
                 local.zero_()
     return CHECKED
 
@@ -433,7 +433,7 @@ def _in_place(scene: Scene, i: int, dice: random.Random) -> str | None:
     if local is None or type(local) is not Tensor or local.is_inference() or local.is_neg():
         return CHECKED
     gradient = scene.pieces[i].holder.grad
-    with torch.no_grad():
+    with torch.no_grad(), suppress(RuntimeError):  # torch refuses it where elements share memory
         if kind == 0:
             local.detach().data.mul_(3) if "float8" not in str(local.dtype) else None
         elif kind == 1 and local.dtype in (torch.float32, torch.float64) and not local.requires_grad:
