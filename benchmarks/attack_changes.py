@@ -280,7 +280,7 @@ def _shrunk(scene: Scene, i: int, dice: random.Random) -> str | None:
 def _restored(scene: Scene, i: int, dice: random.Random) -> str | None:
     """Its storage is freed, and there again, elsewhere."""
     local = current(scene, i)
-    if _owns(scene, i) and local is not None:
+    if _owns(scene, i) and local is not None and local.is_contiguous():
         values, size = local.clone(), local.untyped_storage().nbytes()
         local.untyped_storage().resize_(0)
         scene.gone.append(torch.full((size,), 3, dtype=torch.uint8))
