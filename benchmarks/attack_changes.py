@@ -156,7 +156,7 @@ def _zero(scene: Scene, i: int, dice: random.Random) -> str | None:
     for k in range(len(scene.pieces)):
         local = current(scene, k)
         if local is not None and not local.is_inference():
-            with torch.no_grad():
+            with torch.no_grad(), suppress(RuntimeError):  # torch refuses it where elements share memory
                 local.zero_()
     return CHECKED
 
@@ -280,7 +280,7 @@ def _shrunk(scene: Scene, i: int, dice: random.Random) -> str | None:
 def _restored(scene: Scene, i: int, dice: random.Random) -> str | None:
     """Its storage is freed, and there again, elsewhere."""
     local = current(scene, i)
-    if _owns(scene, i) and local is not None:
+    if _owns(scene, i) and local is not None and local.is_contiguous():
         values, size = local.clone(), local.untyped_storage().nbytes()
         local.untyped_storage().resize_(0)
         scene.gone.append(torch.full((size,), 3, dtype=torch.uint8))
@@ -433,7 +433,7 @@ def _in_place(scene: Scene, i: int, dice: random.Random) -> str | None:
     if local is None or type(local) is not Tensor or local.is_inference() or local.is_neg():
         return CHECKED
     gradient = scene.pieces[i].holder.grad
-    with torch.no_grad():
+    with torch.no_grad(), suppress(RuntimeError):  # torch refuses it where elements share memory
         if kind == 0:
             local.detach().data.mul_(3) if "float8" not in str(local.dtype) else None
         elif kind == 1 and local.dtype in (torch.float32, torch.float64) and not local.requires_grad:

@@ -122,9 +122,9 @@ class Block:
 
 
 def is_close(found: Values, wanted: Values, dtype: torch.dtype) -> bool:
-    """Whether numbers are the wanted ones but for one rounding, and that of the coefficient to fp32."""
+    """Whether numbers are the wanted ones but for one rounding, and those of norm and coefficient to fp32."""
     facts = torch.finfo(REAL.get(dtype, dtype))
-    relative = 1e-9 if facts.bits == 64 else 0.75 * facts.eps + 3e-7
+    relative = 0.75 * facts.eps + 3e-7
     with np.errstate(over="ignore"):
         top = float(facts.max)
         near = np.abs(found - wanted) <= relative * np.abs(wanted) + 2 * facts.tiny * facts.eps
