@@ -105,7 +105,8 @@ class Step:
                 self.groups.loss.forget()
             of_policies, of_snapshot = split_payload(reduced.payload, self.groups.payload, snapshot)
             agreed = reduced.agreed if isinstance(reduced.agreed, Tensor) else None
-            outcome = self._decider.decide(reduced.total_norm / loss_scale, of_policies, agreed)
+            norm = reduced.total_norm if loss_scale == 1 else reduced.total_norm / loss_scale
+            outcome = self._decider.decide(norm, of_policies, agreed)
             where = meter.find_not_finite(gradients) if self._names_not_finite(reduced, snapshot) else ()
             if scales:
                 self._decider.apply(outcome, gradients)

@@ -34,7 +34,7 @@ class Found:
     _compiled: ctypes.PyDLL | None = None  # what made the capsule
 
     def mark_changed(self) -> None:
-        """Tell autograd that every plain gradient is changed in place; local tensors have no version that counts."""
+        """Tell autograd that every plain gradient is changed in place; of local tensors nobody counts."""
         if self._compiled is None:
             torch.autograd.graph.increment_version(self._held)
         else:

@@ -117,7 +117,7 @@ bool find(Gradients &gradients, PyObject *holders, PyObject *specs, const int64_
     bool are_local = specs != Py_None;
     for (Py_ssize_t i = 0; i < count; i++) {
         if (i + AHEAD < count) fetch(holder[i + AHEAD], OBJECT);
-        if (!THPVariable_Check(holder[i])) return false;
+        if (!PyObject_TypeCheck(holder[i], reinterpret_cast<PyTypeObject *>(THPVariableClass))) return false;
         tensors[i] = THPVariable_Unpack(holder[i]).unsafeGetTensorImpl();
         fetch(tensors[i], TENSOR);
     }

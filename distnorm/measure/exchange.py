@@ -25,6 +25,7 @@ from distnorm.measure.header import FIELDS, DecodedHeader, Header, Packing
 from distnorm.measure.norms import Norm
 from distnorm.plan.collectives import Ranks
 
+_NOTHING = torch.empty(0, dtype=torch.float64, device="cpu")
 _WIDTH = 8  # fp64 values of a statistic in the full form, for orders up to 27 and inf
 
 
@@ -102,7 +103,8 @@ class Exchange:
         device = statistic.device if statistic is not None else torch.device("cpu")
         device = self._ranks.reduce_device(device)
         if isinstance(payload, int):
-            payload = torch.zeros(payload, dtype=torch.float64, device=device)
+            is_nothing = not payload and device.type == "cpu"
+            payload = _NOTHING if is_nothing else torch.zeros(payload, dtype=torch.float64, device=device)
         compares = self._ranks.state.compares_replicas
         if not self._ranks.state.is_packed or not (self.can_pack or statistic is None):
             return self._full(statistic, header, payload, replicas if compares else None)
@@ -132,15 +134,16 @@ class Exchange:
         """The same for a few numbers in the host's memory, in Python: fewer operators, and no wait."""
         packed = self._packing.pack(header)
         values = [packed, statistic, *map(float, numbers)]
-        vector = self._ranks.all_reduce_(torch.tensor(values, dtype=torch.float64, device="cpu"), "sum")
-        headers, total, *differences = vector.tolist() if self._ranks.size > 1 else values
+        if self._ranks.meets_others:
+            vector = torch.tensor(values, dtype=torch.float64, device="cpu")
+            values = self._ranks.all_reduce_(vector, "sum").tolist()
+        headers, total, *differences = values
         agreed = self._packing.agreed_on_host(headers)
         norm = self._norm.finalise_number(total) if agreed and self.can_pack else math.nan
-        nothing = vector[:0]
         return ReducedStatistics(
             torch.tensor(norm, dtype=torch.float64, device="cpu"),
-            nothing,
-            lambda: self._decode(headers, header, nothing),
+            _NOTHING,
+            lambda: self._decode(headers, header, _NOTHING),
             True,
             agreed,
             differences[0] if differences else None,

@@ -92,6 +92,11 @@ class Ranks:
         return self.group in dist.distributed_c10d._world.pg_map
 
     @property
+    def meets_others(self) -> bool:
+        """Whether an all-reduce is issued at all."""
+        return self.size > 1 or self.is_simulated
+
+    @property
     def state(self) -> GroupState:
         """The group's state, equal on all its members."""
         if self.group is None:
@@ -138,7 +143,7 @@ class Ranks:
 
     def all_reduce_(self, tensor: Tensor, op: str) -> Tensor:
         """Reduce in place over all ranks: ``"sum"`` or ``"max"``."""
-        if self.size > 1 or self.is_simulated:
+        if self.meets_others:
             dist.all_reduce(tensor, _OPS[op], self.group)
         return tensor
 
