@@ -106,7 +106,7 @@ def test_addresses_and_tensors_give_the_same_number():
     own = [torch.randn(5 + 300 * i, generator=generator) for i in range(6)]
     for check in checks(3, [nn.Parameter(torch.zeros_like(g)) for g in own]):
         table = kernels.AddressTable.of([own[i] for i in (0, 1, 3, 4, 5)])
-        there = check.of_addresses(table, np.array([0, 1, -1, 2, 3, 4]))
+        there = check.difference(check.numbers_at(table, np.array([0, 1, -1, 2, 3, 4])))
         # The sums are of the same five products, in another order: a rounding of fp64 for each.
         numbers = _numbers(kernels.samples_of(own)).numpy()
         rounding = len(own) * 2**-53 * float(np.abs(check.weights) @ np.abs(numbers))
@@ -186,10 +186,10 @@ def test_unreduced_replicas_are_refused_in_whichever_step(ranks, kind, dtype, wh
 
 def last_bits_differ() -> tuple[list[Heard], int]:
     """As of replicas that each computed the gradient for itself, in another order."""
-    from distnorm.measure import meter
+    from distnorm.measure import result_checks
 
     compared = []
-    compare = meter.compare_replicas
+    compare = result_checks.compare_replicas
     tensors = [nn.Parameter(torch.zeros(1000)) for _ in range(10)]
     clipping, said = clipper(tensors, max_norm=None), []
     for number in range(6):
@@ -200,7 +200,10 @@ def last_bits_differ() -> tuple[list[Heard], int]:
             )
             tensor.grad = torch.randn(1000, generator=seed) * noise
         said.append(heard(clipping.clip))
-        meter.compare_replicas = lambda *args, **more: (compared.append(None), compare(*args, **more))[1]
+        result_checks.compare_replicas = lambda *a, **more: (compared.append(None), compare(*a, **more))[1]
+            compared.append(None),
+            compare(*args, **more),
+        )[1]
     return said, len(compared)
 
 

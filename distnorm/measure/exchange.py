@@ -6,8 +6,8 @@ did not, those that read the result exchange their full headers in a second all-
 many times sooner through gloo, which cuts a vector into messages of one element each.
 
 All ranks must use one form, so it is a property of the group: packed, until all ranks together make a plan
-that needs the full one. Likewise a third element, by which replicas are compared
-(see `distnorm.measure.replica_check`), is added by the first plan that has replicas.
+that needs the full one. Likewise a third element, by which replicas are compared but for their last bits
+(see `distnorm.measure.replica_check`), is added once such replicas were found.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class ReducedStatistics:
             norm of disagreement, and every rank that measures nothing.
         is_packed: in which form the vector was.
         agreed: whether all ranks measured, and the same; 0-d bool where that isn't known on the host.
+        if_agreed: what `total_norm` is if the ranks measured the same after all.
         replica_difference: by how much replicas differ, where that is known on the host; else 0-d fp64, and
             `None` where nothing was compared.
     """
@@ -60,6 +61,7 @@ class ReducedStatistics:
     decode: Callable[[], DecodedHeader]
     is_packed: bool
     agreed: Tensor | bool
+    if_agreed: Tensor
     replica_difference: Tensor | float | None = None
 
 
@@ -125,6 +127,7 @@ class Exchange:
             lambda: self._decode(vector[0].item(), header, payload[:0]),
             True,
             agreed,
+            finalised,
             vector[2] if numbers else None,
         )
 
@@ -139,13 +142,15 @@ class Exchange:
             values = self._ranks.all_reduce_(vector, "sum").tolist()
         headers, total, *differences = values
         agreed = self._packing.agreed_on_host(headers)
-        norm = self._norm.finalise_number(total) if agreed and self.can_pack else math.nan
+        norm = self._norm.finalise_number(total) if self.can_pack else math.nan
+        total_norm = torch.tensor(norm if agreed else math.nan, dtype=torch.float64, device="cpu")
         return ReducedStatistics(
-            torch.tensor(norm, dtype=torch.float64, device="cpu"),
+            total_norm,
             _NOTHING,
             lambda: self._decode(headers, header, _NOTHING),
             True,
             agreed,
+            total_norm if agreed else torch.tensor(norm, dtype=torch.float64, device="cpu"),
             differences[0] if differences else None,
         )
 
@@ -179,9 +184,10 @@ class Exchange:
         return ReducedStatistics(
             total_norm,
             vector[len(vector) - len(payload) :],
-            lambda: DecodedHeader.of(headers.tolist()),
+            lambda: DecodedHeader.of(headers.tolist(), bool(agreed)),
             False,
             agreed,
+            total_norm,
             None if replicas is None or norm.op != "sum" else vector[end],
         )
 

@@ -92,8 +92,8 @@ class FoundGradients(Gradients):
     def statistic(self, norm: Norm, shares: Sequence[Share], device: torch.device) -> Tensor:
         return kernels.moved(norm.statistic_at(self._tables.counted), device)
 
-    def replica_number(self, check: ReplicaCheck, device: torch.device) -> float:
-        return check.of_addresses(self._tables.whole, self._path.places(check))
+    def replica_numbers(self, check: ReplicaCheck) -> npt.NDArray[np.float64]:
+        return check.numbers_at(self._tables.whole, self._path.places(check))
 
     def addresses(self) -> tuple[kernels.AddressTable, Ints]:
         return self._tables.whole, self._path.positions

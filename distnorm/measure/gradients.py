@@ -65,9 +65,9 @@ class Gradients:
         statistics = [kernels.moved(norm.statistic(by_device[d], d), device) for d in by_device]
         return norm.reduce(torch.stack(statistics)) if statistics else norm.zeros(device)
 
-    def replica_number(self, check: ReplicaCheck, device: torch.device) -> Tensor | float:
-        """This rank's summand of the comparison of replicas."""
-        return check.of_tensors(self.tensors, device)
+    def replica_numbers(self, check: ReplicaCheck) -> npt.NDArray[np.float64]:
+        """What is compared of replicas. Waits for the gradients' devices."""
+        return check.numbers_of(self.tensors)
 
     def addresses(self) -> tuple[kernels.AddressTable | None, Ints]:
         """Where the gradients lie in the CPU's memory, and the position of each; `None` if some lie

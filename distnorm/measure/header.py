@@ -38,6 +38,8 @@ class Header:
         is_double: whether the functions' result is fp64.
         presence: sum of `presence_weights` over the replicas that have a gradient.
         terms: hash of the plan and of what else must be equal in this call, at least 0.
+        replica_bits: adds up to zero over the ranks if samples of replicas have equal bits; travels in packed
+            headers only.
     """
 
     stage: Stage
@@ -46,6 +48,7 @@ class Header:
     is_double: bool = False
     presence: int = 0
     terms: int = 0
+    replica_bits: int = 0
 
     @property
     def has_statistic(self) -> bool:
@@ -115,8 +118,8 @@ class Packing:
         """The number."""
         if header.stage != "measure":
             return 0
-        zero_sum = (header.presence + self._weight * header.terms + header.refused) % self._modulus
-        return zero_sum + (0 if header.raises else self._unit)
+        zero_sum = header.presence + self._weight * header.terms + header.refused + header.replica_bits
+        return zero_sum % self._modulus + (0 if header.raises else self._unit)
 
     def agreed(self, packed: Tensor) -> Tensor:
         """Whether packed headers, added up, say that all ranks measured the same: 0-d bool."""
@@ -133,14 +136,21 @@ class Packing:
 
 @dataclass(frozen=True, slots=True)
 class DecodedHeader:
-    """The reduced elements of full headers, read on the host."""
+    """The reduced elements of full headers, read on the host.
+
+    Args:
+        values: of each field.
+        agreed: whether they say that all ranks measured the same; then packed headers that didn't fit say
+            that samples of replicas differ.
+    """
 
     values: Mapping[str, float]
+    agreed: bool = False
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> DecodedHeader:
+    def of(cls, values: Sequence[float], agreed: bool) -> DecodedHeader:
         """Name the elements."""
-        return cls(dict(zip(FIELDS, values, strict=True)))
+        return cls(dict(zip(FIELDS, values, strict=True)), agreed)
 
     @classmethod
     def of_nonraising(cls, count: int, mine: Header) -> DecodedHeader:

@@ -122,7 +122,8 @@ class Meter:
         check_tied(self.ranks, [name for name, _ in named], self.tied)
         if self.allow_empty or not self._exchange.can_pack:
             self._exchange.use_full_form()
-        self.ranks.state.compares_replicas |= plan.has_replicas
+        if not (self.listens and self.ranks.state.is_packed):
+            self.ranks.state.compares_replicas |= plan.has_replicas
         self._weights, replica_check = {}, None
         if self.norm.replicas_share:
             self._weights = dict(presence_weights(plan.shares))
@@ -230,11 +231,8 @@ class Meter:
         statistic = self.overlap.take(gradients) if self.overlap is not None else None
         if statistic is None:
             statistic = gradients.statistic(self.norm, self.shares, device)
-        check = self._checks.replica_check
-        replicas: Tensor | float = 0.0
-        if check is not None and self.ranks.state.compares_replicas:
-            replicas = gradients.replica_number(check, device)
-        header = self._header(gradients, here)
+        bits, replicas = self._replica_summand(gradients, device)
+        header = self._header(gradients, here, bits)
         more = 0 if payload is None else payload.local(gradients.tensors, device)
         reduced = self._exchange(statistic, header, more, replicas)
         if not self.listens:
@@ -243,12 +241,15 @@ class Meter:
             return gradients, self._checks.without_suspects(reduced)
         if not reduced.agreed:
             decoded = reduced.decode()
-            if decoded.stages == {"agree", "measure"} and decoded.all_raise:
+            if decoded.agreed and decoded.values["measure"] == self.ranks.size:
+                reduced = self._checks.compare_bits(reduced, self.shards, gradients)
+            elif decoded.stages == {"agree", "measure"} and decoded.all_raise:
                 self._reader.agree(read_with_care(self.shards)[0], gradients.problems)
                 length = 0 if payload is None else payload.length
                 again = self._reader.read_with_care(store, length)
                 return self.reduce(again, payload, terms, store=store)
-            self._checks.raise_disagreement(reduced, decoded, here, self.shards, gradients)
+            else:
+                self._checks.raise_disagreement(reduced, decoded, here, self.shards, gradients)
         self._checks.check_values(reduced, lambda: self.shards, gradients)
         return gradients, reduced
 
@@ -261,7 +262,7 @@ class Meter:
         if gradients.problems:
             raise gradients.problems[0]
         norm = torch.full((), math.nan, dtype=torch.float64, device=gradients.device)
-        return ReducedStatistics(norm, norm.view(1)[:0], lambda: DecodedHeader({}), True, True)
+        return ReducedStatistics(norm, norm.view(1)[:0], lambda: DecodedHeader({}), True, True, norm)
 
     def join_empty(self) -> tuple[Tensor, bool]:
         """The total norm where this rank was given no tensors, and whether the result is fp64.
@@ -300,7 +301,19 @@ class Meter:
         assert self.plan is not None, "prepare() comes first"
         return self.plan.ident
 
-    def _header(self, gradients: Gradients, here: Mapping[str, object]) -> Header:
+    def _replica_summand(self, gradients: Gradients, device: torch.device) -> tuple[int, Tensor | float]:
+        """This rank's part of the comparison of replicas: by their bits, or but for the last of these."""
+        check = self._checks.replica_check
+        if check is None:
+            return 0, 0.0
+        if not self.listens:
+            return 0, check.of_tensors(gradients.tensors, device)
+        numbers = gradients.replica_numbers(check)
+        if self.ranks.state.compares_replicas:
+            return 0, check.difference(numbers)
+        return check.bits(numbers), 0.0
+
+    def _header(self, gradients: Gradients, here: Mapping[str, object], replica_bits: int) -> Header:
         if self._hashed[0] != (terms := tuple(here.values())):
             self._hashed = terms, stable_hash(repr(here))
         return Header(
@@ -310,6 +323,7 @@ class Meter:
             is_double=self.plan is not None and self.plan.is_double,
             presence=gradients.presence(self._weights),
             terms=self._hashed[1],
+            replica_bits=replica_bits,
         )
 
     def _poll(self, stage: Stage, here: Mapping[str, object], payload_length: int = 0) -> DecodedHeader:

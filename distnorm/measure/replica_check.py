@@ -2,10 +2,14 @@
 
 Each replica takes the same small sample of the gradient and turns it into a number x that a last-bit
 difference moves by little, and another gradient by much. Weights of replicas add up to zero, so the sum of
-weighted x over all ranks, the difference, vanishes where replicas are equal. Where it doesn't, the ranks that
-read results compare their gradients whole, and learn from those found equal which rounding is usual here.
+weighted x over all ranks, the difference, vanishes where replicas are equal.
 
     x = sum(r_k g_k) / sum(|g_k|) + log2(sum(|g_k|)),  r_k = +1 or -1 by position
+
+Most replicas have equal bits, and where results are read on the host, the bits of x are compared so, as
+integers in the packed header, at no cost. If they differ, the ranks compare their gradients whole; if these
+are equal but for their last digits, the difference of x travels from then on, in an element of its own, and
+the ranks learn which rounding is usual here.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ Ints = npt.NDArray[np.int64]
 _ROUNDING = 1e-9  # of fp64 sums of equal numbers
 _MARGIN = 64  # so many units in the last place may replicas differ where nobody can compare them
 _IRRATIONALS = (2**0.5, 3**0.5, 5**0.5, 7**0.5)
+_ODD = np.uint64(0x9E3779B97F4A7C15)
 _AT_ONCE = 8  # shards a step where each sample costs launches: which of them changes from step to step
 
 
@@ -41,6 +46,7 @@ class ReplicaCheck:
     Args:
         positions: of this rank's shards that have replicas.
         weights: [positions] of their numbers; over all replicas of a shard they add up to zero.
+        integer_weights: [positions] the same for the bits of these numbers, modulo 2**64.
         keys: [positions] hashes of their identities.
         unread_tolerance: what the difference may be where nobody reads it; the same on every rank.
         turns: in so many steps each shard has its turn, where not all are sampled in each.
@@ -51,6 +57,7 @@ class ReplicaCheck:
 
     positions: Ints
     weights: npt.NDArray[np.float64]
+    integer_weights: Ints
     keys: Ints
     unread_tolerance: float
     turns: int
@@ -64,6 +71,8 @@ class ReplicaCheck:
         # The first replica against the mean of all; a factor for each shard, so that shards don't cancel.
         factors = [0.5 + (shares[i].key >> 20 & 0xFFFF) / 0xFFFF for i in held]
         first = [(shares[i].index == 0) - 1 / shares[i].replicas for i in held]
+        units = [(shares[i].key >> 8 & 0xFFFFF) | 1 for i in held]  # odd, so that no bit is lost
+        whole = [(shares[i].replicas - 1 if shares[i].index == 0 else -1) for i in held]
         own = [i for i in held if shares[i].index == 0]
         noise = sum(_eps(shards[i].holder.dtype) ** 2 for i in own)
         total = torch.tensor([noise, len(own)], dtype=torch.float64, device=ranks.device())
@@ -71,24 +80,44 @@ class ReplicaCheck:
         return cls(
             np.array(held, dtype=np.int64),
             np.array(factors) * np.array(first),
+            np.array(units, dtype=np.int64) * np.array(whole, dtype=np.int64),
             np.array([shares[i].key for i in held], dtype=np.int64),
             _ROUNDING + _MARGIN * math.sqrt(squares),
             max(1, math.ceil(count / _AT_ONCE)),
         )
 
-    def of_addresses(self, table: kernels.AddressTable, places: Ints) -> float:
-        """This rank's summand, of gradients in the CPU's memory.
+    def numbers_at(self, table: kernels.AddressTable, places: Ints) -> npt.NDArray[np.float64]:
+        """[positions] the x of each gradient in the CPU's memory; 0 of those that are missing.
 
         Args:
             table: where gradients lie.
             places: [positions] the place of each of ours in the table; -1 where it has no gradient.
         """
-        there = places >= 0
-        numbers = _numbers(kernels.samples(table.rows(places[there])))
-        return float(self.weights[there] @ numbers.numpy())
+        numbers, there = np.zeros(len(places)), places >= 0
+        numbers[there] = _numbers(kernels.samples(table.rows(places[there]))).numpy()
+        return numbers
+
+    def numbers_of(self, gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
+        """`numbers_at` of gradients anywhere. Waits for their devices."""
+        numbers = np.zeros(len(self.positions))
+        for k, i in enumerate(self.positions.tolist()):
+            gradient = gradients[i]
+            if gradient is not None:
+                numbers[k] = float(_numbers(kernels.samples_of([gradient])))
+        return numbers
+
+    def bits(self, numbers: npt.NDArray[np.float64]) -> int:
+        """This rank's summand of the comparison of bits."""
+        # The header keeps low bits only, so the product moves a change of any bit there.
+        mixed = (numbers.view(np.uint64) * _ODD >> np.uint64(32)).astype(np.int64)
+        return int((self.integer_weights * mixed).sum())
+
+    def difference(self, numbers: npt.NDArray[np.float64]) -> float:
+        """This rank's summand of the comparison of numbers."""
+        return float(self.weights @ numbers)
 
     def of_tensors(self, gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
-        """This rank's summand, 0-d fp64 on a device, of gradients anywhere. No device is waited for."""
+        """`difference`, 0-d fp64 on a device, of gradients anywhere. No device is waited for."""
         self._step += 1
         total = torch.zeros((), dtype=torch.float64, device=device)
         by_device: dict[torch.device, dict[int, Tensor]] = defaultdict(dict)

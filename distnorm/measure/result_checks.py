@@ -60,6 +60,19 @@ class ResultChecks:
             diagnosis.raise_left_out(self.ranks, decoded)
         raise DisagreementError("expected every rank to measure the same set, found headers that don't fit")
 
+    def compare_bits(
+        self, reduced: ReducedStatistics, shards: Sequence[GradShard], gradients: Gradients
+    ) -> ReducedStatistics:
+        """What was reduced, where only samples of replicas differ in bits: equal but for the last digits.
+
+        Raises:
+            ReplicaError: replicas differ by more.
+        """
+        if math.isfinite(float(reduced.if_agreed)):
+            compare_replicas(self.ranks, shards, self.shares, gradients.tensors)
+            self.ranks.state.compares_replicas = True
+        return replace(reduced, total_norm=reduced.if_agreed, agreed=True)
+
     def check_values(
         self, reduced: ReducedStatistics, shards: Callable[[], Sequence[GradShard]], gradients: Gradients
     ) -> None:

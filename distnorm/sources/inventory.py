@@ -114,9 +114,9 @@ class Managers:
             return False
         rest = self._trained.difference(id(p) for module in joining for p in module.parameters())
         if rest:
+            first = next(name for key, name in self._names.items() if key in rest)
             raise DistnormError(
-                "expected under Join parameters that DDP replicates, found "
-                f"'{self._names[min(rest)]}', which is none of its"
+                f"expected under Join parameters that DDP replicates, found '{first}', which is none of its"
             )
         return True
 
