@@ -201,9 +201,6 @@ def last_bits_differ() -> tuple[list[Heard], int]:
             tensor.grad = torch.randn(1000, generator=seed) * noise
         said.append(heard(clipping.clip))
         result_checks.compare_replicas = lambda *a, **more: (compared.append(None), compare(*a, **more))[1]
-            compared.append(None),
-            compare(*args, **more),
-        )[1]
     return said, len(compared)
 
 
