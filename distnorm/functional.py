@@ -31,7 +31,6 @@ from distnorm.sources import (
 )
 from distnorm.sources.shards import GradShard, PartialGrad
 
-_MOST_PLANS = 32  # for each group
 _log = logging.getLogger("distnorm")
 
 
@@ -202,8 +201,7 @@ def _measure(
         def describe() -> list[GradShard]:
             return shards_of(named_tensors(target), source, target=target, stage=stage, tied=tied)
 
-        plans = ranks.state.plans
-        meter = plans.get(known.key)
+        meter = ranks.state.recall(known.key)
         if meter is None or not holders:
             meter = Meter(ranks, order, terms, tied, raises, source=source, allow_empty=not is_gradient)
             meter.managers = known.managers
@@ -211,11 +209,8 @@ def _measure(
                 total_norm, is_double = meter.join_empty()
                 return _Measured(Gradients([]), total_norm, True, is_double)
             meter.prepare_anew(lambda: (describe(), named_tensors(target)))
-            plans[known.key] = meter
-            if len(plans) > _MOST_PLANS:
-                plans.popitem(last=False)
+            ranks.state.remember(known.key, meter)
         else:
-            plans.move_to_end(known.key)
             meter.managers = known.managers
             meter.describe_by(describe)
         try:

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from distnorm.errors import DistnormError
 
 _GATHERED = 8 << 20  # characters of text that an error gathers from all ranks together
+_MOST_PLANS = 32  # for each group
 _SHOWN = 8  # different facts that an error lists
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX} if dist.is_available() else {}
@@ -39,6 +40,18 @@ class GroupState:
     is_packed: bool = True
     compares_replicas: bool = False
     plans: OrderedDict[object, Any] = field(default_factory=OrderedDict)
+
+    def recall(self, key: object) -> Any:
+        """What was planned under a key; `None` if that is not known, or no longer."""
+        if key in self.plans:
+            self.plans.move_to_end(key)
+        return self.plans.get(key)
+
+    def remember(self, key: object, planned: object) -> None:
+        """Keep what was planned, in place of what was used least lately."""
+        self.plans[key] = planned
+        if len(self.plans) > _MOST_PLANS:
+            self.plans.popitem(last=False)
 
 
 _states: weakref.WeakKeyDictionary[ProcessGroup, GroupState] = weakref.WeakKeyDictionary()
