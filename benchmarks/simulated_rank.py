@@ -22,7 +22,7 @@ from torch.futures import Future
 from distnorm import kernels
 from distnorm.measure.norms import norm
 from distnorm.measure.partials import _COMPLETE, _DTYPES, Batch, _merge, agree_on_partials
-from distnorm.measure.replica_check import _differing_norms, compare_replicas
+from distnorm.measure.replica_check import _differing, compare_replicas
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.plan import Plan, _holders, differing, identity_rows, make_plan
 from distnorm.plan.terms import stable_hash
@@ -133,7 +133,7 @@ def _norm(gradient: Tensor) -> float:
     return float(l2.finalise(l2.statistic([gradient], gradient.device)))
 
 
-ANSWERS: dict[int, Callable[[Tensor], Tensor]] = {0: _holders, 1: differing, 2: _merge, 4: _differing_norms}
+ANSWERS: dict[int, Callable[[Tensor], Tensor]] = {0: _holders, 1: differing, 2: _merge, 4: _differing}
 
 
 def _done(result: Any) -> Any:

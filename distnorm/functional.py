@@ -109,8 +109,7 @@ def clip_grads_with_norm_(
         readings, problems = read_with_care(shards)
         gradients = Gradients([r.tensor if isinstance(r, PartialGrad) else r for r in readings], problems)
         gradients.lay_out(shards, one_coefficient=True)
-        if gradients.problems:
-            raise gradients.problems[0]
+        gradients.raise_problems()
         total = torch.as_tensor(total_norm)
         total = total.full_tensor() if hasattr(total, "full_tensor") else total
         apply(policies.constant(total.double(), threshold), gradients)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from distnorm import kernels
 from distnorm.config import Config
 from distnorm.errors import DistnormError, NonFiniteGradientError
-from distnorm.measure.exchange import ReducedStatistics
+from distnorm.measure.diagnosis import find_not_finite
+from distnorm.measure.exchange import ReducedStatistics, without_norm
 from distnorm.measure.meter import Meter, Reader
 from distnorm.measure.norms import norm
+from distnorm.measure.overlap import Overlap
 from distnorm.monitor.snapshot import LayerSnapshot
 from distnorm.monitor.step_monitor import StepMonitor, monitor_terms
 from distnorm.payload.payload import join_payloads, split_payload
@@ -97,9 +100,11 @@ class Step:
                 if self.groups.measures or snapshot is not None:
                     gradients, reduced = meter.reduce(gradients, payload)
                 else:
-                    reduced = meter.without_norm(gradients)
+                    gradients.raise_problems()
+                    reduced = without_norm(gradients.device)
             except NonFiniteGradientError as error:
-                self._record_failure(number, error)
+                if self.monitor is not None:
+                    self.monitor.failed(number, error)
                 raise
             finally:  # a loss belongs to one step, even if that raises
                 self.groups.loss.forget()
@@ -107,7 +112,9 @@ class Step:
             agreed = reduced.agreed if isinstance(reduced.agreed, Tensor) else None
             norm = reduced.total_norm if loss_scale == 1 else reduced.total_norm / loss_scale
             outcome = self._decider.decide(norm, of_policies, agreed)
-            where = meter.find_not_finite(gradients) if self._names_not_finite(reduced, snapshot) else ()
+            where: Sequence[tuple[str, int]] = ()
+            if self._names_not_finite(reduced, snapshot):
+                where = find_not_finite(meter.ranks, meter.shards, gradients.tensors)
             if scales:
                 self._decider.apply(outcome, gradients)
             del gradients
@@ -146,22 +153,12 @@ class Step:
         self.count, self.last, self.outcome = number, outcome.result, outcome
         self._announce_snapshot()
 
-    def _record_failure(self, number: int, error: NonFiniteGradientError) -> None:
-        if self.monitor is not None:
-            self.monitor.failed(number, error)
-
     def _names_not_finite(self, reduced: ReducedStatistics, snapshot: LayerSnapshot | None) -> bool:
         """Whether to search for the gradients that are not finite: if the norm can be read for free, and no
         layer statistics will name them."""
         norm = reduced.total_norm
-        return (
-            self.monitor is not None
-            and snapshot is None
-            and self.groups.measures
-            and reduced.agreed is True
-            and kernels.on_host(norm)
-            and not bool(norm.isfinite())
-        )
+        is_asked = self.monitor is not None and snapshot is None and self.groups.measures
+        return is_asked and reduced.agreed is True and kernels.on_host(norm) and not norm.isfinite()
 
     # ---- planning
 
@@ -196,11 +193,11 @@ class Step:
             meter.prepare_anew(read, 0 if payload is None else payload.length)
         else:
             meter.prepare(read)
-        self._read, self._alone = read, None
+        self._alone = None
         self.groups.bind(ranks, meter.shards, meter.shares)
-        if self.config.clip.overlap:
+        if self.config.clip.overlap and self._norm.kernel is not None:
             with ranks.together():
-                meter.read_during_backward(modules)
+                meter.overlap = Overlap(self._norm, meter.shards, meter.shares, modules)
         if self.monitor is not None:
             self.monitor.prepare(meter.shards, meter.shares, meter.overlap)
         self._announce_snapshot()
@@ -219,19 +216,17 @@ class Step:
         managers = self._meter.managers
         if managers is None or not managers.is_joining:
             return self._meter
-        if self.groups.payload is not None or not (self.is_registered_with_join or self._is_plain):
+        has_history = self.monitor is not None or self.groups.default.looks_back
+        if self.groups.payload is not None or (has_history and not self.is_registered_with_join):
             raise DistnormError(
                 "expected under Join one constant threshold, or the clipper among what Join is given, as in "
                 "Join([model, clipper]), and no clip.groups; found policies whose histories would part ways"
             )
         if self._alone is None:
-            self._alone = self._meter_of(Ranks(alone=True))
-            self._alone.prepare(self._read)
+            shards = self._meter.shards
+            self._alone = replace(self._meter_of(Ranks(alone=True)), tied=())  # they were checked before
+            self._alone.prepare(lambda: (shards, [(shard.name, shard.holder) for shard in shards]))
         return self._alone
-
-    @property
-    def _is_plain(self) -> bool:
-        return self.monitor is None and not self.groups.default.looks_back
 
     def take_over(self, is_last: bool) -> None:
         """Take over the state of a rank that made all steps under torch's `Join`. Collective."""

@@ -94,8 +94,11 @@ class Finder:
         arrays = (*self._columns, addresses.ctypes.data, self._scratch.ctypes.data)
         listed = holders if isinstance(holders, list | tuple) else list(holders)
         held = self._compiled.distnorm_find(listed, self._specs, *arrays, *self._slots)
-        tensors = partial(self._locals, listed)
-        return None if held is None else Found(addresses, tensors, held, self._compiled)
+        if held is None:
+            return None
+        if self._specs is None:
+            return Found(addresses, partial(self._compiled.distnorm_tensors, held), held, self._compiled)
+        return Found(addresses, partial(self._locals, listed), held, self._compiled)
 
     def _take(self, compiled: ctypes.PyDLL | None) -> None:
         if compiled is None:

@@ -199,6 +199,18 @@ extern "C" PyObject *distnorm_find(PyObject *holders, PyObject *specs, const int
     Py_RETURN_NONE;
 }
 
+// The tensors that a capsule holds, as a list.
+extern "C" PyObject *distnorm_tensors(PyObject *capsule) {
+    const std::vector<Held> &tensors = of_capsule(capsule)->tensors;
+    PyObject *list = PyList_New(tensors.size());
+    for (size_t i = 0; list && i < tensors.size(); i++) {
+        PyObject *tensor = THPVariable_Wrap(at::Tensor(tensors[i]));
+        if (tensor) PyList_SET_ITEM(list, i, tensor);
+        else Py_CLEAR(list);
+    }
+    return list;
+}
+
 // Count a change in place of each tensor that a capsule holds.
 extern "C" void distnorm_changed(PyObject *capsule) {
     for (const Held &gradient : of_capsule(capsule)->tensors) gradient->bump_version();

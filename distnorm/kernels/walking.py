@@ -93,6 +93,8 @@ def _load(*, compiles: bool) -> ctypes.PyDLL | None:
     compiled.distnorm_slot.restype = size
     compiled.distnorm_find.argtypes = [instance, instance, *[address] * 4, instance, size, size]
     compiled.distnorm_find.restype = instance
+    compiled.distnorm_tensors.argtypes = [instance]
+    compiled.distnorm_tensors.restype = instance
     compiled.distnorm_changed.argtypes = [instance]
     compiled.distnorm_changed.restype = None
     assert isinstance(compiled, ctypes.PyDLL)

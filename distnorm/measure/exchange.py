@@ -65,6 +65,12 @@ class ReducedStatistics:
     replica_difference: Tensor | float | None = None
 
 
+def without_norm(device: torch.device) -> ReducedStatistics:
+    """What stands for a reduction where no norm is needed: a total norm of NaN."""
+    norm = torch.full((), math.nan, dtype=torch.float64, device=device)
+    return ReducedStatistics(norm, norm.view(1)[:0], lambda: DecodedHeader({}), True, True, norm)
+
+
 class Exchange:
     """Gives every rank the total norm of all ranks' statistics. A call is collective.
 

@@ -46,6 +46,11 @@ class Gradients:
         """Where the first of them is; the CPU if there is none."""
         return next((t.device for t in self.tensors if t is not None), torch.device("cpu"))
 
+    def raise_problems(self) -> None:
+        """Raise what is wrong with this rank's gradients, if anything is."""
+        if self.problems:
+            raise self.problems[0]
+
     def presence(self, weights: dict[int, int]) -> int:
         """The sum of the weights of those that are there, by position."""
         return sum(weight for i, weight in weights.items() if self.tensors[i] is not None)

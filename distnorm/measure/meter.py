@@ -7,7 +7,6 @@ each did, before any of them has changed a gradient.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from types import MappingProxyType
 from typing import NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distnorm import kernels
 from distnorm.errors import DisagreementError, DistnormError
@@ -142,7 +141,6 @@ class Meter:
             self.ranks,
             self._exchange,
             self.norm,
-            lambda: self.shards,
             shares,
             self._weights,
             listens=self.listens,
@@ -173,15 +171,6 @@ class Meter:
             self.ranks.raise_together(error)
         raise error
 
-    def read_during_backward(self, modules: Sequence[nn.Module]) -> None:
-        """Read gradients as soon as backward has finished them; only where compiled code can. Not collective.
-
-        Raises:
-            ConfigError: see `Overlap`.
-        """
-        if self.norm.kernel is not None:
-            self.overlap = Overlap(self.norm, self.shards, self.shares, modules)
-
     # ---- a step
 
     def read(self, holders: Sequence[Tensor], *, store: bool, payload_length: int = 0) -> Gradients:
@@ -201,7 +190,8 @@ class Meter:
                 self.managers.refuse_unreduced()
             except DistnormError as error:
                 return Gradients([None] * len(self.shares), [error])
-        return self._reader.read(holders, store, payload_length)
+        found = self._reader.read_fast(holders)
+        return found or self._reader.read_with_care(self.shards, store, payload_length)
 
     def reduce(
         self,
@@ -231,38 +221,26 @@ class Meter:
         statistic = self.overlap.take(gradients) if self.overlap is not None else None
         if statistic is None:
             statistic = gradients.statistic(self.norm, self.shares, device)
-        bits, replicas = self._replica_summand(gradients, device)
+        bits, replicas = self._checks.replica_summand(gradients, device, listens=self.listens)
         header = self._header(gradients, here, bits)
         more = 0 if payload is None else payload.local(gradients.tensors, device)
         reduced = self._exchange(statistic, header, more, replicas)
         if not self.listens:
-            if gradients.problems:
-                raise gradients.problems[0]
+            gradients.raise_problems()
             return gradients, self._checks.without_suspects(reduced)
         if not reduced.agreed:
             decoded = reduced.decode()
             if decoded.agreed and decoded.values["measure"] == self.ranks.size:
                 reduced = self._checks.compare_bits(reduced, self.shards, gradients)
             elif decoded.stages == {"agree", "measure"} and decoded.all_raise:
-                self._reader.agree(read_with_care(self.shards)[0], gradients.problems)
+                self._reader.agree(self.shards, read_with_care(self.shards)[0], gradients.problems)
                 length = 0 if payload is None else payload.length
-                again = self._reader.read_with_care(store, length)
+                again = self._reader.read_with_care(self.shards, store, length)
                 return self.reduce(again, payload, terms, store=store)
             else:
                 self._checks.raise_disagreement(reduced, decoded, here, self.shards, gradients)
         self._checks.check_values(reduced, lambda: self.shards, gradients)
         return gradients, reduced
-
-    def without_norm(self, gradients: Gradients) -> ReducedStatistics:
-        """The result where no norm is needed: a total norm of NaN. Not collective.
-
-        Raises:
-            UnsupportedGradientError: a gradient of this rank's can't be clipped.
-        """
-        if gradients.problems:
-            raise gradients.problems[0]
-        norm = torch.full((), math.nan, dtype=torch.float64, device=gradients.device)
-        return ReducedStatistics(norm, norm.view(1)[:0], lambda: DecodedHeader({}), True, True, norm)
 
     def join_empty(self) -> tuple[Tensor, bool]:
         """The total norm where this rank was given no tensors, and whether the result is fp64.
@@ -278,7 +256,7 @@ class Meter:
                 self.allow_empty = True
                 self.prepare(lambda: ([], []))
             elif "agree" in decoded.stages:
-                self._reader_of(()).agree([], [])
+                self._reader_of(()).agree([], [], [])
             elif not decoded.stages:  # nobody has anything
                 return self.norm.finalise(self.norm.zeros(self.ranks.device())), False
             else:
@@ -290,28 +268,12 @@ class Meter:
             checks.check_values(reduced, tuple, empty)
         return reduced.total_norm, decoded.values["double"] > 0
 
-    def find_not_finite(self, gradients: Gradients) -> tuple[tuple[str, int], ...]:
-        """The first few parameters of each rank whose gradient isn't finite, with that rank. Collective."""
-        return diagnosis.find_not_finite(self.ranks, self.shards, gradients.tensors)
-
     # ---- agreement
 
     @property
     def _ident(self) -> int:
         assert self.plan is not None, "prepare() comes first"
         return self.plan.ident
-
-    def _replica_summand(self, gradients: Gradients, device: torch.device) -> tuple[int, Tensor | float]:
-        """This rank's part of the comparison of replicas: by their bits, or but for the last of these."""
-        check = self._checks.replica_check
-        if check is None:
-            return 0, 0.0
-        if not self.listens:
-            return 0, check.of_tensors(gradients.tensors, device)
-        numbers = gradients.replica_numbers(check)
-        if self.ranks.state.compares_replicas:
-            return 0, check.difference(numbers)
-        return check.bits(numbers), 0.0
 
     def _header(self, gradients: Gradients, here: Mapping[str, object], replica_bits: int) -> Header:
         if self._hashed[0] != (terms := tuple(here.values())):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -29,7 +29,6 @@ class GradientReader:
         ranks: who takes part.
         exchange: meets the others, where gradients may be partial.
         norm: which norm.
-        shards: gives this rank's shards.
         shares: what it counts of each.
         weights: of replicas, by position; see `presence_weights`.
         listens: whether this rank reads results on the host.
@@ -40,7 +39,6 @@ class GradientReader:
     ranks: Ranks
     exchange: Exchange
     norm: Norm
-    shards: Callable[[], Sequence[GradShard]]
     shares: Sequence[Share]
     weights: dict[int, int]
     listens: bool
@@ -49,14 +47,13 @@ class GradientReader:
     _batches: tuple[Batch, ...] | None = None
     _fast_path: FastPath | None = None
 
-    def read(self, holders: Sequence[Tensor], store: bool, payload_length: int) -> Gradients:
-        """This step's gradients; see `Meter.read`."""
-        found = self._fast_path.read(holders) if self._fast_path is not None else None
-        return found if found is not None else self.read_with_care(store, payload_length)
+    def read_fast(self, holders: Sequence[Tensor]) -> Gradients | None:
+        """This step's gradients, if they are laid out as those read before; `None` if they need care."""
+        return self._fast_path.read(holders) if self._fast_path is not None else None
 
-    def read_with_care(self, store: bool, payload_length: int) -> Gradients:
-        """This step's gradients, each looked at in full. Collective where some may be partial."""
-        shards = self.shards()
+    def read_with_care(self, shards: Sequence[GradShard], store: bool, payload_length: int) -> Gradients:
+        """This step's gradients, each checked in full; see `Meter.read`. Collective where some may be
+        partial."""
         readings, problems = read_with_care(shards)
         if self.source is Source.GRADIENT:
             diagnosis.warn_of_taken_gradients(shards, readings)
@@ -65,22 +62,27 @@ class GradientReader:
             if not decoded.stages <= {"agree", "measure"}:
                 diagnosis.raise_disagreement(self.ranks, decoded, {})
             if decoded.all_raise or not decoded.values["measure"]:
-                self.agree(readings, problems)
+                self.agree(shards, readings, problems)
         for batch in self._batches or ():
             batch.reduce(shards, readings, store=store)
         gradients = completed(shards, readings, problems, store=store)
+        # What is only measured may lie in memory as it likes.
+        laid_out = gradients if store else Gradients(gradients.tensors, gradients.problems)
+        laid_out.lay_out(shards, one_coefficient=self.one_coefficient)
         self._fast_path = None
-        if store:
-            gradients.lay_out(shards, one_coefficient=self.one_coefficient)
-            if not self._batches and not gradients.problems and self.norm.kernel is not None:
-                presence = gradients.presence(self.weights)
-                self._fast_path = FastPath.of(shards, self.shares, gradients, presence)
+        if not self._batches and not laid_out.problems and self.norm.kernel is not None:
+            presence = gradients.presence(self.weights)
+            self._fast_path = FastPath.of(shards, self.shares, laid_out, presence)
         return gradients
 
-    def agree(self, readings: Sequence[Reading], problems: Sequence[DistnormError]) -> None:
+    def agree(
+        self,
+        shards: Sequence[GradShard],
+        readings: Sequence[Reading],
+        problems: Sequence[DistnormError],
+    ) -> None:
         """Agree on which gradients are partial, and compare replicas of the others. Collective."""
         self.ranks.raise_together(problems[0] if problems else None)
-        shards = self.shards()
         self._batches = agree_on_partials(self.ranks, shards, readings, self._batches or ())
         if self._batches is not None and self.ranks.state.compares_replicas:
             complete = [reading if isinstance(reading, Tensor) else None for reading in readings]

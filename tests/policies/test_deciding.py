@@ -23,8 +23,7 @@ from distnorm.policies.deciding import Decider
 from distnorm.policies.groups import PolicyGroups
 from distnorm.policies.policy import StepStatistics
 from distnorm.policies.results import ClipResult, GroupResult
-from distnorm.sources import shards_of
-from distnorm.sources.shards import of_grad
+from distnorm.sources import Source, shards_of
 
 SPIKES = {"name": "skip_spikes", "k": 3.0, "window": 4, "after": 2}
 CLIPS: dict[str, dict[str, Any]] = {
@@ -77,7 +76,7 @@ class Model:
 
     def __init__(self, clip: Mapping[str, Any], nonfinite: str = "propagate") -> None:
         self.named = {name: nn.Parameter(torch.full((2, 3), 0.5)) for name in "abc"}
-        self.shards = shards_of(list(self.named.items()), of_grad)
+        self.shards = shards_of(list(self.named.items()), Source.GRADIENT)
         self.ranks, self.norm = Ranks(), norm(2.0)
         self.groups = PolicyGroups(
             ClipConfig.model_validate({**clip, "nonfinite": nonfinite}), self.norm, self.ranks
