@@ -56,6 +56,11 @@ class AddressTable:
         device = tensors[0].device if tensors else HOST
         return cls(device, addresses_of(tensors), numels, codes, np.zeros_like(numels))
 
+    def is_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether it is the table of these very tensors, as `of` makes it."""
+        same = np.array_equal(self.starts, addresses_of(tensors))
+        return same and self.numels.tolist() == list(map(Tensor.numel, tensors))
+
     def part(self, starts: Ints, numels: Ints) -> AddressTable:
         """Of each tensor `numels` elements from `starts` on."""
         skipped, numels = starts * SIZES[self.codes], np.ascontiguousarray(numels)

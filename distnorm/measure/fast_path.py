@@ -162,6 +162,9 @@ class FastPath:
                 finder = kernels.Finder([_GRAD(shards[i].holder) for i in members])
             except ValueError:  # of a class that is read with care
                 return None
+            # What was read may be a part, or a sum, of what the parameters hold.
+            if not finder.table.is_of(list(members.values())):
+                return None
             classes.append(_Class(_picker(list(members), len(shards)), finder, place))
             present |= members
         return cls(classes, _picker(absent, len(shards)), present, shares, presence)
