@@ -7,7 +7,6 @@ timed is the work of one rank without the network's. Replicas agree here, so not
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,9 +19,8 @@ from torch import Tensor
 from torch.futures import Future
 
 from distnorm import kernels
-from distnorm.measure.norms import norm
 from distnorm.measure.partials import _COMPLETE, _DTYPES, Batch, _merge, agree_on_partials
-from distnorm.measure.replica_check import _differing, compare_replicas
+from distnorm.measure.replica_check import _IRRATIONALS, _compared, _differing, compare_replicas
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.plan import Plan, _holders, differing, identity_rows, make_plan
 from distnorm.plan.terms import stable_hash
@@ -87,7 +85,7 @@ class _Rows:
     """The rows of some names from all ranks, as each exchange sends them."""
 
     def __init__(self, topology: Topology, names: Sequence[str]) -> None:
-        values: dict[tuple[int, ...], tuple[int, float]] = {}  # by shape: all elements are 1
+        values: dict[tuple[int, ...], tuple[int, list[float]]] = {}  # by shape: all elements are 1
         identities, of_rank, found, sizes = [], [], [], []
         for rank in range(topology.size):
             pieces = [p for name in names for p in topology.pieces(rank, name)]
@@ -96,16 +94,15 @@ class _Rows:
             identities.append(identity_rows(pieces))
             for p in pieces:
                 if p.shape not in values:
-                    values[p.shape] = int(kernels.checksum(p.witness())), _norm(p.read())
+                    values[p.shape] = int(kernels.checksum(p.witness())), _compared(p.read())
                 found.append(values[p.shape])
         self.of_rank = torch.tensor(of_rank, dtype=torch.int64)
         self.plan = torch.cat(
             [torch.cat(identities), torch.tensor(sizes, dtype=torch.int64).view(-1, 2)], dim=1
         )
         self._checksums = torch.tensor([value for value, _ in found], dtype=torch.int64).view(-1, 1)
-        tolerance = math.sqrt(torch.finfo(torch.float32).eps)
-        norms = [[value, tolerance] for _, value in found]
-        self._norms = torch.tensor(norms, dtype=torch.float64).view(-1, 2)
+        compared = [numbers for _, numbers in found]
+        self._compared = torch.tensor(compared, dtype=torch.float64).view(-1, 2 + len(_IRRATIONALS))
         self._claims = torch.zeros(len(of_rank), dtype=torch.bool)
 
     def claim(self, replies: Tensor) -> None:
@@ -114,7 +111,7 @@ class _Rows:
 
     def sent(self, join: int) -> tuple[Tensor, Tensor]:
         """The rows of each join, and their ranks: of the plan, the claims, the partial gradients, the ranks
-        that reduce these together, and the norms of replicas."""
+        that reduce these together, and what is compared of replicas."""
         if join == 0:
             return self.plan, self.of_rank
         if join == 2:
@@ -123,14 +120,9 @@ class _Rows:
             return torch.cat([self.plan[:, :2], flags, dtypes], dim=1), self.of_rank
         if join == 3:
             return torch.zeros(0, 3, dtype=torch.int64), self.of_rank[:0]
-        facts = self._checksums if join == 1 else self._norms.view(torch.int64)
+        facts = self._checksums if join == 1 else self._compared.view(torch.int64)
         rows = torch.cat([self.plan[:, :2], facts], dim=1)
         return rows[self._claims], self.of_rank[self._claims]
-
-
-def _norm(gradient: Tensor) -> float:
-    l2 = norm(2)
-    return float(l2.finalise(l2.statistic([gradient], gradient.device)))
 
 
 ANSWERS: dict[int, Callable[[Tensor], Tensor]] = {0: _holders, 1: differing, 2: _merge, 4: _differing}
