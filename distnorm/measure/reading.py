@@ -70,7 +70,9 @@ class GradientReader:
         laid_out = gradients if store else Gradients(gradients.tensors, gradients.problems)
         laid_out.lay_out(shards, one_coefficient=self.one_coefficient)
         self._fast_path = None
-        if not self._batches and not laid_out.problems and self.norm.kernel is not None:
+        # Until ranks have agreed, all of them read with care, or one that does would wait for the others.
+        is_complete = self._batches is not None and not self._batches
+        if is_complete and not laid_out.problems and self.norm.kernel is not None:
             presence = gradients.presence(self.weights)
             self._fast_path = FastPath.of(shards, self.shares, laid_out, presence)
         return gradients
@@ -83,8 +85,11 @@ class GradientReader:
     ) -> None:
         """Agree on which gradients are partial, and compare replicas of the others. Collective."""
         self.ranks.raise_together(problems[0] if problems else None)
-        self._batches = agree_on_partials(self.ranks, shards, readings, self._batches or ())
-        if self._batches is not None and self.ranks.state.compares_replicas:
+        agreed = agree_on_partials(self.ranks, shards, readings, self._batches or ())
+        if agreed is None:  # no rank has a gradient, so what was agreed before still holds
+            return
+        self._batches = agreed
+        if self.ranks.state.compares_replicas:
             complete = [reading if isinstance(reading, Tensor) else None for reading in readings]
             partial = {i for batch in self._batches for i in batch.layouts}
             compare_replicas(self.ranks, shards, self.shares, complete, apart_from=partial, finite_only=True)
