@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 4 benchmarks/host_path.py
 
-Finding is timed on rank 0 alone, while the others wait: 3,000 gradients of FSDP2, by compiled code and by
-Python's attributes, with caches that hold them already and with caches that hold something else. The
-all-reduces are timed on the slowest rank; all ranks come from a barrier.
+Finding is timed on rank 0 alone, while the others wait: 288 and 3,000 gradients of FSDP2, by compiled code
+and by Python's attributes, with caches that hold them already and with caches that hold something else.
+Whole training steps go by both in turn. The all-reduces are timed on the slowest rank; all ranks come from a
+barrier.
 """
 
 from __future__ import annotations
@@ -14,25 +15,24 @@ import time
 from collections.abc import Callable
 from statistics import median
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from distnorm.kernels import SpanTable, walker
-from distnorm.shards import of_grad
-from distnorm.sources import dtensor
+import distnorm
+from distnorm.kernels import Finder, walking
 
-COUNT, ROUNDS, REDUCTIONS = 3000, 25, 200
+COUNTS, ROUNDS, REDUCTIONS = (288, 3000), 25, 200
 LENGTHS = (1, 2, 3, 4, 8, 17, 64)
+WAYS = ("compiled code", "attributes")
 
 
 class Listed(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
         super().__init__()
-        self.weights = nn.ParameterList(torch.randn(32, 16) for _ in range(COUNT))
+        self.weights = nn.ParameterList(torch.randn(32, 16) for _ in range(count))
 
     def forward(self) -> Tensor:
         return torch.stack([weight.square().sum() for weight in self.weights]).sum()
@@ -48,32 +48,62 @@ def timed(call: Callable[[], object], before: Callable[[], object]) -> float:
     return median(times) * 1e6
 
 
-def finding() -> str:
-    model = Listed()
-    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+def finding(count: int) -> str:
+    model = sharded(count)
     model().backward()
     if dist.get_rank():
         return ""
     holders = list(model.parameters())
-    route = dtensor.shard("weight", holders[0], of_grad).route
-    assert route is not None
-    layouts = [route.layout_of(p.grad) for p in holders if p.grad is not None]
-    locals_ = [p.grad._local_tensor for p in holders]  # type: ignore[union-attr]
-    compiled = walker(SpanTable.of(locals_), layouts)
-    out = np.zeros(COUNT, dtype=np.int64)
+    by_attributes, by_code = (Finder([p.grad for p in holders if p.grad is not None]) for _ in range(2))
+    by_attributes._asks = False
     other = torch.zeros(16_000_000)
     lines = []
     for state, before in (("warm", lambda: None), ("cold", lambda: other.add_(1))):
-        by_attributes = timed(lambda: list(route.addresses(holders, layouts)), before)
-        if compiled is None:
-            lines.append(f"{state} caches: {by_attributes:.0f} us by attributes; no compiled code here")
-        else:
-            walked = timed(lambda: compiled(holders, out), before)
-            assert out.tolist() == list(route.addresses(holders, layouts))
-            lines.append(
-                f"{state} caches: {walked:.0f} us by compiled code, {by_attributes:.0f} by attributes"
-            )
-    return "\n".join(f"finding {COUNT:,} gradients, {line}" for line in lines)
+        first, second = by_code(holders), by_attributes(holders)
+        assert first is not None and second is not None and (first.addresses == second.addresses).all()
+        code, attributes = (timed(lambda f=f: f(holders), before) for f in (by_code, by_attributes))
+        with_what = (
+            "compiled code" if by_code._compiled is not None else "attributes too: there is no compiler"
+        )
+        lines.append(
+            f"finding {count:,} gradients, {state} caches: {code:.0f} us by {with_what}, "
+            f"{attributes:.0f} by attributes"
+        )
+    return "\n".join(lines)
+
+
+def sharded(count: int) -> nn.Module:
+    model = Listed(count)
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return model
+
+
+def stepping(count: int) -> str:
+    """Whole training steps, clipped by one way and the other in turn."""
+    model = sharded(count)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    clippers = {way: distnorm.GradClipper(model, {"clip": {"max_norm": 1.0}}) for way in WAYS}
+    whole: dict[str, list[float]] = {way: [] for way in WAYS}
+    clipping: dict[str, list[float]] = {way: [] for way in WAYS}
+    library = walking.library
+    for round_ in range(ROUNDS + 3):
+        for way in WAYS:
+            walking.library = library if way == "compiled code" else lambda count: None
+            dist.barrier()
+            began = time.perf_counter()
+            model().backward()
+            before = time.perf_counter()
+            clippers[way].clip()
+            after = time.perf_counter()
+            optimizer.step()
+            optimizer.zero_grad()
+            if round_ > 2:
+                whole[way].append(time.perf_counter() - began)
+                clipping[way].append(after - before)
+    walking.library = library
+    steps = (f"{median(whole[way]) * 1e3:.2f} ms by {way}" for way in WAYS)
+    clips = (f"{median(clipping[way]) * 1e3:.2f} ms by {way}" for way in WAYS)
+    return f"steps of {count:,} DTensors: {', '.join(steps)}; of it clipping: {', '.join(clips)}"
 
 
 def reducing(length: int) -> str:
@@ -93,11 +123,14 @@ def reducing(length: int) -> str:
 def main() -> None:
     os.environ.setdefault("DISTNORM_NATIVE", "now")
     dist.init_process_group("gloo")
-    found = finding()
-    dist.barrier()
+    found = []
+    for count in COUNTS:
+        found.append(finding(count))
+        dist.barrier()
+        found.append(stepping(count))
     reduced = [reducing(length) for length in LENGTHS]
     if dist.get_rank() == 0:
-        print(found, *reduced, sep="\n", flush=True)
+        print(*found, *reduced, sep="\n", flush=True)
     dist.destroy_process_group()
 
 

@@ -33,9 +33,9 @@ from benchmarks.simulated_rank import (
     plan,
     simulated,
 )
-from distnorm.collectives import Ranks
 from distnorm.errors import ReplicaError
-from distnorm.plan import raise_named
+from distnorm.plan.collectives import Ranks
+from distnorm.plan.plan import raise_named
 
 SHARDS = 1000
 RANKS = (64, 256, 1024, 4096, 16384)

@@ -7,9 +7,8 @@ timed is the work of one rank without the network's. Replicas agree here, so not
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,10 +19,12 @@ from torch import Tensor
 from torch.futures import Future
 
 from distnorm import kernels
-from distnorm.collectives import Ranks
-from distnorm.partials import _COMPLETE, Batch, _merge, _replica_norm, agree_on_partials
-from distnorm.plan import Plan, _holders, differing, identity_rows, make_plan, stable_hash
-from distnorm.shards import Extent, GradShard, of_grad
+from distnorm.measure.partials import _COMPLETE, _DTYPES, Batch, _merge, agree_on_partials
+from distnorm.measure.replica_check import _IRRATIONALS, _compared, _differing, compare_replicas
+from distnorm.plan.collectives import Ranks
+from distnorm.plan.plan import Plan, _holders, differing, identity_rows, make_plan
+from distnorm.plan.terms import stable_hash
+from distnorm.sources.shards import Extent, GradShard, Source
 
 
 def clocks() -> Tensor:
@@ -39,15 +40,15 @@ class Piece(GradShard):
     """A piece of a parameter that is made of the number 1."""
 
     def witness(self) -> Tensor:
-        return self.holder
+        return self.holder.detach()
 
     def read(self) -> Tensor:
-        return self.holder
+        return self.holder.detach()
 
 
 def piece(name: str, extents: tuple[Extent, ...], global_shape: tuple[int, ...]) -> Piece:
     shape = tuple(stop - start for start, stop in extents)
-    return Piece(name, torch.ones(shape), of_grad, extents, shape, global_shape)
+    return Piece(name, torch.ones(shape, requires_grad=True), Source.GRADIENT, extents, shape, global_shape)
 
 
 class Topology(Protocol):
@@ -84,7 +85,7 @@ class _Rows:
     """The rows of some names from all ranks, as each exchange sends them."""
 
     def __init__(self, topology: Topology, names: Sequence[str]) -> None:
-        values: dict[tuple[int, ...], tuple[int, float]] = {}  # by shape: all elements are 1
+        values: dict[tuple[int, ...], tuple[int, list[float]]] = {}  # by shape: all elements are 1
         identities, of_rank, found, sizes = [], [], [], []
         for rank in range(topology.size):
             pieces = [p for name in names for p in topology.pieces(rank, name)]
@@ -93,14 +94,15 @@ class _Rows:
             identities.append(identity_rows(pieces))
             for p in pieces:
                 if p.shape not in values:
-                    values[p.shape] = int(kernels.checksum(p.witness())), _replica_norm(p, p.read(), 2)[0]
+                    values[p.shape] = int(kernels.checksum(p.witness())), _compared(p.read())
                 found.append(values[p.shape])
         self.of_rank = torch.tensor(of_rank, dtype=torch.int64)
         self.plan = torch.cat(
             [torch.cat(identities), torch.tensor(sizes, dtype=torch.int64).view(-1, 2)], dim=1
         )
         self._checksums = torch.tensor([value for value, _ in found], dtype=torch.int64).view(-1, 1)
-        self._norms = torch.tensor([value for _, value in found], dtype=torch.float64)
+        compared = [numbers for _, numbers in found]
+        self._compared = torch.tensor(compared, dtype=torch.float64).view(-1, 2 + len(_IRRATIONALS))
         self._claims = torch.zeros(len(of_rank), dtype=torch.bool)
 
     def claim(self, replies: Tensor) -> None:
@@ -108,22 +110,22 @@ class _Rows:
         self._claims = (replies[:, 0] > 1) & (self.plan[:, 2] > 0)
 
     def sent(self, join: int) -> tuple[Tensor, Tensor]:
-        """The rows of the plan's, the claims', the partials' and their members' join, and their ranks."""
+        """The rows of each join, and their ranks: of the plan, the claims, the partial gradients, the ranks
+        that reduce these together, and what is compared of replicas."""
         if join == 0:
             return self.plan, self.of_rank
-        if join == 1:
-            rows = torch.cat([self.plan[:, :2], self._checksums], dim=1)
-            return rows[self._claims], self.of_rank[self._claims]
+        if join == 2:
+            flags = _COMPLETE * (self.plan[:, 2:3] > 0).long()
+            dtypes = torch.full_like(flags, _DTYPES.index(torch.float32))
+            return torch.cat([self.plan[:, :2], flags, dtypes], dim=1), self.of_rank
         if join == 3:
             return torch.zeros(0, 3, dtype=torch.int64), self.of_rank[:0]
-        flags = _COMPLETE * (self.plan[:, 2:3] > 0).long()
-        known = torch.where(self._claims, self._norms, torch.nan)
-        tolerance = self._claims.double() * math.sqrt(torch.finfo(torch.float32).eps)
-        sizes = torch.stack([known, tolerance], dim=1).view(torch.int64)
-        return torch.cat([self.plan[:, :2], flags, sizes], dim=1), self.of_rank
+        facts = self._checksums if join == 1 else self._compared.view(torch.int64)
+        rows = torch.cat([self.plan[:, :2], facts], dim=1)
+        return rows[self._claims], self.of_rank[self._claims]
 
 
-ANSWERS = (_holders, differing, _merge)
+ANSWERS: dict[int, Callable[[Tensor], Tensor]] = {0: _holders, 1: differing, 2: _merge, 4: _differing}
 
 
 def _done(result: Any) -> Any:
@@ -147,7 +149,7 @@ class SimulatedGroup(dist.ProcessGroup):
         self.met = _Rows(topology, owned_names(topology, rank))
         self.mine = [p for name in topology.names for p in topology.pieces(rank, name)]
         self._own = [p.name for p in self.mine]
-        self._by_kind: dict[Hashable, tuple[_Rows, list[Tensor]]] = {}
+        self._by_kind: dict[Hashable, tuple[_Rows, dict[int, Tensor]]] = {}
         self.restart()
         for name in self._own:
             self._answers(name)
@@ -157,14 +159,14 @@ class SimulatedGroup(dist.ProcessGroup):
         self.seconds, self.received, self.sent = clocks() * 0, 0, 0
         self._call = 0
 
-    def _answers(self, name: str) -> tuple[_Rows, list[Tensor]]:
+    def _answers(self, name: str) -> tuple[_Rows, dict[int, Tensor]]:
         """The rows of one name of a kind, and what its owner answers in each join."""
         kind = self._topology.kind(name)
         if kind not in self._by_kind:
             rows = _Rows(self._topology, [name])
-            answers = []
-            for join, answer in enumerate(ANSWERS):
-                answers.append(answer(rows.sent(join)[0]))
+            answers: dict[int, Tensor] = {}
+            for join, answer in ANSWERS.items():
+                answers[join] = answer(rows.sent(join)[0])
                 if join == 0:
                     rows.claim(answers[0])
             self._by_kind[kind] = rows, answers
@@ -174,7 +176,7 @@ class SimulatedGroup(dist.ProcessGroup):
         """The answers to this rank's own rows, in the order in which it sent them."""
         replies = []
         for name in dict.fromkeys(self._own):
-            if join < len(ANSWERS):
+            if join in ANSWERS:
                 rows, answers = self._answers(name)
                 mine = answers[join][rows.sent(join)[1] == self._rank]
                 owner = torch.full((len(mine), 1), stable_hash(name) % self._topology.size)
@@ -248,4 +250,8 @@ def plan(group: SimulatedGroup, *, replicas_share: bool = True) -> Plan:
 
 def agree(group: SimulatedGroup, planned: Plan) -> tuple[Batch, ...] | None:
     """What it does with its first gradients, after `plan`."""
-    return agree_on_partials(Ranks(), planned.shares, group.mine, [p.read() for p in group.mine])
+    ranks, gradients = Ranks(), [p.read() for p in group.mine]
+    batches = agree_on_partials(ranks, group.mine, gradients)
+    if planned.has_replicas:
+        compare_replicas(ranks, group.mine, planned.shares, gradients)
+    return batches

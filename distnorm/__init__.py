@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from distnorm.functional import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
     from distnorm.hooks import Handle, attach
     from distnorm.monitor import Alert, LayerRow, Monitor
-    from distnorm.results import ClipResult, GroupResult
+    from distnorm.policies.results import ClipResult, GroupResult
     from distnorm.verification import VerifyReport, verify
 
 __version__ = "0.1.0"
@@ -71,7 +71,7 @@ _HOMES = {
     "functional": ("clip_grad_norm_", "clip_grads_with_norm_", "get_total_norm"),
     "hooks": ("Handle", "attach"),
     "monitor": ("Alert", "LayerRow", "Monitor"),
-    "results": ("ClipResult", "GroupResult"),
+    "policies.results": ("ClipResult", "GroupResult"),
     "verification": ("VerifyReport", "verify"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

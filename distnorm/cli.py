@@ -197,7 +197,7 @@ def _verify(config: str, overrides: Sequence[str]) -> int:
 
 
 def _compare(run_a: str, run_b: str, rtol: float | None) -> int:
-    from distnorm import compare
+    from distnorm.monitor import compare
 
     return compare.main(run_a, run_b, rtol)
 

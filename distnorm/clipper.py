@@ -1,38 +1,44 @@
-"""`GradClipper`: from a target to clipped gradients, the whole line from end to end."""
+"""`GradClipper`: the way in for a training loop of one's own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.distributed.device_mesh import DeviceMesh
 
-from distnorm.collectives import Ranks
 from distnorm.config import Config, load_config
-from distnorm.deciding import Decider, Outcome
-from distnorm.errors import DistnormError, NonFiniteGradientError
-from distnorm.exchange import Lanes
-from distnorm.lanes import Joined
-from distnorm.looks import Look
-from distnorm.measurement import Meter
+from distnorm.errors import DistnormError
+from distnorm.kernels import outside_graphs
 from distnorm.monitor import Monitor
-from distnorm.norms import norm
-from distnorm.readings import Measured
-from distnorm.results import ClipResult
-from distnorm.rules import Rules
-from distnorm.shards import GradShard, of_grad
-from distnorm.sources import Inventory, Target, Tied, checked_tied, modules_of, read_once, shards_of, stage_of
-from distnorm.watching import Watch, alike
+from distnorm.plan.collectives import Ranks
+from distnorm.policies.groups import PolicyGroups
+from distnorm.policies.results import ClipResult
+from distnorm.sources import (
+    Inventory,
+    Source,
+    Target,
+    Tied,
+    checked_tied,
+    modules_of,
+    read_once,
+    shards_of,
+    stage_of,
+)
+from distnorm.sources.shards import GradShard
+from distnorm.step import Step
 
 
-class GradClipper:
+class GradClipper(Joinable):
     """Measures and clips the gradient of one model, held in pieces by many ranks.
 
     Collective: every rank of `group` must make one, at the same point, with the same `config` and `tied`.
+    Under torch's `Join`, pass it along with the DDP module: ``Join([model, clipper])``.
 
     Args:
         target: a module, a list of modules (pipeline parts), one parameter, or an iterable of parameters
@@ -46,7 +52,6 @@ class GradClipper:
 
     Attributes:
         config: the `Config` in force.
-        last: what the newest `clip` returned, or `None`.
 
     Raises:
         ConfigError: the configuration, or a tied name, is wrong; or a pattern of `clip.groups` doesn't fit.
@@ -71,42 +76,27 @@ class GradClipper:
         pp_mesh: DeviceMesh | None = None,
         tied: Tied = (),
     ) -> None:
+        super().__init__()
         ranks = Ranks(group)
-        error: DistnormError | None = None
-        try:
+        with ranks.together():
             self.config = load_config(config)
-            self._check()
-            order = norm(self.config.norm.type)
-            self._rules = Rules(self.config.clip, order, ranks)
-            self._target = read_once(target)
-            self._stage, self._tied = stage_of(pp_mesh), checked_tied(tied)
-        except DistnormError as caught:
-            error = caught
-        ranks.raise_together(error)
-        self._decider, self._steps = Decider(self._rules), 0
-        self.last: ClipResult | None = None
-        clip = self.config.clip.model_dump()
-        terms = {
-            "norm.type": order.order,
-            **{f"clip.{key}": value for key, value in clip.items()},
-            **alike(self.config.monitor),
-            "tied": self._tied,
-        }
-        self._meter = Meter(ranks, order, terms, self._tied, raises=self.config.clip.nonfinite == "raise")
-        self._watch = Watch.of(self.config.monitor, ranks, order)
-        self._begin(self._meter.prepare(self._read_target))
+            self._step = Step(self.config, ranks, checked_tied(tied))
+            self._target, self._stage = read_once(target), stage_of(pp_mesh)
+        self._tied = self._step.tied
+        self._step.plan(self._read_target, modules_of(self._target))
 
+    @outside_graphs
     def clip(self) -> ClipResult:
         """Measure this step's gradient and clip it, in place, as the policies decide.
 
         By the default policy it is scaled so that its norm is the threshold at most. Collective: every rank
         must call it, after the backward pass and before ``optimizer.step()``, whether it has gradients or
-        not. Partial DTensor gradients are stored back reduced. Policy value alone measures nothing, and meets
-        no other rank once it is known which gradients may be partial.
+        not. Partial DTensor gradients are stored back reduced. Policy value alone measures nothing, and uses
+        no collective once it is known which gradients may be partial.
 
         Returns:
-            The norm before, the coefficient, and what follows from them, as 0-d tensors on the device. Where
-            `skipped` is true the optimizer's step must not happen.
+            The norm before clipping, the coefficient and the rest of `ClipResult`, 0-d tensors on the device.
+            Where `skipped` is true the optimizer's step must not happen.
 
         Raises:
             NonFiniteGradientError: the norm is not finite and ``clip.nonfinite`` is ``raise``; gradients
@@ -114,88 +104,91 @@ class GradClipper:
             UnsupportedGradientError: a gradient that can't be measured, such as a sparse one.
             ReplicaError: replicas hold different gradients.
             DisagreementError: ranks measure different sets of parameters.
-            DistnormError: a policy looks at the loss, and no rank gave one.
+            DistnormError: a policy uses the loss, and no rank gave one; or the process group was
+                destroyed.
         """
-        with torch.no_grad():
-            outcome, measured = self._decide()
-            self._decider.apply(outcome, measured)
-        return outcome.result
+        self._plan_if_changed()
+        return self._step.take(self._inventory.holders, scales=True).result
 
+    @outside_graphs
     def decide(self) -> ClipResult:
         """Do as `clip` does, but leave the gradients for the caller to multiply by the coefficient.
 
         Collective, as `clip` is. Partial DTensor gradients are stored back reduced here too. Where there are
-        many coefficients, the caller doesn't learn them.
+        many coefficients, the result doesn't hold them.
 
         Raises:
             DistnormError: as `clip`.
         """
-        with torch.no_grad():
-            return self._decide()[0].result
+        self._plan_if_changed()
+        return self._step.take(self._inventory.holders, scales=False).result
+
+    @outside_graphs
+    def measure(self) -> ClipResult:
+        """Measure this step's gradient and change nothing. Collective, and raises, as `clip` does."""
+        self._plan_if_changed()
+        return self._step.measure(self._inventory.holders)
 
     def note(self, *, loss: Tensor | float | None = None, tokens: int | None = None) -> None:
-        """Say what belongs to the step that is clipped next. Not collective.
+        """Give the loss and the tokens of the step that is clipped next. Not collective.
 
-        Policies that look at a loss take the mean over the ranks that hand one in, which travels with the
-        norm, and only if it is wanted. The monitor's row has that of rank 0.
+        Policies that use the loss take its mean over the ranks that give one, reduced together with the
+        norm. The monitor's row has rank 0's.
 
         Args:
-            loss: this rank's own, 0-d, or a number; `None` where it has none.
-            tokens: of the whole batch, from which the row's tokens a second follow.
+            loss: this rank's own, 0-d, or a number; `None` where it has none. The value is kept as it is now.
+            tokens: number of tokens in the whole batch, for the row's tokens a second.
 
         Raises:
             DistnormError: the loss is no single number.
         """
-        self._rules.loss.note(loss)
-        if self._watch is not None:
-            self._watch.note(loss, tokens)
+        self._step.note(loss, tokens)
 
     @property
-    def rules(self) -> Rules:
-        """What decides."""
-        return self._rules
+    def last(self) -> ClipResult | None:
+        """What the newest `clip` returned, or `None`."""
+        return self._step.last
+
+    @property
+    def rules(self) -> PolicyGroups:
+        """The policies and their groups."""
+        return self._step.groups
 
     @property
     def parameters(self) -> list[Tensor]:
         """The target's tensors, each once."""
         return list(self._inventory.holders)
 
-    def measure(self) -> ClipResult:
-        """Measure this step's gradient and change nothing. Collective, and raises, as `clip` does."""
-        with torch.no_grad():
-            measured = self._measure(store=False)
-            return self._decider.measured(measured.total_norm, measured.more)
-
     @property
     def monitor(self) -> Monitor | None:
-        """What is told of every step, and gives alerts; `None` where nothing is set under `monitor`."""
-        return None if self._watch is None else self._watch.monitor
+        """What gets a row of every step and gives alerts; `None` if nothing is set under `monitor`."""
+        return None if self._step.monitor is None else self._step.monitor.monitor
 
     def flush(self, **facts: Any) -> dict[str, Any] | None:
         """Write the rows of all steps up to now. Not collective.
 
-        A step's row is written when the next step is clipped, or here, which waits for the device.
+        Metrics are copied asynchronously, so a step's row is written one step later, or here, which waits for
+        the device.
 
         Args:
-            facts: what else stands in the newest step's row, where it hasn't been written yet.
+            facts: further keys for the newest step's row, if it hasn't been written yet.
 
         Returns:
             That row, as in metrics.jsonl; `None` before the first step, or without a monitor.
         """
-        return None if self._watch is None else self._watch.flush(facts)
+        return None if self._step.monitor is None else self._step.monitor.flush(facts)
 
     def close(self) -> None:
-        """Write what isn't written yet, and close the monitor's files. Not collective."""
-        if self._watch is not None:
-            self._watch.close()
+        """Write the rows that are left, close the monitor's files, and remove the hooks of `clip.overlap`.
+        Not collective."""
+        self._step.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on, on any topology: plain numbers, strings and lists.
+        """The state for a checkpoint, on any topology: plain numbers, strings and lists.
 
         Not collective. Waits for the device where a policy has a history, or there is a monitor.
         """
-        state = {"version": 2, "steps": self._steps, **self._rules.state_dict()}
-        return state if self._watch is None else {**state, "monitor": self._watch.state_dict()}
+        return self._step.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`. Not collective. One of version 1 has no policies: theirs begin anew.
@@ -204,97 +197,69 @@ class GradClipper:
             DistnormError: the state is of another version, of other policies or groups, or no state of a
                 clipper; nothing has changed then.
         """
-        version, steps = state.get("version"), state.get("steps")
-        if version not in (1, 2) or not isinstance(steps, int) or steps < 0:
-            raise DistnormError(f"expected a clipper's state of version 1 or 2, found {dict(state)!r}")
-        if self._watch is not None:
-            self._watch.check_state(state.get("monitor"))
-        self._rules.load_state_dict(state if version == 2 else None)
-        self._steps = steps
-        if self._watch is not None:
-            self._watch.load_state_dict(state.get("monitor"), steps)
-            self._expect()
+        self._step.load_state_dict(state)
 
-    def _check(self) -> None:
-        """Refuse a configuration that this clipper can't do; what one rank refuses, all refuse."""
+    def rebind(self, group: ProcessGroup | None = None) -> None:
+        """Go on with another process group, after the old one was destroyed: histories and step counts stay.
 
-    def _decide(self) -> tuple[Outcome, Measured]:
-        measured = self._measured()
-        outcome = self._decider.decide(measured.total_norm, self._of_rules(measured.more))
-        self._made(measured, outcome.result)
-        return outcome, measured
+        Collective: every rank of the new group must call it, with clippers of the same state.
 
-    def _of_rules(self, more: Tensor | None) -> Tensor | None:
-        return None if more is None or self._rules.lanes is None else more[: self._rules.lanes.length]
+        Args:
+            group: the ranks that hold the model now; default: the whole world, or this process alone.
 
-    def _made(self, measured: Measured, result: ClipResult, loss_scale: float = 1.0) -> None:
-        """Count a step, and have it told."""
-        self._steps += 1
-        self.last = result
-        if self._watch is not None:
-            self._expect()
-            self._watch.made(self._steps, result, measured, self._shards, loss_scale)
+        Raises:
+            DistnormError: as the constructor.
+        """
+        self._step.rebind(Ranks(group))
+        self._step.plan(self._read_target, modules_of(self._target))
 
-    def _measured(self) -> Measured:
-        if not self._rules.measures and self._look() is None:
-            self._plan_if_changed(store=True)
-            return self._meter.settle(self._shards)
-        try:
-            return self._measure(store=True)
-        except NonFiniteGradientError as error:
-            if self._watch is not None:
-                self._watch.failed(self._steps + 1, error)
-            raise
-        finally:  # a loss is of one step, even of one that raises
-            self._rules.loss.forget()
+    def __reduce__(self) -> NoReturn:
+        """Refused: process groups and what was planned with them can't be copied."""
+        raise DistnormError(
+            "expected a clipper to stay with its model, found a copy or pickle of it; keep "
+            "clipper.state_dict(), and make a GradClipper of the copied model"
+        )
 
-    def _read_target(self) -> tuple[list[GradShard], list[str]]:
+    def __repr__(self) -> str:
+        return f"GradClipper({len(self._inventory.holders)} tensors, {self._step.describe()})"
+
+    # ---- torch's Join
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        """For `Join`: a rank that is out of data does nothing in a step, and takes over the histories at the
+        end."""
+        return _TakeOver(self._step)
+
+    @property
+    def join_device(self) -> torch.device:
+        """Where `Join` reduces its counters."""
+        return self._step.ranks.reduce_device(torch.device("cpu"))
+
+    @property
+    def join_process_group(self) -> Any:
+        """The group of all ranks that take part."""
+        return self._step.ranks.group
+
+    # ---- planning
+
+    def _read_target(self) -> tuple[list[GradShard], list[tuple[str, Tensor]]]:
         self._inventory = Inventory(self._target)
         named = self._inventory.named
-        shards = shards_of(named, of_grad, target=self._target, stage=self._stage, tied=self._tied)
-        return shards, [name for name, _ in named]
+        shards = shards_of(named, Source.GRADIENT, target=self._target, stage=self._stage, tied=self._tied)
+        return shards, named
 
-    def _begin(self, shards: list[GradShard]) -> None:
-        """Take over the shards of a new plan. Collective."""
-        self._shards = shards
-        self._rules.bind(self._meter, shards)
-        self._overlap_backward()
-        if self._watch is not None:
-            self._watch.prepare(shards, self._meter.shares, self._meter.overlap)
-            self._expect()
+    def _plan_if_changed(self) -> None:
+        self._step.check_group()
+        if self._join_config.enable:
+            Join.notify_join_context(self)
+            self._step.is_registered_with_join = True
+        if not self._step.has_plan or not self._inventory.is_current:
+            self._step.plan(self._read_target, modules_of(self._target), anew=True)
 
-    def _overlap_backward(self) -> None:
-        if not self.config.clip.overlap:
-            return
-        error: DistnormError | None = None
-        try:
-            self._meter.take_during_backward(self._shards, modules_of(self._target))
-        except DistnormError as caught:
-            error = caught
-        self._meter.ranks.raise_together(error)
 
-    def _measure(self, *, store: bool) -> Measured:
-        self._plan_if_changed(store=store)
-        lanes = self._lanes(store=store)
-        return self._meter.measure(self._inventory.holders, lambda: self._shards, store=store, more=lanes)
+class _TakeOver(JoinHook):
+    def __init__(self, step: Step) -> None:
+        self._step = step
 
-    def _plan_if_changed(self, *, store: bool) -> None:
-        if not self._meter.has_plan or not self._inventory.is_current:
-            lanes = self._lanes(store=store)
-            self._begin(self._meter.prepare_anew(self._read_target, 0 if lanes is None else lanes.length))
-
-    def _expect(self) -> None:
-        """Tell what reads gradients during backward whether the next step is looked at."""
-        if self._meter.overlap is not None:
-            self._meter.overlap.looks_before = self._look() is not None
-
-    def _look(self) -> Look | None:
-        """What looks at layers in the step that is clipped next."""
-        return None if self._watch is None else self._watch.look(self._steps + 1)
-
-    def _lanes(self, *, store: bool) -> Joined | None:
-        """What travels with the total norm: what policies need, and in some steps that are clipped a look."""
-        parts: list[Lanes] = [] if self._rules.lanes is None else [self._rules.lanes]
-        if store and (look := self._look()) is not None:
-            parts.append(look)
-        return Joined(parts) if parts else None
+    def post_hook(self, is_last_joiner: bool) -> None:
+        self._step.take_over(is_last_joiner)

@@ -2,43 +2,39 @@
 
 from __future__ import annotations
 
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from operator import is_
-from typing import Any, cast
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from distnorm import policies
-from distnorm.collectives import Ranks
-from distnorm.deciding import apply
+from distnorm import kernels, policies
 from distnorm.errors import DistnormError
-from distnorm.measurement import Meter
-from distnorm.norms import norm
-from distnorm.readings import Measured
-from distnorm.shards import GradShard, PartialGrad, itself, of_grad
+from distnorm.measure.gradients import Gradients, read_with_care
+from distnorm.measure.meter import Meter
+from distnorm.measure.norms import norm
+from distnorm.plan.collectives import Ranks
+from distnorm.policies.deciding import apply
 from distnorm.sources import (
-    Inventory,
+    Source,
     Target,
     Tied,
     checked_tied,
     named_tensors,
     read_once,
+    recognise,
     shards_of,
     stage_of,
 )
+from distnorm.sources.shards import GradShard, PartialGrad
 
-_MOST_METERS = 32
-_meters: OrderedDict[tuple[Any, ...], tuple[Meter, list[weakref.ref[Tensor]]]] = OrderedDict()
-_same: OrderedDict[tuple[Any, ...], _Same] = OrderedDict()
+_log = logging.getLogger("distnorm")
 
 
-@torch.no_grad()
+@kernels.outside_graphs
 def get_total_norm(
     tensors: Target,
     norm_type: float = 2.0,
@@ -65,10 +61,11 @@ def get_total_norm(
         tied: groups of names that are one tensor.
 
     Returns:
-        0-d fp32, the same bits on every rank. NaN where the ranks did not measure the same set: of
-        tensors that are no parameters the plan knows only names and layouts, and these must change on
-        every rank in the same call, or on none. Where gradients come and go by rank, give
-        `clip_grad_norm_` the parameters instead. A rank that is given nothing does what the others do.
+        0-d fp32, or fp64 where a tensor of any rank is fp64 or complex128; the same bits on every rank. Of
+        tensors that are no parameters the plan knows only names and layouts, and these must change on every
+        rank in the same call, or on none. Where gradients come and go by rank, give `clip_grad_norm_` the
+        parameters instead. A rank that is given nothing does what the others do. On an accelerator, where
+        nothing is read on the host, the norm is NaN where the ranks did not measure the same set.
 
     Raises:
         ConfigError: `norm_type` is no order of a norm.
@@ -79,10 +76,11 @@ def get_total_norm(
     Example:
         >>> distnorm.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     """
-    return _measure(tensors, itself, norm_type, error_if_nonfinite, pp_mesh, group, tied).total_norm.float()
+    measured = _measure(tensors, Source.TENSOR, norm_type, error_if_nonfinite, pp_mesh, group, tied)
+    return measured.result()
 
 
-@torch.no_grad()
+@kernels.outside_graphs
 def clip_grads_with_norm_(
     parameters: Target, max_norm: float, total_norm: Tensor, foreach: bool | None = None
 ) -> None:
@@ -99,17 +97,25 @@ def clip_grads_with_norm_(
     Raises:
         ConfigError: `max_norm` is negative or NaN.
         DistnormError: gradients were given where parameters are meant.
+        UnsupportedGradientError: a gradient can't be multiplied, or FSDP2 holds it back; nothing has changed
+            then.
     """
-    threshold, parameters = policies.check_max_norm(max_norm), read_once(parameters)
-    shards = shards_of(named_tensors(parameters), of_grad, target=parameters)
-    readings = [shard.read() for shard in shards]
-    gradients = [r.tensor if isinstance(r, PartialGrad) else r for r in readings if r is not None]
-    total = torch.as_tensor(total_norm)
-    total = total.full_tensor() if hasattr(total, "full_tensor") else total
-    apply(policies.constant(total.double(), threshold), Measured.of(total, gradients))
+    with torch.no_grad(), torch._C.DisableTorchFunction():
+        threshold, parameters = policies.check_max_norm(max_norm), read_once(parameters)
+        known, _ = recognise(parameters, Source.GRADIENT, ("clip_grads_with_norm_",))
+        if known.managers is not None:
+            known.managers.refuse_unreduced()
+        shards = shards_of(named_tensors(parameters), Source.GRADIENT, target=parameters)
+        readings, problems = read_with_care(shards)
+        gradients = Gradients([r.tensor if isinstance(r, PartialGrad) else r for r in readings], problems)
+        gradients.lay_out(shards, one_coefficient=True)
+        gradients.raise_problems()
+        total = torch.as_tensor(total_norm)
+        total = total.full_tensor() if hasattr(total, "full_tensor") else total
+        apply(policies.constant(total.double(), threshold), gradients)
 
 
-@torch.no_grad()
+@kernels.outside_graphs
 def clip_grad_norm_(
     parameters: Target,
     max_norm: float,
@@ -128,11 +134,11 @@ def clip_grad_norm_(
     Args:
         parameters: one parameter, an iterable of parameters or of (name, parameter) pairs, a module, or
             a list of modules (pipeline parts).
-        max_norm: the threshold, at least 0; inf measures only.
+        max_norm: the threshold, at least 0, the same on every rank; inf measures only.
         norm_type, error_if_nonfinite, foreach, pp_mesh, group, tied: as in `get_total_norm`.
 
     Returns:
-        The norm before clipping, 0-d fp32, the same bits on every rank.
+        The norm before clipping, 0-d fp32, or fp64 as in `get_total_norm`; the same bits on every rank.
 
     Raises:
         ConfigError: `max_norm` is negative or NaN, or `norm_type` is no order of a norm.
@@ -144,121 +150,86 @@ def clip_grad_norm_(
     Example:
         >>> distnorm.clip_grad_norm_(model.parameters(), max_norm=1.0)
     """
-    measured = _measure(parameters, of_grad, norm_type, error_if_nonfinite, pp_mesh, group, tied, max_norm)
-    apply(policies.constant(measured.total_norm, policies.check_max_norm(max_norm)), measured)
-    return measured.total_norm.float()
+    measured = _measure(
+        parameters, Source.GRADIENT, norm_type, error_if_nonfinite, pp_mesh, group, tied, max_norm
+    )
+    with torch.no_grad(), torch._C.DisableTorchFunction():
+        decision = policies.constant(measured.total_norm, policies.check_max_norm(max_norm))
+        if isinstance(measured.agreed, Tensor):  # not read on the host: whether the ranks measured the same
+            decision = decision.where(measured.agreed)
+        apply(decision, measured.gradients)
+    return measured.result()
+
+
+class _Measured(NamedTuple):
+    gradients: Gradients
+    total_norm: Tensor
+    agreed: Tensor | bool
+    is_double: bool
+
+    def result(self) -> Tensor:
+        return self.total_norm if self.is_double else self.total_norm.float()
 
 
 def _measure(
     target: Target,
-    take: Callable[[Tensor], Tensor | None],
+    source: Source,
     norm_type: float,
     raises: bool,
     pp_mesh: DeviceMesh | None,
     group: ProcessGroup | None,
     tied: Tied,
     max_norm: float | None = None,
-) -> Measured:
-    ranks = Ranks(group)
-    try:
-        target = read_once(target)
-        order, threshold = norm(norm_type), policies.check_max_norm(max_norm)
-        stage, tied = stage_of(pp_mesh), checked_tied(tied)
-        terms = {"norm_type": order.order, "error_if_nonfinite": raises, "tied": tied}
-        fixed = (id(ranks.group), *terms.values(), stage, take)
-        same = _same.get((*fixed, *_key(target)))
-        holders = same.holders(target) if same is not None else None
-        named = named_tensors(target) if holders is None else []
-    except DistnormError as error:
-        Meter(ranks, norm(2), {}, (), raises).withdraw(error)
+) -> _Measured:
+    ranks, is_gradient = Ranks(group), source is Source.GRADIENT
+    with torch.no_grad(), torch._C.DisableTorchFunction():
+        try:
+            target = read_once(target)
+            order, threshold = norm(norm_type), policies.check_max_norm(max_norm)
+            stage, tied = stage_of(pp_mesh), checked_tied(tied)
+            terms = {"norm_type": order.order, "error_if_nonfinite": raises, "tied": tied}
+            known, holders = recognise(target, source, (*terms.values(), stage))
+            if not is_gradient:
+                _warn_of_weights(holders)
+        except DistnormError as error:
+            Meter(ranks, norm(2), {}, (), raises).abort(error)
+        if ranks.is_connected and known.is_joining(holders):
+            # The ranks that are out of data make no step, and replicas hold all of it.
+            ranks = Ranks(alone=True)
 
-    def read() -> tuple[list[GradShard], list[str]]:
-        pairs = named or named_tensors(target)
-        shards = shards_of(pairs, take, target=target, stage=stage, tied=tied)
-        return shards, [name for name, _ in pairs]
+        def describe() -> list[GradShard]:
+            return shards_of(named_tensors(target), source, target=target, stage=stage, tied=tied)
 
-    now = {"max_norm": threshold}
-    if same is not None and holders is not None:
-        again = same.meter.measure_again(holders, lambda: read()[0], now)
-        if again is not None:
-            return again
-        named = named_tensors(target)
-    key = (*fixed, _signature(named, take))
-    meter, shards = _cached(key, named), None
-    if meter is None:
-        meter = Meter(ranks, order, terms, tied, raises, may_follow=take is itself)
-        if not named:
-            return meter.follow()
-        shards = meter.prepare_anew(read)
-        _remember(key, meter, named if take is of_grad else [])
-    if take is of_grad and holders is None:
-        _remember_same((*fixed, *_key(target)), target, meter, named)
-    try:
-        shards = shards or read()[0]
-    except DistnormError as error:
-        Meter(ranks, order, terms, tied, raises).withdraw(error)
-    return meter.measure([tensor for _, tensor in named], lambda: shards, store=take is of_grad, terms=now)
-
-
-def _remember(key: tuple[Any, ...], meter: Meter, named: Sequence[tuple[str, Tensor]]) -> None:
-    _meters[key] = meter, [weakref.ref(tensor) for _, tensor in named]
-    if len(_meters) > _MOST_METERS:
-        _meters.popitem(last=False)
+        meter = ranks.state.recall(known.key)
+        if meter is None or not holders:
+            meter = Meter(ranks, order, terms, tied, raises, source=source, allow_empty=not is_gradient)
+            meter.managers = known.managers
+            if not holders:  # which plan the others have, it can't know
+                total_norm, is_double = meter.join_empty()
+                return _Measured(Gradients([]), total_norm, True, is_double)
+            meter.prepare_anew(lambda: (describe(), named_tensors(target)))
+            ranks.state.remember(known.key, meter)
+        else:
+            meter.managers = known.managers
+            meter.describe_by(describe)
+        try:
+            gradients = meter.read(holders, store=is_gradient)
+            gradients, reduced = meter.reduce(gradients, terms={"max_norm": threshold}, store=is_gradient)
+        finally:
+            meter.describe_by(list)
+        assert meter.plan is not None
+        return _Measured(gradients, reduced.total_norm, reduced.agreed, meter.plan.is_double)
 
 
-@dataclass(frozen=True, slots=True)
-class _Same:
-    """A target that was measured before. It keeps no module alive, nor parameters given in a list."""
-
-    meter: Meter
-    alive: list[weakref.ref[Any]]
-    inventory: Inventory | None
-
-    def holders(self, target: Any) -> Sequence[Tensor] | None:
-        """The parameters, if they are the same ones still; found without a look at any of them."""
-        given = [target] if self.inventory is not None else target
-        if not all(map(is_, (ref() for ref in self.alive), given)):
-            return None
-        if self.inventory is None:
-            return cast(Sequence[Tensor], target)
-        return self.inventory.holders if self.inventory.is_current else None
+def _warn_of_weights(tensors: Sequence[Tensor]) -> None:
+    """Say once that parameters are measured themselves, where gradients may have been meant."""
+    if tensors and not _said and all(isinstance(t, nn.Parameter) and t.grad is not None for t in tensors):
+        _said.append(True)
+        _log.warning(
+            "get_total_norm was given %d parameters, and measures the parameters themselves; for the norm of "
+            "their gradients pass [p.grad for p in ...], or call clip_grad_norm_ with max_norm=float('inf')",
+            len(tensors),
+        )
 
 
-def _key(target: Any) -> tuple[int, ...]:
-    return tuple(map(id, target)) if isinstance(target, list | tuple) else (id(target),)
-
-
-def _remember_same(
-    key: tuple[Any, ...], target: Any, meter: Meter, named: Sequence[tuple[str, Tensor]]
-) -> None:
-    """Remember a module, or a list of just these tensors, each once and without a name."""
-    if isinstance(target, nn.Module):
-        alive = [weakref.ref(target, lambda _: _same.pop(key, None))]
-        _same[key] = _Same(meter, alive, Inventory(target))
-    elif isinstance(target, list | tuple) and _key(target) == tuple(id(tensor) for _, tensor in named):
-        _same[key] = _Same(meter, [weakref.ref(tensor) for tensor in target], None)
-    if len(_same) > _MOST_METERS:
-        _same.popitem(last=False)
-
-
-def _signature(
-    named: Sequence[tuple[str, Tensor]], take: Callable[[Tensor], Tensor | None]
-) -> tuple[Any, ...]:
-    """What a plan depends on. Parameters live long and are known by themselves; of other tensors, which
-    are new in every step, only their layout is known."""
-    if take is of_grad:
-        # FSDP1 may keep a parameter and give it another shape.
-        return tuple((name, id(tensor), tensor.shape) for name, tensor in named)
-    return tuple(
-        (name, t.shape, t.dtype, getattr(t, "placements", None), getattr(t, "device_mesh", None))
-        for name, t in named
-    )
-
-
-def _cached(key: tuple[Any, ...], named: Sequence[tuple[str, Tensor]]) -> Meter | None:
-    meter, alive = _meters.get(key, (None, []))
-    if any(ref() is not tensor for ref, (_, tensor) in zip(alive, named, strict=False)):
-        return None  # another tensor has got the address of one that is gone
-    if meter is not None:
-        _meters.move_to_end(key)
-    return meter
+_said: list[bool] = []

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from unittest import mock
 
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+from distnorm import kernels
+from distnorm.kernels import addresses, dispatch, eager, native
+from distnorm.measure.fast_path import FastPath
+from distnorm.measure.meter import Meter
 
 HOST_READS = {
     "aten::item",
@@ -25,3 +33,26 @@ def collectives_and_reads(call: Callable[[], object]) -> tuple[dict[str, int], d
     counted = Counter({event.key: event.count for event in profiler.key_averages()})
     collectives = {key: n for key, n in counted.items() if key.startswith(("c10d::", "_c10d_functional::"))}
     return collectives, {key: n for key, n in counted.items() if key in HOST_READS}
+
+
+@contextmanager
+def as_on_an_accelerator() -> Iterator[None]:
+    """Take the CPU's memory for a device's: nothing there is on the host, nor for compiled C, and whoever
+    doesn't have to read results doesn't."""
+
+    def never(tensor: Tensor) -> bool:
+        return False
+
+    def none_fits(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        return [], list(tensors)
+
+    with (
+        mock.patch.object(Meter, "listens", property(lambda meter: meter.raises)),
+        mock.patch.object(FastPath, "read", lambda path, holders: None),
+        mock.patch.multiple(kernels, on_host=never, split=none_fits),
+        mock.patch.object(addresses, "on_host", never),
+        mock.patch.object(dispatch, "on_host", never),
+        mock.patch.object(eager, "on_host", never),
+        mock.patch.object(native, "split", none_fits),
+    ):
+        yield

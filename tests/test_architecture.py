@@ -19,50 +19,12 @@ import distnorm
 
 PACKAGE = Path(distnorm.__file__).parent
 
-# A file imports only what stands above it here. A package is one entry, without circles inside.
+# A file imports only what stands above its room here: a package, or a module beside the packages.
 ORDER = [
-    "errors",
-    "config",
-    "shards",
-    "collectives",
-    "kernels",
-    "sources",
-    "plan",
-    "norms",
-    "table",
-    "layers",
-    "detail",
-    "units",
-    "replicas",
-    "ballot",
-    "exchange",
-    "diagnosis",
-    "readings",
-    "partials",
-    "steady",
-    "overlap",
-    "measurement",
-    "lanes",
-    "policies",
-    "monitor",
-    "noise",
-    "fetching",
-    "looks",
-    "journal",
-    "watching",
-    "results",
-    "rules",
-    "deciding",
-    "clipper",
-    "functional",
-    "verification",
-    "compare",
-    "hooks",
-    "trainer",
-    "bench",
-    "cli",
-    "__main__",
+    *("errors", "config", "kernels", "sources", "plan", "measure", "payload", "policies", "monitor", "step"),
+    *("clipper", "functional", "verification", "hooks", "trainer", "bench", "cli", "__main__"),
 ]
+MOST_MODULES, MOST_PACKAGES = 10, 14
 # These import the catalogue, `from distnorm import Config`, like any user.
 USERS_OF_PUBLIC_NAMES = {"trainer", "bench", "cli", "__main__"}
 APART = {"testing"}
@@ -71,23 +33,33 @@ COLLECTIVES = re.compile(
     r"(all_reduce|all_gather|all_to_all|reduce_scatter|broadcast|gather|scatter|reduce|barrier|send|recv"
     r"|isend|irecv|batch_isend_irecv)(_\w+)?"
 )
-MAY_ISSUE_COLLECTIVES = {"collectives", "testing", "trainer", "verification", "bench"}
-# The oracles share no code with the fast path, so each knows for itself what an infinite order means.
-MAY_ASK_WHETHER_P_IS_INFINITE = {"norms", "testing", "verification"}
+MAY_ISSUE_COLLECTIVES = {"plan.collectives", "testing", "trainer", "verification", "bench"}
+# The oracles share no code with what they judge, so each knows for itself what an infinite order means; and
+# a configuration is refused before torch is imported.
+MAY_ASK_WHETHER_P_IS_INFINITE = {"measure.norms", "config.combinations", "testing", "verification"}
+FACTORIES = {
+    *("zeros", "ones", "empty", "full", "tensor", "arange", "eye", "linspace", "logspace"),
+    *("rand", "randn", "randint", "randperm"),
+}
+MAKES_TENSORS = [room for room in ORDER[: ORDER.index("hooks")] if room not in ("errors", "config")]
 MAX_LINES, MAX_FUNCTION_LINES = 300, 50
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file of the package: `module` is its dotted name without "distnorm.", `entry` its entry in ORDER."""
+    """A file of the package: `module` is its dotted name without "distnorm.", `room` its entry in ORDER."""
 
     module: str
     path: Path
     tree: ast.Module
 
     @property
-    def entry(self) -> str:
+    def room(self) -> str:
         return self.module.split(".")[0]
+
+    def is_among(self, names: set[str]) -> bool:
+        """Whether the names have the file, or its room."""
+        return self.module in names or self.room in names
 
 
 @cache
@@ -138,15 +110,15 @@ def ours(names: Iterator[str]) -> Iterator[str]:
 
 def import_faults(source: Source) -> Iterator[str]:
     for target in ours(imported(ast.walk(source.tree))):
-        entry = target.split(".")[0]
-        if entry == source.entry:
+        room = target.split(".")[0]
+        if room == source.room:
             continue
         if target == "":
-            if source.entry not in USERS_OF_PUBLIC_NAMES:
+            if source.room not in USERS_OF_PUBLIC_NAMES:
                 yield f"{source.module} imports the catalogue"
-        elif entry in APART:
+        elif room in APART:
             yield f"{source.module} imports {target}, which stands apart"
-        elif source.entry not in APART and ORDER.index(entry) > ORDER.index(source.entry):
+        elif source.room not in APART and ORDER.index(room) > ORDER.index(source.room):
             yield f"{source.module} imports {target}, which stands below it"
 
 
@@ -198,45 +170,54 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
-def test_every_file_has_a_place_in_the_order():
-    assert {source.entry for source in library()} <= {*ORDER, *APART}
+def test_every_file_has_a_room_and_the_top_stays_small():
+    assert {source.room for source in library()} == {*ORDER, *APART}
+    top = [path for path in PACKAGE.iterdir() if path.suffix == ".py"]
+    packages = [path for path in PACKAGE.iterdir() if (path / "__init__.py").exists()]
+    assert len(top) <= MOST_MODULES and len(packages) <= MOST_PACKAGES
 
 
-def test_contributing_tells_the_order():
+def test_contributing_says_the_order():
     text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    told = re.search(r"proves it:\n\n```\n(.*?)```", text, re.DOTALL)
-    assert told is not None
-    names = [word.strip("/") for word in told[1].split()]
-    assert names == [entry for entry in ORDER if entry in names]
-    assert {source.entry for source in library()} - APART <= set(names)
+    listed = re.search(r"proves it:\n\n```\n(.*?)```", text, re.DOTALL)
+    assert listed is not None
+    assert [word.strip("/") for word in listed[1].split()] == ORDER
 
 
 def test_imports_run_downward_only():
     assert [fault for source in library() for fault in import_faults(source)] == []
 
 
-def test_files_of_one_package_do_not_import_each_other_in_circles():
-    graph = {source.module: set(ours(imported(runtime_nodes(source.tree)))) for source in library()}
-    circles = []
+def circles(graph: dict[str, set[str]]) -> list[tuple[str, ...]]:
+    """Modules that import each other, the first of each way round that is found."""
+    found: list[tuple[str, ...]] = []
+    done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
         if module in path:
-            circles.append(path[path.index(module) :])
-        else:
-            for target in graph.get(module, set()) - {module}:
-                if target.split(".")[0] == module.split(".")[0]:
-                    visit(target, (*path, module))
+            found.append(path[path.index(module) :])
+        elif module not in done:
+            for target in sorted(graph.get(module, ())):
+                visit(target, (*path, module))
+            done.add(module)
 
     for module in graph:
         visit(module, ())
-    assert circles == []
+    return found
+
+
+def test_no_files_import_each_other_in_circles():
+    """Neither for a type checker only, nor at a first use: who reads one file reads only downward."""
+    graph = {s.module: set(ours(imported(ast.walk(s.tree)))) - {s.module, ""} for s in library()}
+    assert circles(graph) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [("b", "c")]
 
 
 def test_sources_never_import_each_other():
     frameworks = [
         s
         for s in library()
-        if s.entry == "sources" and s.path.stem in ("plain", "dtensor", "fsdp1", "deepspeed")
+        if s.room == "sources" and s.path.stem in ("plain", "dtensor", "fsdp1", "deepspeed")
     ]
     for source in frameworks:
         others = {other.module for other in frameworks} - {source.module}
@@ -245,9 +226,9 @@ def test_sources_never_import_each_other():
 
 def test_the_trainer_and_the_bench_import_public_names_only():
     for source in library():
-        if source.entry in ("trainer", "bench"):
+        if source.room in ("trainer", "bench"):
             targets = set(ours(imported(ast.walk(source.tree))))
-            allowed = {"trainer", source.entry}
+            allowed = {"trainer", source.room}
             assert {t for t in targets if t and t.split(".")[0] not in allowed} == set(), source.module
 
 
@@ -265,7 +246,7 @@ def test_no_framework_is_imported_at_module_level():
 
 def test_only_collectives_issues_collectives():
     found = {
-        s.module: list(collective_calls(s.tree)) for s in library() if s.entry not in MAY_ISSUE_COLLECTIVES
+        s.module: list(collective_calls(s.tree)) for s in library() if not s.is_among(MAY_ISSUE_COLLECTIVES)
     }
     assert {module: calls for module, calls in found.items() if calls} == {}
 
@@ -292,7 +273,7 @@ def test_only_norms_asks_whether_p_is_infinite():
     found = {
         s.module: list(order_compared_with_infinity(s.tree))
         for s in library()
-        if s.entry not in MAY_ASK_WHETHER_P_IS_INFINITE
+        if not s.is_among(MAY_ASK_WHETHER_P_IS_INFINITE)
     }
     assert {module: places for module, places in found.items() if places} == {}
 
@@ -306,6 +287,28 @@ def test_the_search_for_infinite_orders_finds_them(code):
     assert not list(
         order_compared_with_infinity(ast.parse("math.isinf(max_norm)\nt.isfinite()\nx < math.inf\np > 0"))
     )
+
+
+def made_on_the_default_device(tree: ast.AST) -> Iterator[str]:
+    """Calls of torch's factories that don't say on which device, whose default the caller may have set."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            home, name = ast.unparse(node.func.value), node.func.attr
+            says = any(keyword.arg in ("device", None) for keyword in node.keywords)
+            if home == "torch" and name in FACTORIES and not says:
+                yield f"line {node.lineno}: {ast.unparse(node)}"
+
+
+def test_every_tensor_is_made_on_a_device_that_is_said():
+    found = {s.module: list(made_on_the_default_device(s.tree)) for s in library() if s.room in MAKES_TENSORS}
+    assert {module: calls for module, calls in found.items() if calls} == {}
+
+
+@pytest.mark.parametrize("name", sorted(FACTORIES))
+def test_the_search_for_default_devices_finds_them(name):
+    assert list(made_on_the_default_device(ast.parse(f"x = f(torch.{name}(3, dtype=torch.int64))")))
+    fine = f"torch.{name}(3, device='cpu')\nx.new_{name}(3)\ntorch.{name}_like(x)\nnumpy.{name}(3)"
+    assert not list(made_on_the_default_device(ast.parse(fine)))
 
 
 def test_files_and_functions_stay_short():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -60,11 +61,11 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         module.main = main  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, name, module)
         # `from package import last` takes the attribute, where there is one, before the module.
-        monkeypatch.setattr(sys.modules[package], last, module, raising=False)
+        monkeypatch.setattr(importlib.import_module(package), last, module, raising=False)
 
     trainer = ModuleType("distnorm.trainer")
     monkeypatch.setitem(sys.modules, "distnorm.trainer", trainer)
-    for name in ("distnorm.trainer.run", "distnorm.trainer.verify", "distnorm.compare"):
+    for name in ("distnorm.trainer.run", "distnorm.trainer.verify", "distnorm.monitor.compare"):
         stand_in(name)
     return calls
 
@@ -205,7 +206,10 @@ def test_train_and_verify_get_the_config(command: str, module: str, good: str, c
 def test_compare_gets_the_runs(called: list[Any]) -> None:
     assert cli.main(["compare", "a", "b"]) == 1
     assert cli.main(["compare", "a", "b", "--rtol", "1e-9"]) == 1
-    assert called == [("distnorm.compare", "a", "b", None), ("distnorm.compare", "a", "b", 1e-9)]
+    assert called == [
+        ("distnorm.monitor.compare", "a", "b", None),
+        ("distnorm.monitor.compare", "a", "b", 1e-9),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -226,7 +230,7 @@ def test_errors_become_exit_codes(
     def main(*_: Any) -> int:
         raise raised
 
-    monkeypatch.setattr(sys.modules["distnorm.compare"], "main", main)
+    monkeypatch.setattr(sys.modules["distnorm.monitor.compare"], "main", main)
     assert cli.main(["compare", "a", "b"]) == code
     assert capsys.readouterr().err == text
 

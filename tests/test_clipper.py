@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import distnorm
+from distnorm.measure import diagnosis
 from tests import oracle
 from tests.refusals import TIMEOUT, Heard, clipper, heard, rank, with_gradient, with_ones
 
@@ -175,6 +176,16 @@ def test_a_target_that_is_none_is_refused(target):
 def test_gradients_in_the_place_of_parameters_are_refused():
     with pytest.raises(distnorm.DistnormError, match="expected parameters"):
         clipper([torch.ones(3), torch.ones(2)])
+
+
+def test_a_step_without_any_gradient_is_warned_of_once(caplog, monkeypatch):
+    monkeypatch.setattr(diagnosis, "_said", set())
+    model = nn.Linear(2, 2)
+    clipping = clipper(model)
+    for _ in range(3):
+        assert clipping.clip().total_norm.item() == 0.0
+    said = [r.getMessage() for r in caplog.records if r.name == "distnorm"]
+    assert len(said) == 1 and said[0].startswith("no parameter has a gradient on any rank")
 
 
 def test_frozen_parameters_are_no_gradients():

@@ -13,7 +13,7 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import distnorm
-from tests.counting import collectives_and_reads
+from tests.counting import as_on_an_accelerator, collectives_and_reads
 from tests.refusals import TIMEOUT, clipper, distributed
 
 
@@ -53,11 +53,13 @@ def count_on_fsdp_over_tp(call: str, options: dict[str, Any]) -> dict[str, Any]:
     else:
         clipping = distnorm.GradClipper(model, options)
         step = clipping.clip if call != "measure" else clipping.measure
-    step()
-    counted = [collectives_and_reads(step)]
-    for some in list(model.parameters())[::2]:  # a changed set of gradients costs no exchange
-        some.grad = None
-    return {"torch": torch_raised, "counted": [*counted, collectives_and_reads(step)]}
+    with as_on_an_accelerator():
+        step()
+        counted = [collectives_and_reads(step)]
+        for some in list(model.parameters())[::2]:  # a changed set of gradients costs no exchange
+            some.grad = None
+        counted.append(collectives_and_reads(step))
+    return {"torch": torch_raised, "counted": counted, "on the CPU": collectives_and_reads(step)}
 
 
 @pytest.mark.parametrize(
@@ -76,6 +78,7 @@ def test_one_collective_and_no_host_read_where_torch_raises(ranks, call, options
     for seen in ranks(4, count_on_fsdp_over_tp, call, options, timeout=TIMEOUT):
         assert "mesh" in seen["torch"] or "mixed torch.Tensor and DTensor" in seen["torch"]
         assert seen["counted"] == [({"c10d::allreduce_": 1}, {})] * 2
+        assert seen["on the CPU"][0] == {"c10d::allreduce_": 1}  # to read the result waits for no device
 
 
 def raising_reads_once() -> Any:

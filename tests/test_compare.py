@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from distnorm import RunError
-from distnorm.compare import main, relative_difference
+from distnorm.monitor.compare import main, relative_difference
 
 
 def write(path: Path, norms: dict[int, Any], loss: float = 2.5) -> Path:
@@ -126,7 +126,7 @@ def test_missing_run_and_no_common_step(tmp_path: Path) -> None:
 def test_it_needs_no_torch(tmp_path: Path) -> None:
     a = write(tmp_path / "a", {1: 1.0})
     code = (
-        "import sys; from distnorm.compare import main; "
+        "import sys; from distnorm.monitor.compare import main; "
         f"assert main({str(a)!r}, {str(a)!r}, 0.0) == 0; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)

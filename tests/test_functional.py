@@ -15,7 +15,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import distnorm
 from tests import oracle
-from tests.counting import collectives_and_reads
+from tests.counting import as_on_an_accelerator, collectives_and_reads
 from tests.refusals import TIMEOUT, distributed, heard, rank, with_ones
 
 FUNCTIONS = ("get_total_norm", "clip_grads_with_norm_", "clip_grad_norm_")
@@ -93,6 +93,20 @@ def test_targets_of_every_kind():
     assert torch.equal(distnorm.get_total_norm(model), distnorm.get_total_norm(list(model.parameters())))
     for empty in ([], iter([]), {}, torch.zeros(0), nn.Identity()):
         assert distnorm.get_total_norm(empty).item() == distnorm.clip_grad_norm_([], 1.0).item() == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+@pytest.mark.parametrize("scale", [1e200, 1e-200])
+def test_wide_tensors_have_wide_norms_beyond_fp32_s_range(dtype, scale):
+    parameter = nn.Parameter(torch.zeros(2, dtype=dtype))
+    parameter.grad = torch.tensor([3.0, 4.0], dtype=dtype) * scale
+    total = distnorm.get_total_norm([parameter.grad, torch.zeros(1)], 1.0)
+    assert (total.dtype, total.item()) == (torch.float64, pytest.approx(7 * scale, rel=1e-14))
+    clipped = distnorm.clip_grad_norm_([parameter], 7 * scale, 1.0)
+    assert (clipped.dtype, clipped.item()) == (torch.float64, pytest.approx(7 * scale, rel=1e-14))
+    # torch's formula adds 1e-6 to the norm, which is all of the smaller one.
+    expected = scale * min(1.0, 7 * scale / (7 * scale + 1e-6))
+    assert parameter.grad[0].abs().item() == pytest.approx(3 * expected, rel=1e-14, abs=0)
 
 
 def test_a_generator_is_read_once_and_clips():
@@ -196,11 +210,12 @@ def on_ranks() -> dict[str, Any]:
     if rank() % 2:
         sharded.grad = None
     seen["some"] = heard(lambda: distnorm.clip_grad_norm_(named, 100.0))
-    seen["cost"] = collectives_and_reads(lambda: distnorm.clip_grad_norm_(named, 100.0))
     total = distnorm.get_total_norm([("plain", plain.grad)])
     new = [("plain", torch.ones(3) * 2)]
-    seen["cost of new tensors"] = collectives_and_reads(lambda: distnorm.get_total_norm(new))
-    seen["clip costs"] = collectives_and_reads(lambda: distnorm.clip_grads_with_norm_(named, 1.0, total))
+    with as_on_an_accelerator():
+        seen["cost"] = collectives_and_reads(lambda: distnorm.clip_grad_norm_(named, 100.0))
+        seen["cost of new tensors"] = collectives_and_reads(lambda: distnorm.get_total_norm(new))
+        seen["clip costs"] = collectives_and_reads(lambda: distnorm.clip_grads_with_norm_(named, 1.0, total))
     return seen
 
 

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import distnorm
-from distnorm.norms import Norm
+from distnorm.measure.norms import Norm
 from tests import oracle
 
 OVERLAP = {"clip": {"overlap": True, "nonfinite": "propagate"}}
@@ -49,14 +49,14 @@ class Watched:
     def __init__(self, net: nn.Module, config: dict[str, Any] = OVERLAP) -> None:
         self.net, self.clipper = net, distnorm.GradClipper(net, config)
         self._reads = 0
-        measure = Norm.statistic_of_spans
+        measure = Norm.statistic_at
 
-        def counted(norm: Norm, spans: Any) -> Tensor:
+        def counted(norm: Norm, table: Any) -> Tensor:
             self._reads += 1
-            return measure(norm, spans)
+            return measure(norm, table)
 
-        Norm.statistic_of_spans = counted  # type: ignore[method-assign]
-        self._restore = lambda: setattr(Norm, "statistic_of_spans", measure)
+        Norm.statistic_at = counted  # type: ignore[method-assign]
+        self._restore = lambda: setattr(Norm, "statistic_at", measure)
 
     def clip(self) -> tuple[float, float, int]:
         """The norm found, the true one, and whether memory was read for it."""

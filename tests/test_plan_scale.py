@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from benchmarks import planning
 from benchmarks.simulated_rank import TERMS, Piece, most_loaded_rank, piece, plan, simulated
-from distnorm.collectives import Ranks, told
 from distnorm.errors import ConfigError
 from distnorm.hooks.deepspeed.cutting import cuts_inside
-from distnorm.plan import make_plan
+from distnorm.plan.collectives import Ranks, shown
+from distnorm.plan.plan import make_plan
 from distnorm.sources import deepspeed as source
 
 Shares = list[tuple[int, ...]]
@@ -214,5 +214,5 @@ def test_few_ranks_say_all_of_it_and_many_facts_are_counted() -> None:
     with simulated(0, planning.Mesh(8, shards=1)), pytest.raises(ConfigError) as refused:
         Ranks().raise_together(ConfigError("x" * 100_000))
     assert str(refused.value) == "x" * 100_000
-    assert told(list("abcdefgh")) == list("abcdefgh")
-    assert told(list("abcdefghij")) == [*"abcdefgh", "and 2 more"]
+    assert shown(list("abcdefgh")) == list("abcdefgh")
+    assert shown(list("abcdefghij")) == [*"abcdefgh", "and 2 more"]

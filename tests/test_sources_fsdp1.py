@@ -60,7 +60,7 @@ def test_every_strategy_has_the_dense_norm_and_takes_the_dense_step(ranks, world
     gradients = models.dense_gradients(range(world))
     exact, elements = models.dense_norm(gradients), sum(g.numel() for g in gradients.values())
     norms = {order: models.dense_norm(gradients, order) for order in ORDERS}
-    by_rank = ranks(world, each, train_one_step, [(*cell, exact) for cell in CELLS])
+    by_rank = ranks(world, each, train_one_step, [(*cell, exact) for cell in CELLS], timeout=180)
     coef = oracle.coefficient(exact, FRACTION * exact)
     for cell, *reports in zip(CELLS, *by_rank, strict=True):
         changes = [report.pop("change") for report in reports]

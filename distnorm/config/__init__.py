@@ -2,18 +2,15 @@
 
 from distnorm.config.clip_models import ClipConfig, GroupConfig
 from distnorm.config.loading import load_config
-from distnorm.config.models import (
+from distnorm.config.models import Config, NormConfig, TrainConfig, json_schema
+from distnorm.config.monitor_models import AlertsConfig, MonitorConfig, SinksConfig
+from distnorm.config.train_models import (
     CheckpointConfig,
-    Config,
     DataConfig,
     ModelConfig,
-    NormConfig,
     OptimizerConfig,
     ParallelConfig,
-    TrainConfig,
-    json_schema,
 )
-from distnorm.config.monitoring import AlertsConfig, MonitorConfig, SinksConfig
 
 __all__ = [
     "AlertsConfig",

@@ -1,4 +1,4 @@
-"""The keys of clipping: one rule for all parameters, and groups that have their own."""
+"""The keys of clipping: one policy for all parameters, and groups that have their own."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
-from pydantic_core import PydanticCustomError
 
-from distnorm.config.degrees import Conflict
 from distnorm.config.policy_models import PolicyChoice, SchedulePolicy, SkipSpikesPolicy, default_policy
-from distnorm.config.section import AS_TUPLE, Section, Threshold
+from distnorm.config.section import AS_TUPLE, Conflict, Section, Threshold
 
 _MAX_NORM = "The threshold: gradients whose norm is larger are scaled down to it. "
 _POLICY = (
@@ -30,7 +28,7 @@ class GroupConfig(Section):
     max_norm: Threshold = Field(None, description=_MAX_NORM + "null or inf never clips.")
     policy: PolicyChoice = Field(default_factory=default_policy, description=_POLICY)
     norm: Literal["own", "shared"] = Field(
-        "own", description="Which norm the policy is told: that of the group, or of the whole model."
+        "own", description="Which norm the policy goes by: that of the group, or that of the whole model."
     )
 
     @model_validator(mode="before")
@@ -50,10 +48,12 @@ class ClipConfig(Section):
         None,
         description=_MAX_NORM + "null measures only; inf never clips.",
     )
-    nonfinite: Literal["raise", "skip", "zero", "propagate"] = Field(
+    nonfinite: Literal["raise", "raise_now", "skip", "zero", "propagate"] = Field(
         "raise",
-        description="What happens where the norm is inf or NaN: raise an error; skip the optimizer's step; "
-        "zero the gradients; propagate leaves the outcome to the arithmetic.",
+        description="What happens where the norm is inf or NaN. raise is an error, which waits "
+        "for the norm on an accelerator today, and later releases may raise there one step later; raise_now "
+        "is an error in the step itself on every device, now and later. skip leaves out the optimizer's "
+        "step. zero sets the gradients to zero. propagate leaves the outcome to the arithmetic.",
     )
     apply: Literal["auto", "scale", "optimizer"] = Field(
         "auto",
@@ -70,31 +70,23 @@ class ClipConfig(Section):
         (), description="Parameters that have a policy and a threshold of their own."
     )
 
-    @model_validator(mode="after")
-    def _possible(self) -> ClipConfig:
-        if found := tuple(_conflicts(self)):
-            text = "; ".join(conflict.message for conflict in found)
-            raise PydanticCustomError("conflict", "{text}", {"text": text, "conflicts": found})
-        return self
+    def conflicts(self) -> Iterator[Conflict]:
+        """Policies whose keys contradict each other, and groups of one name."""
+        yield from _policy_conflicts(self, "")
+        named: dict[str, int] = {}
+        for i, group in enumerate(self.groups):
+            yield from _policy_conflicts(group, f"groups.[{i}].")
+            if group.name in named:
+                first = named[group.name]
+                yield Conflict(
+                    (f"groups.[{i}].name", f"groups.[{i}].params", f"groups.[{first}].name"),
+                    f"expected another name than that of groups[{first}], found {group.name!r}",
+                )
+            named.setdefault(group.name, i)
 
 
-def _conflicts(clip: ClipConfig) -> Iterator[Conflict]:
-    """Every combination that can't be meant."""
-    yield from _rule_conflicts(clip, "")
-    named: dict[str, int] = {}
-    for i, group in enumerate(clip.groups):
-        yield from _rule_conflicts(group, f"groups.[{i}].")
-        if group.name in named:
-            first = named[group.name]
-            yield Conflict(
-                (f"groups.[{i}].name", f"groups.[{i}].params", f"groups.[{first}].name"),
-                f"expected another name than that of groups[{first}], found {group.name!r}",
-            )
-        named.setdefault(group.name, i)
-
-
-def _rule_conflicts(rule: ClipConfig | GroupConfig, at: str) -> Iterator[Conflict]:
-    policy, max_norm = rule.policy, rule.max_norm
+def _policy_conflicts(owner: ClipConfig | GroupConfig, at: str) -> Iterator[Conflict]:
+    policy, max_norm = owner.policy, owner.max_norm
     if policy.name in ("agc", "adagc") and max_norm is not None:
         yield Conflict(
             (f"{at}max_norm", f"{at}policy"),

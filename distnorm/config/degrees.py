@@ -1,31 +1,21 @@
-"""Combinations of sizes and degrees that no run can have."""
+"""Sizes and degrees that no run can have together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from distnorm.config.models import TrainConfig
-
-
-@dataclass(frozen=True, slots=True)
-class Conflict:
-    """Values that are fine each by itself and impossible together.
-
-    Args:
-        keys: the dotted paths of the values, below ``train``, the likeliest culprit first.
-        message: what was expected and what was found.
-    """
-
-    keys: tuple[str, ...]
-    message: str
+from distnorm.config.section import Conflict
+from distnorm.config.train_models import (
+    CheckpointConfig,
+    DataConfig,
+    DeepSpeedConfig,
+    ModelConfig,
+    ParallelConfig,
+)
 
 
-def conflicts(train: TrainConfig) -> Iterator[Conflict]:
-    """Every combination in the trainer's part that can't be run."""
-    model, parallel = train.model, train.parallel
+def of_sizes(model: ModelConfig, data: DataConfig, parallel: ParallelConfig) -> Iterator[Conflict]:
+    """Sizes of the model and of the batch that the degrees don't divide."""
     if model.dim % model.heads:
         yield _indivisible("model.dim", model.dim, "model.heads", model.heads)
     if model.heads % parallel.tp:
@@ -40,12 +30,11 @@ def conflicts(train: TrainConfig) -> Iterator[Conflict]:
             f"expected at most model.layers = {model.layers} stages, found {parallel.pp}",
         )
     else:
-        yield from _batch(train)
-    yield from _backend(train)
+        yield from _batch(data, parallel)
 
 
-def _backend(train: TrainConfig) -> Iterator[Conflict]:
-    parallel = train.parallel
+def of_backend(parallel: ParallelConfig) -> Iterator[Conflict]:
+    """Degrees that a backend doesn't have."""
     if parallel.backend == "ddp":
         if parallel.dp_shard > 1:
             yield Conflict(
@@ -61,12 +50,12 @@ def _backend(train: TrainConfig) -> Iterator[Conflict]:
         yield _needs_one("tp", parallel.tp, parallel.backend, "the trainer has tensor parallelism with fsdp2")
     if parallel.backend == "fsdp1" and parallel.pp > 1:
         yield _needs_one("pp", parallel.pp, "fsdp1", "pipelines go with fsdp2, ddp and deepspeed")
-    if parallel.backend == "deepspeed":
-        yield from _deepspeed(train)
 
 
-def _deepspeed(train: TrainConfig) -> Iterator[Conflict]:
-    parallel, deepspeed = train.parallel, train.deepspeed
+def of_deepspeed(
+    parallel: ParallelConfig, deepspeed: DeepSpeedConfig, checkpoint: CheckpointConfig, dtype: str
+) -> Iterator[Conflict]:
+    """What backend deepspeed doesn't do."""
     stage, zero = deepspeed.zero_stage, f"deepspeed.zero_stage = {deepspeed.zero_stage}"
     if stage == 0 and parallel.dp_shard > 1:
         yield Conflict(
@@ -95,13 +84,13 @@ def _deepspeed(train: TrainConfig) -> Iterator[Conflict]:
             f"expected offload = false under {zero}, which leaves the optimizer to torch, found true",
         )
     for key in ("every", "resume_from"):
-        if (found := getattr(train.checkpoint, key)) is not None:
+        if (found := getattr(checkpoint, key)) is not None:
             yield Conflict(
                 (f"checkpoint.{key}", "parallel.backend"),
                 f"expected {key} = null under backend deepspeed, whose checkpoints are of another kind, "
                 f"found {found}",
             )
-    if train.dtype == "float64":
+    if dtype == "float64":
         yield Conflict(
             ("dtype", "parallel.backend"),
             "expected float32 or bfloat16 under backend deepspeed, which reduces no other, found float64",
@@ -115,8 +104,7 @@ def _needs_one(degree: str, found: int, backend: str, instead: str) -> Conflict:
     )
 
 
-def _batch(train: TrainConfig) -> Iterator[Conflict]:
-    data, parallel = train.data, train.parallel
+def _batch(data: DataConfig, parallel: ParallelConfig) -> Iterator[Conflict]:
     factors = {"dp_replicate": parallel.dp_replicate, "dp_shard": parallel.dp_shard}
     microbatch_keys: tuple[str, ...] = ()
     if parallel.pp > 1:

@@ -8,8 +8,8 @@ from typing import Any
 
 from distnorm.config import overrides as _overrides
 from distnorm.config.models import Config
+from distnorm.config.problems import IN_CODE, Document, check, given_in_code, vocabulary
 from distnorm.config.reading import read_file
-from distnorm.config.report import IN_CODE, Document, check, given_in_code, vocabulary
 
 
 def load_config(
@@ -18,12 +18,12 @@ def load_config(
 ) -> Config:
     """The configuration from a source, the environment and assignments; each later one wins.
 
-    Any process may call it by itself. Scalars are those of YAML 1.2: ``1e-3`` is a number, ``on`` a string
+    Not collective. Scalars are those of YAML 1.2: ``1e-3`` is a number, ``on`` a string
     and ``010`` ten. An override replaces what is at its path, a whole section too.
 
     Args:
         source: a YAML file's path, a mapping, or None for the defaults. A `Config` is returned as it is, with
-            the assignments applied where there are any, and without a look at the environment.
+            the assignments applied where there are any; the environment is not read then.
         overrides: such as ``clip.max_norm=0.5``, the value in YAML. They come after environment variables
             such as ``DISTNORM_CLIP__MAX_NORM=0.5``. A ``DISTNORM_`` variable with ``__`` in its name must be
             a key; one without is ignored unless it looks like a key that misses its ``__``.

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from distnorm.config.problems import Document, Finding, Mark
 from distnorm.config.reading import parse
-from distnorm.config.report import Document, Finding, Mark
-from distnorm.config.vocabulary import Path, Vocabulary
+from distnorm.config.vocabulary import KeyPath, Vocabulary
 
 PREFIX = "DISTNORM_"
 _SEPARATOR = "__"
@@ -17,7 +17,7 @@ _SEPARATOR = "__"
 @dataclass(frozen=True, slots=True)
 class _Override:
     mark: Mark
-    path: Path
+    path: KeyPath
     text: str
     is_variable: bool
 
@@ -111,5 +111,5 @@ def _assign(
         places[override.path] = override.mark
 
 
-def _variable(path: Path) -> str:
+def _variable(path: KeyPath) -> str:
     return PREFIX + _SEPARATOR.join(path).upper()

@@ -76,7 +76,7 @@ class PercentilePolicy(Section):
 
     name: Literal["percentile"] = Field(description="Clip to a percentile of the norms so far.")
     p: Annotated[float, Field(ge=0, le=100)] = Field(10.0, description="The percentile.")
-    window: Window = Field(1024, description=f"How many norms are looked at. {_NONFINITE}")
+    window: Window = Field(1024, description=f"How many of the newest norms are kept. {_NONFINITE}")
 
 
 class ZClipPolicy(Section):
@@ -106,10 +106,10 @@ class SkipSpikesPolicy(Section):
 
     name: Literal["skip_spikes"] = Field(description="Skip steps whose norm or loss stands out.")
     k: Positive = Field(6.0, description="So many standard deviations above the mean a step is skipped.")
-    window: Window = Field(128, description=f"How many values are looked at. {_NONFINITE}")
+    window: Window = Field(128, description=f"How many of the newest values are kept. {_NONFINITE}")
     after: Window = Field(64, description="How many there must be; at most window.")
     on: Literal["norm", "loss"] = Field(
-        "norm", description="What is looked at; a loss has to be handed in with every step."
+        "norm", description="Which value is judged; a loss has to be handed in with every step."
     )
     above: Finite | None = Field(None, description="A bound above which a step is skipped in any case.")
 
@@ -135,7 +135,7 @@ def _named(value: object) -> object:
 
 
 class _OrName:
-    """Tells an editor that a name alone will do."""
+    """In the JSON Schema: a name alone is enough."""
 
     @staticmethod
     def __get_pydantic_json_schema__(core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:

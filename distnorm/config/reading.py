@@ -8,8 +8,8 @@ from os import PathLike, fspath
 import yaml
 
 from distnorm.config import scalars
-from distnorm.config.report import Document, Mark
-from distnorm.config.vocabulary import NO_VALUE, Path
+from distnorm.config.problems import Document, Mark
+from distnorm.config.vocabulary import NO_VALUE, KeyPath
 
 _MAX_BYTES = 1 << 18
 _MAX_DEPTH = 32
@@ -78,7 +78,7 @@ def read_file(source: str | PathLike[str]) -> Document:
     return parse(text, place)
 
 
-def parse(text: str, place: Place, path: Path = ()) -> Document:
+def parse(text: str, place: Place, path: KeyPath = ()) -> Document:
     """The document of a text.
 
     Args:
@@ -128,7 +128,7 @@ class _Walk:
         self._document = document
         self._place = place
 
-    def value(self, node: yaml.Node, path: Path) -> object:
+    def value(self, node: yaml.Node, path: KeyPath) -> object:
         mark = self._mark(node)
         if node.tag == _ALIAS:
             return self._drop(mark, path, "aliases are not followed; write the value out")
@@ -148,7 +148,7 @@ class _Walk:
             found = node.value if len(node.value) <= 60 else f"{node.value[:57]}..."
             return self._drop(mark, path, f"expected a value of type {_short(node.tag)}, found {found!r}")
 
-    def _sequence(self, node: yaml.SequenceNode, path: Path) -> object:
+    def _sequence(self, node: yaml.SequenceNode, path: KeyPath) -> object:
         items = []
         for i, item in enumerate(node.value):
             below = (*path, f"[{i}]")
@@ -157,7 +157,7 @@ class _Walk:
         # Without one of its items the others would have wrong places.
         return _DROPPED if any(item is _DROPPED for item in items) else items
 
-    def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, object]:
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, object]:
         data: dict[str, object] = {}
         seen: dict[str, Mark] = {}
         for key_node, value_node in node.value:
@@ -184,7 +184,7 @@ class _Walk:
                 data[key] = value
         return data
 
-    def _drop(self, mark: Mark, path: Path, message: str) -> object:
+    def _drop(self, mark: Mark, path: KeyPath, message: str) -> object:
         self._document.refuse(mark, path, message)
         return _DROPPED
 

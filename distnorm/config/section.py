@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from distnorm.config.report import IN_CODE, Document, check
+from distnorm.config.problems import IN_CODE, Document, check
 
 # What fits in a signed 32-bit integer: far more than any run needs, and no surprise in any framework.
 _LARGEST = 2**31 - 1
@@ -53,6 +64,19 @@ Threshold = Annotated[
 AS_TUPLE = BeforeValidator(_sequence)
 
 
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Values that are each right alone, and impossible together.
+
+    Args:
+        keys: the dotted paths of the values below the section that finds them, the likeliest culprit first.
+        message: what was expected and what was found.
+    """
+
+    keys: tuple[str, ...]
+    message: str
+
+
 class Section(BaseModel):
     """A frozen mapping of known keys, none of which is converted from another type."""
 
@@ -69,6 +93,28 @@ class Section(BaseModel):
         # Tells pydantic that sections inside others need not be made through this constructor: their errors
         # then belong to the whole, with their paths.
         __init__.__pydantic_base_init__ = True
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Every combination of this section's values that can't be meant."""
+        yield from ()
+
+    def all_conflicts(self) -> Iterator[Conflict]:
+        """The conflicts of the sections within this one, and its own."""
+        for name in type(self).model_fields:
+            if isinstance(inner := getattr(self, name), Section):
+                for conflict in inner.all_conflicts():
+                    yield Conflict(tuple(f"{name}.{key}" for key in conflict.keys), conflict.message)
+        yield from self.conflicts()
+
+    @model_validator(mode="after")
+    def _possible(self, info: ValidationInfo) -> Section:
+        # `check` names the outermost section, which alone searches, so all conflicts are found at once.
+        if isinstance(info.context, type) and info.context is not type(self):
+            return self
+        if found := tuple(self.all_conflicts()):
+            text = "; ".join(conflict.message for conflict in found)
+            raise PydanticCustomError("conflict", "{text}", {"text": text, "conflicts": found})
+        return self
 
     def model_dump(self, **options: Any) -> dict[str, Any]:
         """The keys as they are written in a file, with lists for sequences."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from distnorm.config.scalars import FLOAT, INT, resolve
 
-Path = tuple[str, ...]
+KeyPath = tuple[str, ...]
 JsonSchema = Mapping[str, Any]
 
 _LONGEST = 60
@@ -33,7 +33,7 @@ class Vocabulary:
     def __init__(self, schema: JsonSchema) -> None:
         self._schema = schema
 
-    def at(self, path: Path) -> JsonSchema | None:
+    def at(self, path: KeyPath) -> JsonSchema | None:
         """The schema of one key; None where there is no such key.
 
         Args:
@@ -46,7 +46,7 @@ class Vocabulary:
             node = None if node is None else self._below(node, name)
         return node
 
-    def plain(self, path: Path) -> Path:
+    def plain(self, path: KeyPath) -> KeyPath:
         """The path as it is written, without kinds in it."""
         node: JsonSchema | None = self._follow(self._schema)
         written: list[str] = []
@@ -56,25 +56,25 @@ class Vocabulary:
             node = None if node is None else self._below(node, name)
         return tuple(written)
 
-    def kinds(self, path: Path) -> list[str]:
+    def kinds(self, path: KeyPath) -> list[str]:
         """The kinds of mapping that may be here, where there are several."""
         return list(self._kinds(self.at(path) or {}))
 
-    def keys(self, path: Path) -> list[str]:
+    def keys(self, path: KeyPath) -> list[str]:
         """The keys of one section; empty where the path names none."""
         return list(self._properties(self.at(path) or {}))
 
-    def is_section(self, path: Path) -> bool:
+    def is_section(self, path: KeyPath) -> bool:
         """Whether the path names a mapping with keys of its own."""
         return (self.at(path) or {}).get("type") == "object" or bool(self.kinds(path))
 
-    def paths(self, below: Path = ()) -> Iterator[Path]:
+    def paths(self, below: KeyPath = ()) -> Iterator[KeyPath]:
         """Every key, sections before what they hold."""
         for name in self.keys(below):
             yield (*below, name)
             yield from self.paths((*below, name))
 
-    def nearest(self, section: Path, name: str) -> Path | None:
+    def nearest(self, section: KeyPath, name: str) -> KeyPath | None:
         """The key that a misspelt or misplaced one was meant for, where one is near enough."""
         name = name.strip().lower().replace("-", "_")
         siblings = self.keys(section)
@@ -91,7 +91,7 @@ class Vocabulary:
             return elsewhere[found[0]]
         return None
 
-    def unknown_key(self, section: Path, name: str) -> tuple[str, Path | None]:
+    def unknown_key(self, section: KeyPath, name: str) -> tuple[str, KeyPath | None]:
         """The message about a key that does not exist, and the path of the one it was meant for."""
         dotted = tuple(name.split("."))
         if len(dotted) > 1 and self.at((*section, *dotted)) is not None:
@@ -106,15 +106,15 @@ class Vocabulary:
             f"expected one of {', '.join(keys)}" if keys else "this section has no keys"
         ), None
 
-    def wrong_value(self, path: Path, found: object) -> str:
+    def wrong_value(self, path: KeyPath, found: object) -> str:
         """The message about a value that its key can't hold."""
         return _message(self.at(path) or {}, found)
 
-    def wrong_kind(self, path: Path, found: object) -> str:
+    def wrong_kind(self, path: KeyPath, found: object) -> str:
         """The message about a name that is none of the kinds of mapping here."""
         return _message({"enum": self.kinds(path)}, found)
 
-    def missing(self, path: Path) -> str:
+    def missing(self, path: KeyPath) -> str:
         """The message about a key that is not there and has to be."""
         kinds = self.kinds(path[:-1])
         schema = {"enum": kinds} if kinds else self.at(path) or {}

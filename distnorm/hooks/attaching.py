@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -12,30 +14,41 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from distnorm.clipper import GradClipper
-from distnorm.collectives import Ranks
 from distnorm.config import Config
 from distnorm.errors import DistnormError
-from distnorm.hooks.deepspeed import DeepSpeedHook, is_engine
+from distnorm.hooks.deepspeed import DeepSpeedHook, EngineClipper, is_engine
 from distnorm.hooks.optimizers import OptimizerHook, refuse_other_clippers
-from distnorm.results import ClipResult
-from distnorm.sources import Target, Tied
+from distnorm.hooks.wrapping import checked, parameters_of
+from distnorm.plan.collectives import Ranks
+from distnorm.policies.results import ClipResult
+from distnorm.sources import Target, Tied, named_tensors, read_once
+
+_LOG = logging.getLogger("distnorm")
+T = TypeVar("T")
 
 
 class Hook(Protocol):
-    """What stands between an engine and its step."""
+    """Clips before the steps of an engine or of optimizers."""
+
+    @property
+    def optimizers(self) -> Sequence[object]:
+        """What steps."""
 
     def remove(self) -> None:
         """Put everything back."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Let steps pass as if nothing were attached."""
 
 
 class Handle:
     """What `attach` returns: the newest result, and the way back.
 
     Attributes:
-        clipper: the `GradClipper` at work; its state belongs into the checkpoint.
+        clipper: the `GradClipper`, or an engine's clipper; its state belongs in the checkpoint.
     """
 
-    def __init__(self, clipper: GradClipper, hook: Hook) -> None:
+    def __init__(self, clipper: GradClipper | EngineClipper, hook: Hook) -> None:
         self.clipper = clipper
         self._hook: Hook | None = hook
 
@@ -47,6 +60,31 @@ class Handle:
     def note(self, *, loss: Tensor | float | None = None, tokens: int | None = None) -> None:
         """Hand in this step's loss and tokens, as `GradClipper.note` does, before the optimizer's step."""
         self.clipper.note(loss=loss, tokens=tokens)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """A context in which the optimizer's steps are neither measured, nor clipped, nor counted.
+
+        Not collective, but every rank must use it for the same steps.
+
+        Raises:
+            DistnormError: the handle is of a DeepSpeed engine, whose own step needs distnorm's norm.
+
+        Example:
+            >>> with handle.paused():
+            ...     optimizer.step()  # makes the optimizer's state, and trains nothing
+        """
+        return nullcontext() if self._hook is None else self._hook.paused()
+
+    def __repr__(self) -> str:
+        names = [type(each).__name__ for each in self._hook.optimizers] if self._hook is not None else []
+        return f"Handle({', '.join(names) or 'removed'}; {self.clipper!r})"
+
+    def __reduce__(self) -> NoReturn:
+        """Refused: a copy would be attached to nothing."""
+        raise DistnormError(
+            "expected a handle to stay with its optimizer, found a copy or pickle of it; keep "
+            "handle.clipper.state_dict(), and attach again"
+        )
 
     def remove(self) -> None:
         """Put everything back as it was before `attach`; again does nothing. Not collective."""
@@ -64,23 +102,22 @@ def attach(
     pp_mesh: DeviceMesh | None = None,
     tied: Tied = (),
 ) -> Handle:
-    """Clip by itself, in every step of a torch optimizer, of several over one model, or of an engine.
+    """Clip in every step of a torch optimizer, of several over one model, or of a DeepSpeed engine.
 
     Collective: every rank of `group` must call it, and must step as often. The gradient is that of the
     whole target, measured and clipped once when the first of its optimizers steps; with a closure, after
     every evaluation of it. Under `torch.amp.GradScaler` the norm is that of unscaled gradients, whether
     ``unscale_`` was called or not, and all ranks find an overflow together. ``clip.nonfinite: skip``
     skips the step, and so does policy skip_spikes: parameters and optimizer state stay bit for bit.
-
+    Steps with learning rates 0 and gradients of zeros, by torch's checkpoint helpers, do not count.
     With fused optimizers of all that is clipped, and one coefficient, ``clip.apply: auto`` lets their own
     step multiply by it, and skip: gradients are as they were until that step, and no pass over them is left.
-
-    A DeepSpeed engine clips by distnorm's norm inside its own step, once; its own clipping is retired,
-    and ``engine.get_global_grad_norm()`` tells distnorm's number.
+    A DeepSpeed engine clips by distnorm's norm inside its own step, once; its own clipping is switched off,
+    and ``engine.get_global_grad_norm()`` returns distnorm's norm.
 
     Args:
         target: what holds the gradients, as for `GradClipper`; or a `DeepSpeedEngine`.
-        optimizer: the optimizer, or all of those that step the target; none beside an engine.
+        optimizer: all that step the target, or wrappers such as accelerate's; none beside an engine.
         config, group, pp_mesh, tied: as for `GradClipper`.
 
     Returns:
@@ -90,7 +127,7 @@ def attach(
         ConfigError, CoverageError, ReplicaError, DisagreementError, UnsupportedGradientError: as
             `GradClipper` raises.
         ConfigError: the optimizer clips inside its own step as well; the key is named.
-        DistnormError: no optimizer, or something else, was given, or one that is attached to already.
+        DistnormError: no optimizer was given, or one of other parameters, or one that is attached to already.
 
     Example:
         >>> handle = distnorm.attach(model, optimizer, {"clip": {"max_norm": 1.0}})
@@ -100,34 +137,67 @@ def attach(
     """
     if is_engine(target):
         _refuse_beside_engine(optimizer, pp_mesh)
-        hook = DeepSpeedHook(target, config, group=group, tied=tied)
-        return Handle(hook.clipper, hook)
-    optimizers = _checked_together(optimizer, Ranks(group))
+        engine_hook = DeepSpeedHook(target, config, group=group, tied=tied)
+        return Handle(engine_hook.clipper, engine_hook)
+    ranks = Ranks(group)
+    target, given = _together(ranks, lambda: _checked(target, optimizer))
     clipper = GradClipper(target, config, group=group, pp_mesh=pp_mesh, tied=tied)
-    return Handle(clipper, _hooked_together(clipper, optimizers, Ranks(group)))
+    return Handle(clipper, _installed(ranks, clipper, given))
 
 
-def _checked_together(given: Optimizer | Iterable[Optimizer] | None, ranks: Ranks) -> list[Optimizer]:
-    optimizers = [given] if isinstance(given, Optimizer) else list(given or ())
-    error: DistnormError | None = None
+def _installed(ranks: Ranks, clipper: GradClipper, given: Sequence[Any]) -> OptimizerHook:
     try:
-        if not optimizers or not all(isinstance(each, Optimizer) for each in optimizers):
-            raise DistnormError(f"optimizer: expected a torch optimizer or several, found {given!r}")
-        refuse_other_clippers(optimizers)
-    except DistnormError as caught:
-        error = caught
-    ranks.raise_together(error)
-    return optimizers
-
-
-def _hooked_together(clipper: GradClipper, optimizers: list[Optimizer], ranks: Ranks) -> OptimizerHook:
-    error: DistnormError | None = None
-    try:
-        hook = OptimizerHook(clipper, optimizers)
-    except DistnormError as caught:
-        error = caught
-    ranks.raise_together(error)
+        hook = _together(ranks, lambda: OptimizerHook(clipper, given))
+    except DistnormError:
+        clipper.close()
+        raise
+    hook.install()
     return hook
+
+
+def _together(ranks: Ranks, action: Callable[[], T]) -> T:
+    """What `action` returns; what it raises on one rank is raised on all."""
+    error: DistnormError | None = None
+    try:
+        outcome = action()
+    except DistnormError as caught:
+        error = caught
+    ranks.raise_together(error)
+    return outcome
+
+
+def _checked(target: Target, optimizer: object) -> tuple[Target, list[Any]]:
+    given = checked(optimizer)
+    refuse_other_clippers(given)
+    target = read_once(target)
+    parameters = [tensor for _, tensor in named_tensors(target)]
+    for each in given:
+        _refuse_strangers(each, parameters)
+    return target, given
+
+
+def _refuse_strangers(optimizer: object, parameters: Sequence[Tensor]) -> None:
+    """Refuse an optimizer of another model, and warn of one that steps more than what is clipped."""
+    name, known = type(optimizer).__name__, set(map(id, parameters))
+    stepped = {id(p): p for p in parameters_of(optimizer)}
+    frozen = sum(not p.requires_grad for p in parameters)
+    if known and not known & stepped.keys():
+        raise DistnormError(
+            f"expected {name} to step parameters of the target, found none of its {len(stepped)} among the "
+            f"target's {len(known)} ({frozen} frozen); make the optimizer of this model's parameters, and "
+            "after what replaces them, such as fully_shard"
+        )
+    others = sum(p.requires_grad for key, p in stepped.items() if key not in known)
+    if others:
+        _LOG.warning(
+            "%s steps %d trainable parameters that are not in the target, and not clipped", name, others
+        )
+    if known and frozen == len(known):
+        _LOG.warning(
+            "all %d parameters of the target are frozen (requires_grad is False) on this rank: nothing is "
+            "clipped here until some of them require gradients",
+            frozen,
+        )
 
 
 def _refuse_beside_engine(optimizer: object, pp_mesh: object) -> None:

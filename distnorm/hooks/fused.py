@@ -8,15 +8,72 @@ stay unclipped until that step; torch's kernels then store back what they used.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from operator import is_
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from distnorm.results import ClipResult
+from distnorm.clipper import GradClipper
+from distnorm.errors import ConfigError
+from distnorm.policies.results import ClipResult
+
+_ATTRIBUTES = ("grad_scale", "found_inf")
 
 
-def obstacles(optimizers: Sequence[Optimizer], clipped: Sequence[Tensor]) -> Iterator[str]:
+class HandOver:
+    """Decides who multiplies gradients by the coefficient: the optimizers in their own step, or `clip`.
+
+    Args:
+        clipper: decides the coefficient.
+        optimizers: all that step.
+
+    Raises:
+        ConfigError: ``clip.apply`` is ``optimizer``, and they can't; what stands in the way is named.
+    """
+
+    def __init__(self, clipper: GradClipper, optimizers: Sequence[Optimizer]) -> None:
+        self._clipper, self._optimizers = clipper, optimizers
+        clip, fixed = clipper.config.clip, clipper.rules.obstacle
+        if fixed is None and clip.nonfinite == "zero":  # zeroing what is not finite is no division
+            fixed = "nonfinite: zero, which no optimizer can do"
+        self._fixed = "clip.apply: scale" if clip.apply == "scale" else fixed
+        self._members: list[Tensor] = []
+        self._obstacle: str | None = None
+        self._given: Optimizer | None = None
+        if clip.apply == "optimizer" and (found := self.obstacle()) is not None:
+            raise ConfigError(f"clip.apply: expected fused optimizers of all that is clipped, found {found}")
+
+    def obstacle(self) -> str | None:
+        """Why the optimizers can't multiply in this step; `None` if they can."""
+        if self._fixed is not None:
+            return self._fixed
+        if any(map(is_taken, self._optimizers)):
+            return "a scale or an overflow that something else has set for the coming step"
+        members = [p for o in self._optimizers for group in o.param_groups for p in group["params"]]
+        if len(members) != len(self._members) or not all(map(is_, members, self._members)):
+            self._members = members
+            self._obstacle = next(_obstacles(self._optimizers, self._clipper.parameters), None)
+        return self._obstacle
+
+    def give(self, optimizer: Optimizer, result: ClipResult) -> None:
+        """Let the coming step divide by the coefficient's inverse, unless it has to be skipped."""
+        self._given = optimizer
+        skipped = result.skipped.float() if self._clipper.rules.may_skip else None
+        # In the host's memory a coefficient of 1 is read for free.
+        is_one = result.clip_coef.is_cpu and result.clip_coef.numpy() == 1
+        optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        optimizer.grad_scale = None if is_one else result.clip_coef.reciprocal().float()  # type: ignore[attr-defined]
+
+    def take_back(self) -> None:
+        """Leave the optimizer that was given a coefficient as it was."""
+        optimizer, self._given = self._given, None
+        if optimizer is not None:
+            for name in _ATTRIBUTES:
+                vars(optimizer).pop(name, None)
+
+
+def _obstacles(optimizers: Sequence[Optimizer], clipped: Sequence[Tensor]) -> Iterator[str]:
     """Why optimizers can't take the coefficient; nothing if they can.
 
     Args:
@@ -40,15 +97,6 @@ def obstacles(optimizers: Sequence[Optimizer], clipped: Sequence[Tensor]) -> Ite
                 yield f"{name} with float64 parameters, which it would divide by a float32"
 
 
-def hand_over(optimizer: Optimizer, result: ClipResult, *, skips: bool) -> None:
-    """Let the next step divide by the coefficient's inverse; with `skips`, unless it must be skipped."""
-    coef = result.clip_coef
-    optimizer.found_inf = result.skipped.float() if skips else None  # type: ignore[attr-defined]
-    # In the host's memory a coefficient of 1 is seen at once.
-    leaves = coef.is_cpu and coef.numpy() == 1
-    optimizer.grad_scale = None if leaves else coef.reciprocal().float()  # type: ignore[attr-defined]
-
-
 def skip_too(optimizer: Optimizer, result: ClipResult) -> bool:
     """Have a step that a `GradScaler` has prepared skipped where the result says so; whether it can be."""
     found = getattr(optimizer, "found_inf", None)
@@ -59,12 +107,6 @@ def skip_too(optimizer: Optimizer, result: ClipResult) -> bool:
     return True
 
 
-def take_back(optimizer: Optimizer) -> None:
-    """Leave the optimizer as it was."""
-    for name in ("grad_scale", "found_inf"):
-        vars(optimizer).pop(name, None)
-
-
 def is_taken(optimizer: Optimizer) -> bool:
     """Whether something else, such as a `GradScaler`, has given it a scale for the coming step."""
-    return any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf"))
+    return any(getattr(optimizer, name, None) is not None for name in _ATTRIBUTES)

@@ -1,14 +1,12 @@
-"""Clipping before the step of torch optimizers: foreach, single-tensor and fused, with or without a closure.
-
-A step that must not happen is skipped by hiding the gradients from the optimizer for the call: an
-optimizer passes over parameters without one, and touches neither them nor its state.
-"""
+"""Clipping before the step of torch optimizers: foreach, single-tensor, fused; with or without a closure."""
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Sequence
-from operator import is_
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,23 +15,24 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from distnorm.clipper import GradClipper
-from distnorm.errors import ConfigError, DistnormError
-from distnorm.hooks import amp, fused
+from distnorm.errors import DistnormError, NonFiniteGradientError, UnsupportedGradientError
+from distnorm.hooks import amp, callers, fused
 from distnorm.hooks.second_clipper import refuse_second_clipper
+from distnorm.hooks.wrapping import hookable, wrapped
 
 _attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
-def refuse_other_clippers(optimizers: Sequence[Optimizer]) -> None:
-    """Refuse optimizers whose gradients would be clipped twice.
+def refuse_other_clippers(given: Sequence[Any]) -> None:
+    """Refuse optimizers whose gradients would be clipped twice, and wrappers of such.
 
     Raises:
         ConfigError: an optimizer clips inside its own step; the key is named.
         DistnormError: an optimizer is attached to already.
     """
-    for optimizer in optimizers:
+    for optimizer in (each for outer in given for each in wrapped(outer)):
         refuse_second_clipper(optimizer)
-        if optimizer in _attached:
+        if isinstance(optimizer, Optimizer) and optimizer in _attached:
             raise DistnormError(
                 f"expected an optimizer that nothing is attached to, found {type(optimizer).__name__}, which "
                 "clips already; call remove() of its handle first"
@@ -45,136 +44,179 @@ class OptimizerHook:
 
     Args:
         clipper: of the model that they step.
-        optimizers: those that step the model's parameters. A round is over when one of them steps again.
+        given: the optimizers that step the model's parameters, or wrappers of them.
+
+    Raises:
+        ConfigError: ``clip.apply`` is ``optimizer``, and these can't multiply by the coefficient.
     """
 
-    def __init__(self, clipper: GradClipper, optimizers: Sequence[Optimizer]) -> None:
-        self._clipper, self._optimizers = clipper, optimizers
-        self._skips = clipper.rules.may_skip
-        # Zeroing gradients that are not finite is no division.
-        obstacle = clipper.rules.obstacle
-        if obstacle is None and clipper.config.clip.nonfinite == "zero":
-            obstacle = "nonfinite: zero, which no optimizer can do"
-        self._may_hand_over = clipper.config.clip.apply != "scale" and obstacle is None
-        self._members: list[Tensor] = []
-        self._obstacle: str | None = None
-        self._in_step = False  # whether the optimizers multiply by this round's coefficient
-        self._handed: set[int] = set()
-        if clipper.config.clip.apply == "optimizer" and not self._can_hand_over():
-            found = obstacle or self._obstacle
-            raise ConfigError(f"clip.apply: expected fused optimizers of all that is clipped, found {found}")
-        self._round: set[int] = set()
-        self._by_scaler: set[int] = set()
-        self._hidden: list[tuple[Tensor, Tensor]] = []
-        self._undo = [amp.watch_steps(self._before_scaled)]
-        for optimizer in optimizers:
+    def __init__(self, clipper: GradClipper, given: Sequence[Any]) -> None:
+        self._clipper = clipper
+        self._known = [each for outer in given for each in wrapped(outer)]
+        # The optimizers that a step of each known object steps.
+        self._steppers = {id(each): hookable(each) for each in self._known}
+        self.optimizers = list({id(each): each for all_ in self._steppers.values() for each in all_}.values())
+        self._hand_over = fused.HandOver(clipper, self.optimizers)
+        self._optimizers_multiply = False  # those of this round, in their own steps
+        self._round = _Round()
+        self._hidden = _HiddenGradients()
+        self._prepared: set[int] = set()  # optimizers for which a running GradScaler step has clipped
+        self._outermost: FrameType | None = None  # the newest step that is not part of another
+        self._pauses = 0
+        self._undo: list[Callable[[], None]] = []
+
+    def install(self) -> None:
+        """Begin to clip. Nothing outside of this object has changed before, and nothing is refused here."""
+        self._undo.append(amp.take_part_in_steps(self))
+        for optimizer in self.optimizers:
             _attached.add(optimizer)
             self._undo.append(optimizer.register_step_pre_hook(self._before).remove)
             self._undo.append(optimizer.register_step_post_hook(self._after).remove)
 
     def remove(self) -> None:
         """Put everything back."""
-        for optimizer in self._optimizers:
-            self._tidy(optimizer)
+        self._restore()
         while self._undo:
             self._undo.pop()()
-        _attached.difference_update(self._optimizers)
-        self._optimizers = ()
+        _attached.difference_update(self.optimizers)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let steps pass as if nothing were attached."""
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._pauses -= 1
 
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self._tidy(optimizer)  # what a step that raised has left
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            self._clip_once_a_round(optimizer)
-            self._finish(optimizer)
+        if callers.is_running(self._outermost):
+            return None  # super().step(), or a wrapper's inner optimizer: clipped as the outer step began
+        self._restore()
+        if self._pauses:
             return None
-
-        def clipped_closure() -> Any:
-            self._show()
-            loss = closure()
-            self._clip()
-            self._finish(optimizer)
-            return loss
-
-        return args[:1], {**kwargs, "closure": clipped_closure}
+        _refuse_within_backward()
+        self._outermost = sys._getframe(1)
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is not None:
+            return args[:1], {**kwargs, "closure": self._clipping_after(closure, optimizer)}
+        if id(optimizer) not in self._prepared:
+            _refuse_bypassing_scaler(optimizer)
+            if self._trains_nothing(optimizer):
+                return None
+            if self._round.is_begun_by([optimizer]):
+                self._clip()
+            self._round.add(self._steppers[id(optimizer)])
+        self._multiply_or_skip(optimizer)
+        return None
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._tidy(optimizer)
+        if sys._getframe(1) is self._outermost:
+            self._restore()
 
-    def _clip(self, *, scaled: bool = False) -> None:
+    def _clipping_after(self, closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
+        def clipped_closure() -> Any:
+            self._hidden.show()
+            loss = closure()
+            self._clip()
+            self._multiply_or_skip(optimizer)
+            return loss
+
+        return clipped_closure
+
+    def before_scaled_step(self, scaler: GradScaler, optimizer: Optimizer) -> None:
+        """Measure unscaled gradients, and let all ranks skip the step, or none."""
+        # A wrapper that `attach` was not given leads to its optimizers as well.
+        steppers = [each for each in hookable(optimizer) if id(each) in self._steppers]
+        if not steppers or self._pauses or amp.has_stepped(scaler, optimizer):
+            return
+        self._restore()
+        _refuse_within_backward()
+        if self._round.is_begun_by(steppers):
+            for each in self.optimizers:
+                amp.unscale(scaler, each, [w for w in (*self._known, optimizer) if each in hookable(w)])
+            self._clip(may_hand_over=False)
+        self._round.add(steppers)
+        self._prepared = set(map(id, steppers))
+        assert self._clipper.last is not None
+        amp.set_found_inf(scaler, optimizer, ~self._clipper.last.is_finite)
+
+    def after_scaled_step(self) -> None:
+        """Forget what was prepared for the scaler's step."""
+        self._prepared = set()
+
+    def _clip(self, *, may_hand_over: bool = True) -> None:
         """Measure and decide; and multiply, unless the optimizers can do so in their own steps."""
-        self._in_step = not scaled and self._can_hand_over()
-        if self._in_step:
+        self._round.clear()
+        self._optimizers_multiply = may_hand_over and self._hand_over.obstacle() is None
+        if self._optimizers_multiply:
             self._clipper.decide()
         else:
             self._clipper.clip()
 
-    def _can_hand_over(self) -> bool:
-        if not self._may_hand_over or any(map(fused.is_taken, self._optimizers)):
+    def _multiply_or_skip(self, optimizer: Optimizer) -> None:
+        result = self._clipper.last
+        assert result is not None
+        if self._optimizers_multiply:
+            self._hand_over.give(optimizer, result)
+        elif self._clipper.rules.may_skip and not fused.skip_too(optimizer, result) and result.skipped:
+            self._hidden.hide(optimizer)  # only a fused optimizer can skip without this read on the host
+
+    def _trains_nothing(self, optimizer: Optimizer) -> bool:
+        """Whether this step only makes the optimizer's state: learning rates and gradients are all zero."""
+        rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
+        # A rate in a device's memory is not read, since that would wait for the device in every step.
+        in_host_memory = [rate for rate in rates if not isinstance(rate, Tensor) or rate.is_cpu]
+        if any(rate != 0 for rate in in_host_memory):
             return False
-        members = [p for o in self._optimizers for group in o.param_groups for p in group["params"]]
-        if len(members) != len(self._members) or not all(map(is_, members, self._members)):
-            self._members = members
-            self._obstacle = next(fused.obstacles(self._optimizers, self._clipper.parameters), None)
-        return self._obstacle is None
+        if callers.is_checkpoint_helper():
+            return True
+        if not rates or len(in_host_memory) < len(rates) or not self._round.is_begun_by([optimizer]):
+            return False
+        try:
+            return bool(self._clipper.measure().total_norm == 0)
+        except NonFiniteGradientError:
+            return False  # `clip` raises it, and counts the step
 
-    def _finish(self, optimizer: Optimizer) -> None:
-        if self._in_step:
-            assert self._clipper.last is not None
-            fused.hand_over(optimizer, self._clipper.last, skips=self._skips)
-            self._handed.add(id(optimizer))
-        else:
-            self._hide_if_skipped(optimizer)
+    def _restore(self) -> None:
+        """Give back gradients and attributes that this step, or one that raised, had changed."""
+        self._outermost = None
+        self._hidden.show()
+        self._hand_over.take_back()
 
-    def _before_scaled(self, optimizer: Optimizer, scaler: GradScaler) -> None:
-        """The norm is of unscaled gradients; and all ranks skip the step, or none."""
-        if not any(optimizer is ours for ours in self._optimizers):
-            return
-        self._tidy(optimizer)
-        if self._begins_round(optimizer):
-            for ours in self._optimizers:
-                amp.unscale(scaler, ours)
-        self._by_scaler.discard(id(optimizer))
-        self._clip_once_a_round(optimizer, scaled=True)
-        self._by_scaler.add(id(optimizer))
-        amp.set_found_inf(scaler, optimizer, ~self._last_is_finite())
 
-    def _begins_round(self, optimizer: Optimizer) -> bool:
-        return not self._round or id(optimizer) in self._round
+class _Round:
+    """The optimizers that have stepped since gradients were clipped; the first to step again clips anew."""
 
-    def _clip_once_a_round(self, optimizer: Optimizer, *, scaled: bool = False) -> None:
-        if id(optimizer) in self._by_scaler:
-            self._by_scaler.remove(id(optimizer))
-            return
-        if self._begins_round(optimizer):
-            self._round = set()
-            self._clip(scaled=scaled)
-        self._round.add(id(optimizer))
+    def __init__(self) -> None:
+        self._stepped: set[int] = set()
 
-    def _hide_if_skipped(self, optimizer: Optimizer) -> None:
-        """Read the result on the host: only a fused optimizer can skip a step on the device."""
-        assert self._clipper.last is not None
-        if not self._skips or fused.skip_too(optimizer, self._clipper.last) or not self._clipper.last.skipped:
-            return
+    def is_begun_by(self, steppers: Sequence[Optimizer]) -> bool:
+        return not self._stepped or any(id(each) in self._stepped for each in steppers)
+
+    def clear(self) -> None:
+        self._stepped = set()
+
+    def add(self, steppers: Sequence[Optimizer]) -> None:
+        self._stepped.update(map(id, steppers))
+
+
+class _HiddenGradients:
+    """Gradients that are hidden from a step, which passes over parameters without one and their state."""
+
+    def __init__(self) -> None:
+        self._hidden: list[tuple[Tensor, Tensor]] = []
+
+    def hide(self, optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._hidden.append((parameter, parameter.grad))
                     parameter.grad = None
 
-    def _last_is_finite(self) -> Tensor:
-        assert self._clipper.last is not None
-        return self._clipper.last.is_finite
-
-    def _tidy(self, optimizer: Optimizer) -> None:
-        self._show()
-        if id(optimizer) in self._handed:
-            self._handed.remove(id(optimizer))
-            fused.take_back(optimizer)
-
-    def _show(self) -> None:
+    def show(self) -> None:
         while self._hidden:
             parameter, gradient = self._hidden.pop()
             if gradient.dtype == parameter.dtype:
@@ -182,3 +224,21 @@ class OptimizerHook:
             else:  # FSDP1's `keep_low_precision_grads`, which a plain assignment refuses
                 parameter.grad = torch.empty_like(parameter)
                 parameter.grad.data = gradient
+
+
+def _refuse_within_backward() -> None:
+    if torch._C._current_graph_task_id() != -1:
+        raise UnsupportedGradientError(
+            "expected optimizer steps after the backward pass, found one inside of it (a hook on gradients "
+            "steps), where the gradient of the whole model does not exist yet; step after backward(), or "
+            "call remove() of the handle to train without clipping"
+        )
+
+
+def _refuse_bypassing_scaler(optimizer: Optimizer) -> None:
+    if fused.is_taken(optimizer) or amp.has_decided_alone():
+        raise UnsupportedGradientError(
+            f"expected GradScaler.step to ask distnorm before {type(optimizer).__name__} steps, found a "
+            "grad_scale or found_inf from elsewhere, by which each rank decides alone; look up scaler.step "
+            "after distnorm.attach and not before, and give it the optimizer that is attached"
+        )

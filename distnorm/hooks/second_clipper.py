@@ -6,16 +6,14 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch.optim import Optimizer
-
 from distnorm.errors import ConfigError
 
 _KEY = re.compile(r"max_grad_norm|grad_clip\w*|clip_grad\w*|percentile_clipping")
 _OFF = {"percentile_clipping": 100}  # the other keys are limits, and 0 or inf is none
 
 
-def refuse_second_clipper(optimizer: Optimizer, path: str = "") -> None:
-    """Refuse an optimizer that clips by itself.
+def refuse_second_clipper(optimizer: object, path: str = "") -> None:
+    """Refuse an optimizer, or a wrapper of one, that clips gradients in its own step.
 
     Raises:
         ConfigError: a setting in a parameter group, or of the optimizer, says so; `path` and its key name it.
@@ -29,9 +27,9 @@ def refuse_second_clipper(optimizer: Optimizer, path: str = "") -> None:
                 )
 
 
-def _settings(optimizer: Optimizer) -> Iterator[Mapping[str, Any]]:
-    yield from optimizer.param_groups
-    yield vars(optimizer)
+def _settings(optimizer: object) -> Iterator[Mapping[str, Any]]:
+    yield from getattr(optimizer, "param_groups", ())
+    yield getattr(optimizer, "__dict__", {})
     yield getattr(getattr(optimizer, "args", None), "__dict__", {})  # where bitsandbytes keeps its own
 
 

@@ -1,41 +1,61 @@
-"""The local statistic and the scaling, per device; eager torch is the fallback and the reference."""
+"""Where tensors lie, the local statistic and the scaling, per device; eager torch is the fallback and the
+reference."""
 
 from __future__ import annotations
 
+from distnorm.kernels.addresses import HOST, PLAIN, AddressTable, addresses_of, on_host
 from distnorm.kernels.dispatch import (
     checksum,
+    fingerprints,
     measure,
-    measure_spans,
     row_squares,
     scale_,
+    scale_at_,
     scale_each_,
-    scale_spans_,
+    statistic_at,
     summaries,
 )
-from distnorm.kernels.eager import blocks, clamp_, moved, zero_unless_
-from distnorm.kernels.native import Kernel, Spans, SpanTable, addresses_of, split
-from distnorm.kernels.walking import Walker, can_walk, hold_just, walker
+from distnorm.kernels.eager import blocks, clamp_, moved, on_device, zero_unless_
+from distnorm.kernels.finding import Finder, Found
+from distnorm.kernels.memory import SharedMemoryError, is_all_there, memory_of, once
+from distnorm.kernels.modes import outside_graphs, plain_operators
+from distnorm.kernels.native import Kernel, split
+from distnorm.kernels.sampling import sample_of, samples, samples_of
+from distnorm.kernels.walking import first_with_gradient, hold_just
 
 __all__ = [
+    "HOST",
+    "PLAIN",
+    "AddressTable",
+    "Finder",
+    "Found",
     "Kernel",
-    "SpanTable",
-    "Spans",
-    "Walker",
+    "SharedMemoryError",
     "addresses_of",
     "blocks",
-    "can_walk",
     "checksum",
     "clamp_",
+    "fingerprints",
+    "first_with_gradient",
     "hold_just",
+    "is_all_there",
     "measure",
-    "measure_spans",
+    "memory_of",
     "moved",
+    "on_device",
+    "on_host",
+    "once",
+    "outside_graphs",
+    "plain_operators",
     "row_squares",
+    "sample_of",
+    "samples",
+    "samples_of",
     "scale_",
+    "scale_at_",
     "scale_each_",
-    "scale_spans_",
     "split",
+    "statistic_at",
     "summaries",
-    "walker",
     "zero_unless_",
 ]

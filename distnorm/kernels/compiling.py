@@ -1,6 +1,6 @@
 """Compiling a C or C++ file of the package with the system's compiler, and loading it.
 
-The library is kept for the next process, under a name that tells the source, the compiler and the CPU, so
+The library is kept for the next process, under a name made of the source, the compiler and the CPU, so
 that a home which machines of several kinds share is safe. Ranks that start together may all compile it:
 each renames a file of its own to that name, and any of them will do.
 """
@@ -14,11 +14,11 @@ import platform
 import shlex
 import shutil
 import stat
-import subprocess
-import tempfile
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from distnorm.kernels import child
 
 _TIMEOUT = 180.0  # seconds
 
@@ -75,6 +75,8 @@ def load(recipe: Recipe, kind: type[ctypes.CDLL] = ctypes.CDLL, *, compiles: boo
     build = _Build(recipe, compiler, kind, features)
     try:
         return build.into(path)
+    except child.ProcessEndsError as error:
+        raise CompileError(str(error)) from error
     except OSError:  # a directory that is read-only, full, not ours, or mounted noexec
         return build.for_this_process(path.name)
 
@@ -89,9 +91,19 @@ def load_in_turn(recipe: Recipe, kind: type[ctypes.CDLL]) -> ctypes.CDLL:
         with suppress(OSError, ImportError):
             from fcntl import LOCK_EX, flock
 
-            _cache().mkdir(mode=0o700, parents=True, exist_ok=True)
-            flock(held.enter_context(open(_cache() / f"{recipe.source.stem}.lock", "w")), LOCK_EX)
+            lock = _lock_of(recipe)
+            held.callback(os.close, lock)
+            flock(lock, LOCK_EX)
         return load(recipe, kind)
+
+
+def _lock_of(recipe: Recipe) -> int:
+    """A descriptor of the lock file, in a folder that is ours alone: others could put a link in its place."""
+    folder = _cache()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _only_ours(folder):
+        raise PermissionError(f"others may write to {folder}")
+    return os.open(folder / f"{recipe.source.stem}.lock", os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
 
 
 def _cache() -> Path:
@@ -115,8 +127,8 @@ def _ident(recipe: Recipe, compiler: list[str], found: str, features: str) -> st
     file = os.stat(found)
     version = (os.path.realpath(found), file.st_size, file.st_mtime_ns)
     how = (recipe.flags, recipe.libraries, recipe.facts)
-    told = repr((recipe.source.read_bytes(), compiler, how, version, platform.machine(), features))
-    return hashlib.sha256(told.encode()).hexdigest()[:24]
+    facts = repr((recipe.source.read_bytes(), compiler, how, version, platform.machine(), features))
+    return hashlib.sha256(facts.encode()).hexdigest()[:24]
 
 
 def _only_ours(path: Path) -> bool:
@@ -136,8 +148,8 @@ class _Build:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _only_ours(path.parent):
             raise PermissionError(f"others may write to {path.parent}")
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            built = Path(scratch, path.name)
+        with child.scratch(path.parent) as scratch:
+            built = scratch / path.name
             self._compile(built)
             with built.open("rb") as file:  # a file cut short by a crash would be loaded, and end the process
                 os.fsync(file.fileno())
@@ -147,8 +159,8 @@ class _Build:
 
     def for_this_process(self, name: str) -> ctypes.CDLL:
         try:
-            with tempfile.TemporaryDirectory() as scratch:
-                built = Path(scratch, name)
+            with child.scratch() as scratch:
+                built = scratch / name
                 self._compile(built)
                 return self.kind(str(built))
         except OSError as error:
@@ -160,13 +172,10 @@ class _Build:
             inputs = [str(recipe.source), *recipe.libraries]
             command = [*self.compiler, *recipe.flags, *machine, "-o", str(built), *inputs]
             try:
-                done = subprocess.run(
-                    command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT, check=False
-                )
-            except subprocess.TimeoutExpired as error:
+                code, said = child.run(command, built.parent, _TIMEOUT)
+            except TimeoutError as error:
                 raise CompileError(f"{shlex.join(command)} took more than {_TIMEOUT:g} s") from error
-            if done.returncode == 0 and built.exists():
+            if code == 0 and built.exists():
                 built.chmod(0o700)
                 return
-            said = done.stderr.decode(errors="replace").strip()
         raise CompileError(f"{shlex.join(command)} failed: {said[-500:]}")

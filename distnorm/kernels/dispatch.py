@@ -10,11 +10,38 @@ import torch
 from torch import Tensor
 
 from distnorm.kernels import eager, gpu, native
+from distnorm.kernels.addresses import AddressTable, Ints, on_host
 
 
-def measure_spans(spans: native.Spans, kernel: native.Kernel) -> Tensor:
-    """The statistic of spans: [1] fp64 on the CPU."""
-    return torch.tensor([native.statistic(spans, kernel)], dtype=torch.float64)
+def statistic_at(table: AddressTable, kernel: native.Kernel) -> Tensor:
+    """The statistic of what lies at addresses in the CPU's memory, by compiled code: [1] fp64 on the CPU."""
+    return torch.tensor([native.statistic(table, kernel)], dtype=torch.float64, device="cpu")
+
+
+def scale_at_(table: AddressTable, coef: Tensor) -> bool:
+    """Multiply what lies at addresses in the CPU's memory, by compiled code, as `scale_` does.
+
+    Returns:
+        Whether anything was changed. Autograd's version counter is not changed.
+    """
+    factor = float(coef)
+    if factor != 1:
+        native.scale_(table, factor)
+    return factor != 1
+
+
+def fingerprints(table: AddressTable) -> Ints | None:
+    """A fingerprint of each row's bytes, [rows]: equal fingerprints mean that the bytes have not changed.
+
+    Every byte of up to 16 MiB is read; of more, 64 bytes of every 1024, and both ends. Any change to what is
+    read shows, elements that trade places too.
+
+    Returns:
+        `None` where there is no compiled code, or the table is not of the CPU's memory.
+    """
+    if table.device.type != "cpu" or native.library() is None:
+        return None
+    return native.fingerprints(table)
 
 
 def measure(tensors: Sequence[Tensor], kernel: native.Kernel) -> tuple[list[Tensor], Sequence[Tensor]]:
@@ -31,7 +58,7 @@ def measure(tensors: Sequence[Tensor], kernel: native.Kernel) -> tuple[list[Tens
     fitting, rest = native.split(tensors)
     if not fitting:
         return [], rest
-    return [measure_spans(native.Spans.of(fitting), kernel)], rest
+    return [statistic_at(AddressTable.of(fitting), kernel)], rest
 
 
 def summaries(tensors: Sequence[Tensor], kernel: native.Kernel) -> Tensor:
@@ -43,11 +70,12 @@ def summaries(tensors: Sequence[Tensor], kernel: native.Kernel) -> Tensor:
         magnitudes.
     """
     if not tensors:
-        return torch.zeros(0, 4, dtype=torch.float64)
-    rows = torch.zeros(len(tensors), 4, dtype=torch.float64, device=tensors[0].device)
+        return torch.zeros(0, 4, dtype=torch.float64, device="cpu")
+    with eager.mode_of(tensors):
+        rows = torch.zeros(len(tensors), 4, dtype=torch.float64, device=tensors[0].device)
     fitting = [i for i, tensor in enumerate(tensors) if not native.split([tensor])[1]]
     if fitting:
-        compiled = native.summaries([tensors[i] for i in fitting], kernel)
+        compiled = native.summaries(AddressTable.of([tensors[i] for i in fitting]), kernel)
         if len(fitting) == len(tensors):
             return compiled
         rows[fitting] = compiled
@@ -66,7 +94,8 @@ def row_squares(tensors: Sequence[Tensor]) -> Tensor:
     """
     if tensors and not native.split(tensors)[1] and all(map(Tensor.is_contiguous, tensors)):
         return native.row_squares(tensors)
-    none = torch.zeros(0, dtype=torch.float64, device=tensors[0].device if tensors else None)
+    with eager.mode_of(tensors):
+        none = torch.zeros(0, dtype=torch.float64, device=tensors[0].device if tensors else "cpu")
     return torch.cat([none, *map(eager.row_squares, tensors)])
 
 
@@ -74,16 +103,8 @@ def checksum(tensor: Tensor) -> Tensor:
     """Sum a tensor's bits, weighted by position: see `distnorm.kernels.eager.checksum`."""
     plain = tensor.detach()
     if plain.numel() and plain.is_contiguous() and not native.split([plain])[1]:
-        return torch.tensor(native.checksum(plain), dtype=torch.int64)
+        return torch.tensor(native.checksum(plain), dtype=torch.int64, device="cpu")
     return eager.checksum(tensor)
-
-
-def scale_spans_(spans: native.Spans, coef: Tensor) -> bool:
-    """Multiply what lies in spans, as `scale_` does; whether anything was changed. Autograd is not told."""
-    factor = float(coef.cpu().numpy())
-    if factor != 1:
-        native.scale_(spans, factor)
-    return factor != 1
 
 
 def scale_each_(tensors: Sequence[Tensor], coefs: Tensor) -> None:
@@ -96,15 +117,15 @@ def scale_each_(tensors: Sequence[Tensor], coefs: Tensor) -> None:
         tensors: on any devices.
         coefs: [tensors], on one device.
     """
-    if coefs.device.type != "cpu":
+    if not on_host(coefs):
         eager.scale_each_(tensors, coefs)
         return
     by_coef: dict[float, list[Tensor]] = defaultdict(list)
-    for tensor, factor in zip(tensors, coefs.numpy().tolist(), strict=True):
+    for tensor, factor in zip(tensors, coefs.tolist(), strict=True):
         if factor != 1 and tensor.numel():
             by_coef[factor if factor == factor else math.nan].append(tensor)
     for factor, members in by_coef.items():
-        scale_(members, torch.tensor(factor, dtype=torch.float64))
+        scale_(members, torch.tensor(factor, dtype=torch.float64, device="cpu"))
 
 
 def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
@@ -113,14 +134,14 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
     The roundings are those of `distnorm.kernels.eager.scale_`, bit for bit. A coefficient of 1 costs no pass
     if it is in the host's memory, or compiled code takes the tensors.
     """
-    if coef.device.type == "cpu":  # there is no device to wait for
-        factor = float(coef.numpy())
+    if on_host(coef):  # there is no device to wait for
+        factor = float(coef)
         if factor == 1:
             return
         fitting, tensors = native.split(tensors)
         if fitting:
             torch.autograd.graph.increment_version(fitting)
-            native.scale_(native.Spans.of(fitting), factor)
+            native.scale_(AddressTable.of(fitting), factor)
     fitting, rest = gpu.split(tensors)
     by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
     for tensor in fitting:

@@ -9,16 +9,25 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+from distnorm.kernels.addresses import on_host
 from distnorm.kernels.native import Kernel
 
 # fp64 elements in a block. CPU: 2 MiB, which the caches still hold when it is read again, and large enough
 # that converting it outweighs the two operator calls. Elsewhere a launch costs more than a cache miss.
 _BLOCK = {"cpu": 1 << 18}
 _BLOCK_ELSEWHERE = 1 << 24
+_FLOAT8 = {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
+
+
+def mode_of(tensors: Sequence[Tensor]) -> AbstractContextManager[object]:
+    """The mode in which a new tensor goes together with FakeTensors; for other tensors nothing."""
+    mode: AbstractContextManager[object] | None = getattr(tensors[0], "fake_mode", None) if tensors else None
+    return nullcontext() if mode is None else mode
 
 
 def blocks(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -31,7 +40,8 @@ def blocks(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
         return
     device = tensors[0].device
     size = min(_BLOCK.get(device.type, _BLOCK_ELSEWHERE), elements)
-    buffer = torch.empty(size, dtype=torch.float64, device=device)
+    with mode_of(tensors):
+        buffer = torch.empty(size, dtype=torch.float64, device=device)
     for parts in _packed(tensors, size):
         yield _fill(buffer, parts)
 
@@ -67,7 +77,8 @@ def _widened(part: Tensor) -> Tensor:
     if part.is_complex():
         return part.to(torch.complex128).abs()
     # On CPU fp16 goes to fp64 an element at a time, but to fp32 by vector instructions; both are exact.
-    return part.float() if part.dtype is torch.float16 else part
+    # float8 can't be put together with other dtypes.
+    return part.float() if part.dtype is torch.float16 or part.dtype in _FLOAT8 else part
 
 
 def summary(tensor: Tensor, kernel: Kernel) -> Tensor:
@@ -93,7 +104,8 @@ def summary(tensor: Tensor, kernel: Kernel) -> Tensor:
 def row_squares(tensor: Tensor) -> Tensor:
     """The sum of squares of magnitudes of each index along dim 0, [rows] fp64."""
     if not tensor.numel():
-        return torch.zeros(len(tensor), dtype=torch.float64, device=tensor.device)
+        with mode_of([tensor]):
+            return torch.zeros(len(tensor), dtype=torch.float64, device=tensor.device)
     flat = tensor.detach().reshape(len(tensor), -1)
     most = max(1, _BLOCK.get(flat.device.type, _BLOCK_ELSEWHERE) // flat.shape[1])
     return torch.cat([_widened(rows).double().square().sum(dim=1) for rows in torch.split(flat, most)])
@@ -104,16 +116,26 @@ def checksum(tensor: Tensor) -> Tensor:
 
     Odd weights keep a change of any single element visible; elements that trade places change the sum.
     """
-    bits = tensor.detach().reshape(-1)
+    bits = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
     bits = torch.view_as_real(bits).reshape(-1) if bits.is_complex() else bits
     bits = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
     size = min(_BLOCK.get(bits.device.type, _BLOCK_ELSEWHERE), max(bits.numel(), 1))
-    weights = torch.arange(1, 2 * size, 2, dtype=torch.int64, device=bits.device)
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    with mode_of([tensor]):
+        weights = torch.arange(1, 2 * size, 2, dtype=torch.int64, device=bits.device)
+        total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for block in torch.split(bits, size):
         held = block.to(torch.int64)
         total = total * 0x5DEECE66D + (held * weights[: held.numel()]).sum()
     return total
+
+
+def on_device(values: Sequence[float], device: torch.device) -> Tensor:
+    """The values, [n] fp64, without waiting for the device."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A copy in a graph reads the host's memory at every replay; a fill brings its value along.
+        return torch.stack([torch.full((), v, dtype=torch.float64, device=device) for v in values])
+    made = torch.tensor(values, dtype=torch.float64, device="cpu")
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
 
 def moved(value: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -130,7 +152,11 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
     for (device, dtype), members in _by_kind(tensors).items():
         exact = dtype in (torch.float64, torch.complex128)
         factor = moved(coef, device, torch.float64 if exact else torch.float32)
-        torch._foreach_mul_(members, factor)
+        if dtype in _FLOAT8:
+            for part, wide in _widened_parts(members):
+                part.copy_(wide.mul_(factor))
+        else:
+            torch._foreach_mul_(members, factor)
 
 
 def scale_each_(tensors: Sequence[Tensor], coefs: Tensor) -> None:
@@ -142,25 +168,41 @@ def scale_each_(tensors: Sequence[Tensor], coefs: Tensor) -> None:
         if kind not in on:
             on[kind] = moved(coefs, *kind).unbind()
         factor = on[kind][i]
+        if tensor.dtype in _FLOAT8:
+            scale_([tensor], factor)
+            continue
         # Beside a tensor with dims one without any would be rounded to that one's dtype first.
         tensor.mul_(factor.view(1) if tensor.dim() else factor)
 
 
 def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
     """Put every element within plus and minus `bound`, in place; NaN stays. Of complex ones both parts."""
-    for members in _by_kind([torch.view_as_real(t) if t.is_complex() else t for t in tensors]).values():
-        torch._foreach_clamp_max_(members, bound)
-        torch._foreach_clamp_min_(members, -bound)
+    real = [torch.view_as_real(t.conj() if t.is_conj() else t) if t.is_complex() else t for t in tensors]
+    for (_, dtype), members in _by_kind(real).items():
+        if dtype in _FLOAT8:
+            for part, wide in _widened_parts(members):
+                part.copy_(wide.clamp_(-bound, bound))
+        else:
+            torch._foreach_clamp_max_(members, bound)
+            torch._foreach_clamp_min_(members, -bound)
 
 
 def zero_unless_(tensors: Sequence[Tensor], keep: Tensor) -> None:
     """Set every element to zero, NaN and inf too, unless the 0-d bool tensor `keep` is true."""
-    if keep.is_cpu and keep.numpy():  # there is no device to wait for, and nothing to do
+    if on_host(keep) and bool(keep):  # there is no device to wait for, and nothing to do
         return
-    for (device, _), members in _by_kind(tensors).items():
+    for (device, dtype), members in _by_kind(tensors).items():
         drop = ~moved(keep, device)
-        for tensor in members:
-            tensor.masked_fill_(drop, 0)
+        for tensor in members:  # zero is all bits zero, in every kind of float8 too
+            (tensor.view(torch.uint8) if dtype in _FLOAT8 else tensor).masked_fill_(drop, 0)
+
+
+def _widened_parts(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pieces of float8 tensors, which torch's operators can't compute with, and an fp32 copy of each."""
+    for tensor in tensors:
+        size = _BLOCK.get(tensor.device.type, _BLOCK_ELSEWHERE)
+        for part in torch.split(tensor.view(-1), size) if tensor.is_contiguous() else (tensor,):
+            yield part, part.float()
 
 
 def _by_kind(tensors: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:

@@ -23,13 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distnorm.kernels import native
-from distnorm.kernels.native import Ints, Kernel
+from distnorm.kernels.addresses import CODES, PLAIN, AddressTable, is_dense
+from distnorm.kernels.native import Kernel
 
 _LOG = logging.getLogger("distnorm")
 _BLOCK = 1024  # elements that a program's 128 threads take at once
-_LEAST_CHUNK = 1 << 12
-_CHUNKS = 1 << 14  # about as many as keep the largest GPU busy to the end
 _REMEMBERED = 16  # tables
 
 
@@ -65,76 +63,22 @@ def split(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     fitting: list[Tensor] = []
     rest: list[Tensor] = []
     for tensor in tensors:
-        plain = tensor.dtype in native.CODES and tensor.is_cuda and type(tensor) in native.PLAIN
-        fits = plain and usable(tensor.device) and native.is_dense(tensor)
+        plain = tensor.dtype in CODES and tensor.is_cuda and type(tensor) in PLAIN
+        fits = plain and usable(tensor.device) and is_dense(tensor)
         (fitting if fits else rest).append(tensor)
     return fitting, rest
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where tensors of one device lie.
-
-    Args:
-        addresses, numels, codes: [tensors] address and number of elements, and dtype by native's code.
-    """
-
-    addresses: Ints
-    numels: Ints
-    codes: Ints
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> Places:
-        """Of tensors that `split` found fitting."""
-        numels = np.fromiter(map(Tensor.numel, tensors), np.int64, len(tensors))
-        codes = np.array([native.CODES[tensor.dtype] for tensor in tensors], dtype=np.int64)
-        addresses = native.addresses_of(tensors)
-        if not addresses[numels > 0].all():
-            raise ValueError("expected tensors with memory, found one whose storage was freed")
-        return cls(addresses, numels, codes)
-
-    @property
-    def overlap(self) -> bool:
-        """Whether some element is in two tensors: then programs would race for it."""
-        order = np.argsort(self.addresses[held := self.numels > 0])
-        starts = self.addresses[held][order]
-        ends = starts + (self.numels * native.SIZES[self.codes])[held][order]
-        return bool((starts[1:] < ends[:-1]).any())
-
-    def rows(self) -> tuple[Ints, Ints, list[tuple[int, int, int]]]:
-        """The chunks as gpu_code has them, [rows, 2], dtype by dtype; each tensor's, [tensors, 2]; and code,
-        first row and number of rows of each dtype."""
-        size = _LEAST_CHUNK
-        while size * _CHUNKS < self.numels.sum():
-            size *= 2
-        order = np.argsort(self.codes, kind="stable")
-        chunks = -(-self.numels[order] // size)
-        last = np.cumsum(chunks)
-        runs = np.empty((len(order), 2), dtype=np.int64)
-        runs[order] = np.stack([last - chunks, last], axis=1)
-        of = np.repeat(order, chunks)
-        start = (np.arange(len(of)) - runs[of, 0]) * size
-        rows = np.stack(
-            [
-                self.addresses[of] + start * native.SIZES[self.codes[of]],
-                np.minimum(self.numels[of] - start, size),
-            ],
-            axis=1,
-        )
-        codes, first, many = np.unique(self.codes[of], return_index=True, return_counts=True)
-        return rows, runs, list(zip(codes.tolist(), first.tolist(), many.tolist(), strict=True))
-
-
 @dataclass
-class Table:
-    """Places as the kernels read them. It keeps no tensor alive: use it while the tensors are there.
+class DeviceTable:
+    """An address table as the kernels read it. It keeps no tensor alive: use it while the tensors are there.
 
     Args:
-        places: what it was made from.
+        addresses: what it was made from.
         device: where it lies, and the tensors.
     """
 
-    places: Places
+    addresses: AddressTable
     device: torch.device
     kinds: list[tuple[int, int, int]] = field(init=False)
     overlap: bool = field(init=False)
@@ -145,8 +89,8 @@ class Table:
     _copied: torch.cuda.Event | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        rows, runs, self.kinds = self.places.rows()
-        self.overlap = self.places.overlap
+        rows, runs, self.kinds = self.addresses.chunks()
+        self.overlap = self.addresses.overlap
         flat = torch.from_numpy(np.concatenate([rows, runs, [[0, len(rows)]]]))
         if self.device.type == "cuda":
             flat = flat.pin_memory().to(self.device, non_blocking=True)
@@ -166,19 +110,20 @@ class Table:
             self._seen.add(stream.cuda_stream)
 
 
-_tables: OrderedDict[tuple[object, ...], Table] = OrderedDict()
-_captured: dict[int, Table] = {}  # graphs read these as long as they live, and nobody tells when they end
+_tables: OrderedDict[tuple[object, ...], DeviceTable] = OrderedDict()
+# Graphs read these as long as they live, and nothing announces their end.
+_captured: dict[int, DeviceTable] = {}
 
 
-def table_of(tensors: Sequence[Tensor]) -> Table | None:
+def table_of(tensors: Sequence[Tensor]) -> DeviceTable | None:
     """The table of tensors of one device that `split` found fitting, made anew only if they have moved.
 
     Returns:
         `None` where a graph is being captured and no step before it had its tensors at these addresses:
         a copy from the host's memory is no part of a graph.
     """
-    places, device = Places.of(tensors), tensors[0].device
-    key = (device, *(array.tobytes() for array in (places.addresses, places.numels, places.codes)))
+    addresses = AddressTable.of(tensors)
+    device, key = addresses.device, addresses.key
     table = _tables.get(key)
     with _on(device):
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -186,7 +131,7 @@ def table_of(tensors: Sequence[Tensor]) -> Table | None:
                 _captured[id(table)] = table
             return table
         if table is None:
-            table = _tables[key] = Table(places, device)
+            table = _tables[key] = DeviceTable(addresses, device)
             if len(_tables) > _REMEMBERED:
                 _tables.popitem(last=False)
         _tables.move_to_end(key)
@@ -194,7 +139,7 @@ def table_of(tensors: Sequence[Tensor]) -> Table | None:
     return table
 
 
-def statistic(table: Table, kernel: Kernel, *, per_tensor: bool = False) -> Tensor:
+def statistic(table: DeviceTable, kernel: Kernel, *, per_tensor: bool = False) -> Tensor:
     """The statistic of all elements, [1] fp64, or of each tensor's, [tensors]; 0 where there are none."""
     from distnorm.kernels import gpu_code
 
@@ -212,10 +157,10 @@ def statistic(table: Table, kernel: Kernel, *, per_tensor: bool = False) -> Tens
     return out
 
 
-def scale_(table: Table, coef: Tensor) -> None:
+def scale_(table: DeviceTable, coef: Tensor) -> None:
     """Multiply every element in place, with the roundings of `distnorm.kernels.eager.scale_`.
 
-    A coefficient of 1 changes nothing: no element is read. Autograd isn't told: see
+    A coefficient of 1 changes nothing: no element is read. Autograd's version counter is not changed: see
     `torch.autograd.graph.increment_version`.
     """
     from distnorm.kernels import gpu_code

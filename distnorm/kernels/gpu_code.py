@@ -13,7 +13,7 @@ import triton.language as tl
 
 from distnorm.kernels.native import Kernel
 
-# By the codes of `distnorm.kernels.native`. bf16 is converted by its bits: Triton's interpreter can't round.
+# By the codes of `AddressTable`. bf16 is converted by its bits: Triton's interpreter can't round.
 DTYPES = (tl.float32, tl.float64, tl.uint16, tl.float16)
 _BF16 = tl.constexpr(tl.uint16)
 _SQUARES = tl.constexpr(int(Kernel.SQUARES))

@@ -422,3 +422,120 @@ int64_t distnorm_checksum(const char *p, int64_t size, int64_t count) {
         total = total * 0x5DEECE66D + weighted(p, size, count < CHECKED ? count : CHECKED);
     return (int64_t)total;
 }
+
+// ---- fingerprints: proof that bytes are still those that were read
+
+enum { CHAINS = 4, LARGE = 1 << 24, PERIOD = 1 << 10, END = 1 << 12, FETCHED = 8 }; // lines; bytes; periods
+
+typedef VECTOR(uint64_t, LINE) u64s;
+
+// One to one in each argument, so a word that changes changes all that is stirred in behind it; and no two
+// words can trade places unseen, as they could in a sum.
+#define ROTATED(x) ((x) << 31 | (x) >> 33)
+#define STIRRED(hash, word) ROTATED(((hash) ^ (word)) * 0x9E3779B97F4A7C15u)
+
+// Chains are independent, so that a multiplication needn't wait for the one before.
+INLINE void stir_lines(u64s hash[CHAINS], const char *p, int64_t lines) {
+    u64s h[CHAINS];
+    EACH(k, CHAINS) h[k] = hash[k];
+    for (; lines >= CHAINS; p += CHAINS * LINE, lines -= CHAINS)
+        EACH(k, CHAINS) h[k] = STIRRED(h[k], *(const u64s *)(p + k * LINE));
+    for (int k = 0; k < lines; k++) h[k] = STIRRED(h[k], *(const u64s *)(p + k * LINE));
+    EACH(k, CHAINS) hash[k] = h[k];
+}
+
+// Every byte of up to LARGE; of more, both ends and one line of each period, which moves from one to the next.
+static uint64_t fingerprint(const char *p, int64_t bytes) {
+    u64s hash[CHAINS] = {0};
+    int64_t inner = bytes > LARGE ? bytes - 2 * END : 0, end = bytes > LARGE ? END : bytes;
+    stir_lines(hash, p, end / LINE);
+    if (end % LINE) {
+        char line[LINE] = {0};
+        memcpy(line, p + end / LINE * LINE, end % LINE);
+        stir_lines(hash, line, 1);
+    }
+    for (int64_t i = 0; i < inner / PERIOD; i++) {
+        const char *line = p + END + i * PERIOD + i * 5 % (PERIOD / LINE) * LINE;
+        __builtin_prefetch(line + FETCHED * PERIOD);
+        hash[i % CHAINS] = STIRRED(hash[i % CHAINS], *(const u64s *)line);
+    }
+    if (inner) stir_lines(hash, p + bytes - END, END / LINE);
+    uint64_t total = bytes;
+    for (int k = 0; k < CHAINS; k++)
+        for (int i = 0; i < LINE / 8; i++) total = STIRRED(total, hash[k][i]);
+    return total;
+}
+
+static void *fingerprint_spans(void *argument) {
+    struct job *job = argument;
+    int64_t first;
+    while ((first = atomic_fetch_add(&job->next, job->row)) < job->spans)
+        for (int64_t span = first; span < first + job->row && span < job->spans; span++) {
+            uint64_t found = fingerprint(job->pointers[span], job->numels[span] * SIZE[job->dtypes[span]]);
+            fetch(job, span + AHEAD);
+            memcpy(&job->results[span], &found, sizeof found);
+        }
+    return NULL;
+}
+
+// The fingerprint of each span, which may be empty, as 64 bits into a row of `prints`.
+void distnorm_fingerprints(int64_t spans, char *const *pointers, const int64_t *numels, const int32_t *dtypes,
+                           int64_t threads, int64_t *prints) {
+    struct job job = {SQUARES, pointers, numels, dtypes, spans, 0, 0, 0, (double *)prints, 4, 0};
+    run_job(&job, threads, fingerprint_spans);
+}
+
+// ---- samples: a few elements of each span, the same ones as sampling.py takes
+
+enum { RUNS = 4, RUN = 16, SAMPLE = RUNS * RUN };
+
+INLINE void widen_run(enum dtype dtype, const char *p, int64_t count, double *x) {
+    char held[RUN * sizeof(double)] = {0};
+    memcpy(held, p, count * SIZE[dtype]);
+    if (dtype == F16) {
+        EACH(k, RUN / WIDTH) {
+            f32 few = load_f16(held + k * WIDTH * SIZE[F16]);
+            for (int i = 0; i < WIDTH; i++) x[k * WIDTH + i] = few[i];
+        }
+        return;
+    }
+    for (int64_t i = 0; i < RUN; i++) {
+        uint16_t half;
+        uint32_t word;
+        float single;
+        memcpy(&half, held + i * sizeof half, sizeof half);
+        word = (uint32_t)half << 16;
+        memcpy(&single, dtype == BF16 ? (const char *)&word : held + i * sizeof single, sizeof single);
+        x[i] = single;
+        if (dtype == F64) memcpy(&x[i], held + i * sizeof(double), sizeof(double));
+    }
+}
+
+INLINE double added(double x[SAMPLE]) {
+    for (int half = SAMPLE / 2; half; half /= 2)
+        for (int k = 0; k < half; k++) x[k] += x[k + half];
+    return x[0];
+}
+
+// Of each span, which may be empty, two sums into a row: with the signs of `signs`, a bit for each place in
+// the sample (1 is minus), and of magnitudes.
+void distnorm_samples(int64_t spans, char *const *pointers, const int64_t *numels, const int32_t *dtypes,
+                      uint64_t signs, double *rows) {
+    for (int64_t span = 0; span < spans; span++) {
+        double x[SAMPLE] = {0}, magnitudes[SAMPLE];
+        int64_t numel = numels[span];
+        enum dtype dtype = (enum dtype)dtypes[span];
+        if (span + AHEAD < spans) __builtin_prefetch(pointers[span + AHEAD]);
+        for (int64_t run = 0; run < RUNS; run++) {
+            int64_t from = numel > SAMPLE ? (run * (numel - RUN)) / (RUNS - 1) : run * RUN;
+            int64_t count = numel - from < RUN ? numel - from : RUN;
+            if (count > 0) widen_run(dtype, pointers[span] + from * SIZE[dtype], count, x + run * RUN);
+        }
+        for (int k = 0; k < SAMPLE; k++) {
+            magnitudes[k] = x[k] < 0 ? -x[k] : x[k];
+            if (signs >> k & 1) x[k] = -x[k];
+        }
+        rows[2 * span] = added(x);
+        rows[2 * span + 1] = added(magnitudes);
+    }
+}

@@ -12,17 +12,17 @@ import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distnorm.kernels import compiling
+from distnorm.kernels.addresses import CODES, PLAIN, SIZES, AddressTable, Ints, is_dense
 
 _LOG = logging.getLogger("distnorm")
 _RECIPE = compiling.Recipe(
@@ -32,8 +32,6 @@ _RECIPE = compiling.Recipe(
     # No -ffast-math: NaN and inf must come through.
     ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-pthread"),
 )
-PLAIN = {Tensor, nn.Parameter}
-"""The classes whose memory is what they say."""
 _OPENMP = re.compile(r"/lib(g|i)?omp[^/]*\.so")
 _PER_THREAD = 1 << 19  # elements: below, starting a thread takes longer than it saves
 
@@ -50,30 +48,28 @@ class Kernel(IntEnum):
 
 
 _SCALE = 3  # in place of a Kernel
-CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-"""Each dtype's code in native.c and gpu_code.py."""
-SIZES = np.array([dtype.itemsize for dtype in CODES], dtype=np.int64)
-"""Bytes of an element, by code."""
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """The compiled functions.
+    """The compiled functions. Rows are given as `AddressTable.arguments` has them.
 
     Args:
         code: of each dtype that they can do here.
-        run: takes the kernel; the number of spans and the addresses of three arrays, as `Spans` has them;
-            the number of elements, of threads, the coefficient, and where the result goes.
-        summaries: takes the kernel, the spans as `run` does, the number of threads, and where the rows go.
+        run: takes the kernel, the rows, the number of elements and of threads, the coefficient, and where the
+            result goes.
+        summaries: takes the kernel, the rows, the number of threads, and where the results go.
         checksum: takes an address, the bytes of an element and the number of elements.
+        fingerprints: takes the rows, the number of threads, and where the results go.
+        samples: takes the rows, the signs, and where the results go.
     """
 
     code: dict[torch.dtype, int]
     run: ctypes._NamedFuncPointer
     summaries: ctypes._NamedFuncPointer
     checksum: ctypes._NamedFuncPointer
+    fingerprints: ctypes._NamedFuncPointer
+    samples: ctypes._NamedFuncPointer
 
 
 @cache
@@ -86,22 +82,22 @@ def library() -> Library | None:
     except (compiling.CompileError, OSError) as error:
         _LOG.info("gradients on the CPU are read by torch's operators, not by compiled code: %s", error)
         return None
-    address, size = ctypes.c_void_p, ctypes.c_int64
-    loaded.distnorm_run.argtypes = [
-        *(ctypes.c_int32, size, address, address, address),
-        *(size, size, ctypes.c_double, address),
-    ]
-    loaded.distnorm_summaries.argtypes = [
-        *(ctypes.c_int32, size, address, address, address),
-        *(size, address),
-    ]
+    address, size, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    rows = (size, address, address, address)
+    loaded.distnorm_run.argtypes = [code, *rows, size, size, ctypes.c_double, address]
+    loaded.distnorm_summaries.argtypes = [code, *rows, size, address]
     loaded.distnorm_checksum.argtypes = [address, size, size]
     loaded.distnorm_checksum.restype = size
+    loaded.distnorm_fingerprints.argtypes = [*rows, size, address]
+    loaded.distnorm_fingerprints.restype = None
+    loaded.distnorm_samples.argtypes = [*rows, ctypes.c_uint64, address]
+    loaded.distnorm_samples.restype = None
     loaded.distnorm_use_pool.argtypes = [address]
     loaded.distnorm_use_pool(_pool())
     able = loaded.distnorm_dtypes()
-    code = {dtype: code for dtype, code in CODES.items() if able >> code & 1}
-    return Library(code, loaded.distnorm_run, loaded.distnorm_summaries, loaded.distnorm_checksum)
+    names = ("run", "summaries", "checksum", "fingerprints", "samples")
+    functions = [getattr(loaded, f"distnorm_{name}") for name in names]
+    return Library({dtype: code for dtype, code in CODES.items() if able >> code & 1}, *functions)
 
 
 def _pool() -> int | None:
@@ -127,148 +123,75 @@ def split(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return fitting, rest
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Whether it is contiguous but for the order of its dims."""
-    if tensor.is_contiguous():
-        return True
-    strides = tensor.stride()
-    return tensor.permute(sorted(range(tensor.dim()), key=lambda dim: -strides[dim])).is_contiguous()
-
-
-@dataclass(frozen=True)
-class SpanTable:
-    """What tensors have in common from step to step, but for where they are.
-
-    Args:
-        offsets: [tensors] of the part of each tensor that is meant, in bytes from its first element.
-        numels, codes: [tensors] number of elements of that part, and dtype.
-    """
-
-    offsets: Ints
-    numels: Ints
-    codes: npt.NDArray[np.int32]
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> SpanTable:
-        """Whole tensors that `split` found fitting."""
-        compiled = library()
-        assert compiled is not None
-        numels = np.array(list(map(Tensor.numel, tensors)), dtype=np.int64)
-        codes = np.array([compiled.code[tensor.dtype] for tensor in tensors], dtype=np.int32)
-        return cls(np.zeros_like(numels), numels, codes)
-
-    def part(self, starts: Ints, numels: Ints) -> SpanTable:
-        """Of each tensor `numels` elements from `starts` on."""
-        return SpanTable(self.offsets + starts * SIZES[self.codes], numels, self.codes)
-
-    def at(self, addresses: Ints) -> Spans:
-        """The spans of tensors whose first elements are at these addresses."""
-        held = self.numels > 0
-        if not addresses[held].all():
-            raise ValueError("expected tensors with memory, found one whose storage was freed")
-        starts, numels, codes = (addresses + self.offsets)[held], self.numels[held], self.codes[held]
-        apart = (starts[1:] != _ends(starts, numels, codes)[:-1]) | (codes[1:] != codes[:-1])
-        first = np.flatnonzero(np.concatenate([[True], apart])[: len(starts)])
-        merged = np.add.reduceat(numels, first) if len(first) else numels
-        return Spans(starts[first], merged, codes[first])
-
-
-@dataclass(frozen=True)
-class Spans:
-    """Where tensors lie in memory. It keeps none of them alive: use it while they are there.
-
-    Neighbours that lie one behind the other, as views of one flat buffer do, are one span.
-
-    Args:
-        starts, numels, codes: [spans] address, number of elements and dtype of each span; none is empty.
-    """
-
-    starts: Ints
-    numels: Ints
-    codes: npt.NDArray[np.int32]
-    total: int = field(init=False)
-    _arguments: tuple[int, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        arrays = [array.ctypes.data for array in (self.starts, self.numels, self.codes)]
-        object.__setattr__(self, "total", int(self.numels.sum()))
-        object.__setattr__(self, "_arguments", (len(self.starts), *arrays, self.total))
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> Spans:
-        """The spans of tensors that `split` found fitting."""
-        return SpanTable.of(tensors).at(addresses_of(tensors))
-
-    @cached_property
-    def overlap(self) -> bool:
-        """Whether some element is in two spans: then threads would race for it."""
-        order = np.argsort(self.starts)
-        ends = _ends(self.starts, self.numels, self.codes)
-        return bool((self.starts[order][1:] < ends[order][:-1]).any())
-
-
-def statistic(spans: Spans, kernel: Kernel) -> float:
+def statistic(table: AddressTable, kernel: Kernel) -> float:
     """The statistic of all elements; 0 if there are none.
 
-    It depends on the elements and their order alone, not on how they are cut into spans, where they
+    It depends on the elements and their order alone, not on how they are cut into rows, where they
     lie, or on the number of threads.
     """
     result = ctypes.c_double(0.0)
-    _run(kernel, spans, _threads(spans.total), 0.0, ctypes.addressof(result))
+    _run(kernel, table.merged, _threads(table.total), 0.0, ctypes.addressof(result))
     return result.value
 
 
-def scale_(spans: Spans, coef: float) -> None:
+def scale_(table: AddressTable, coef: float) -> None:
     """Multiply every element in place, with the roundings of `distnorm.kernels.eager.scale_`.
 
-    Autograd isn't told: see `torch.autograd.graph.increment_version`.
+    Autograd's version counter is not changed: see `torch.autograd.graph.increment_version`.
     """
-    threads = _threads(spans.total)
-    _run(_SCALE, spans, 1 if threads > 1 and spans.overlap else threads, coef, None)
+    threads, rows = _threads(table.total), table.merged
+    _run(_SCALE, rows, 1 if threads > 1 and rows.overlap else threads, coef, None)
 
 
-def summaries(tensors: Sequence[Tensor], kernel: Kernel) -> Tensor:
-    """Of each tensor that `split` found fitting: see `distnorm.kernels.summaries`."""
-    table = SpanTable.of(tensors)
-    return _summaries(addresses_of(tensors), table.numels, table.codes, kernel)
+def summaries(table: AddressTable, kernel: Kernel) -> Tensor:
+    """Of each row: see `distnorm.kernels.summaries`."""
+    results = np.zeros((len(table.starts), 4))
+    threads = _threads(table.total)
+    if _library().summaries(kernel, *table.arguments, threads, results.ctypes.data):
+        raise MemoryError
+    return torch.from_numpy(results)
 
 
 def row_squares(tensors: Sequence[Tensor]) -> Tensor:
     """Of contiguous tensors that `split` found fitting: see `distnorm.kernels.row_squares`."""
-    table = SpanTable.of(tensors)
-    rows = np.array([len(tensor) for tensor in tensors], dtype=np.int64)
-    numels = table.numels // np.maximum(rows, 1)
-    starts, numels, sizes, codes = (
-        np.repeat(column, rows)
-        for column in (addresses_of(tensors), numels, numels * SIZES[table.codes], table.codes)
-    )
-    within = np.arange(len(starts)) - np.repeat(np.cumsum(rows) - rows, rows)
-    return _summaries(starts + within * sizes, numels, codes, Kernel.SQUARES)[:, 0]
-
-
-def _summaries(starts: Ints, numels: Ints, codes: npt.NDArray[np.int32], kernel: Kernel) -> Tensor:
-    compiled = library()
-    assert compiled is not None
-    if not starts[numels > 0].all():
-        raise ValueError("expected tensors with memory, found one whose storage was freed")
-    rows = torch.zeros(len(starts), 4, dtype=torch.float64)
-    arrays = [array.ctypes.data for array in (starts, numels, codes)]
-    if compiled.summaries(kernel, len(starts), *arrays, _threads(int(numels.sum())), rows.data_ptr()):
-        raise MemoryError
-    return rows
+    whole = AddressTable.of(tensors)
+    count = np.array([len(tensor) for tensor in tensors], dtype=np.int64)
+    numels = whole.numels // np.maximum(count, 1)
+    sizes = numels * SIZES[whole.codes]
+    starts, numels, sizes, codes = (np.repeat(c, count) for c in (whole.starts, numels, sizes, whole.codes))
+    within = np.arange(len(starts)) - np.repeat(np.cumsum(count) - count, count)
+    rows = AddressTable(whole.device, starts + within * sizes, numels, codes, within * sizes)
+    return summaries(rows, Kernel.SQUARES)[:, 0]
 
 
 def checksum(tensor: Tensor) -> int:
     """That of `distnorm.kernels.eager`, of a contiguous tensor that `split` found fitting."""
-    compiled = library()
-    assert compiled is not None
-    return int(compiled.checksum(tensor.data_ptr(), tensor.element_size(), tensor.numel()))
+    return int(_library().checksum(tensor.data_ptr(), tensor.element_size(), tensor.numel()))
 
 
-def _run(code: int, spans: Spans, threads: int, coef: float, result: int | None) -> None:
+def fingerprints(table: AddressTable) -> Ints:
+    """Of each row: see `distnorm.kernels.fingerprints`."""
+    results = np.zeros(len(table.starts), dtype=np.int64)
+    _library().fingerprints(*table.arguments, _threads(table.total), results.ctypes.data)
+    return results
+
+
+def samples(table: AddressTable, signs: int) -> Tensor:
+    """Of each row: see `distnorm.kernels.samples`."""
+    results = np.zeros((len(table.starts), 2))
+    _library().samples(*table.arguments, signs, results.ctypes.data)
+    return torch.from_numpy(results)
+
+
+def _library() -> Library:
     compiled = library()
     assert compiled is not None
-    if compiled.run(code, *spans._arguments, threads, coef, result):
+    return compiled
+
+
+def _run(code: int, rows: AddressTable, threads: int, coef: float, result: int | None) -> None:
+    assert rows.device.type == "cpu"
+    if _library().run(code, *rows.arguments, rows.total, threads, coef, result):
         raise MemoryError
 
 
@@ -279,12 +202,3 @@ def _threads(elements: int) -> int:
         return 1
     threads = min(torch.get_num_threads(), worth)
     return min(threads, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else threads
-
-
-def addresses_of(tensors: Sequence[Tensor]) -> Ints:
-    """[tensors] address of each one's first element."""
-    return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
-
-
-def _ends(starts: Ints, numels: Ints, codes: npt.NDArray[np.int32]) -> Ints:
-    return starts + numels * SIZES[codes]

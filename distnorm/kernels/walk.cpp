@@ -5,8 +5,12 @@
 
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <c10/core/impl/COW.h>
+
 #include <cstdint>
+#include <memory>
 #include <structmember.h>
+#include <vector>
 
 namespace {
 
@@ -17,23 +21,131 @@ void fetch(const void *at, int lines) {
     for (int i = 0; i < lines; i++) __builtin_prefetch(static_cast<const char *>(at) + LINE * i);
 }
 
-c10::TensorImpl *unpacked(PyObject *tensor) {
-    auto *impl = THPVariable_Unpack(tensor).unsafeGetTensorImpl();
-    fetch(impl, TENSOR);
-    return impl;
+using Held = c10::intrusive_ptr<c10::TensorImpl, at::UndefinedTensorImpl>;
+
+// What keeps gradients where they were found: the tensors, or, of DTensors, the memory of the local ones. Many
+// of those lie in one storage, so that this is held once.
+struct Gradients {
+    std::vector<Held> tensors;
+    std::vector<c10::Storage> storages;
+};
+
+constexpr const char *CAPSULE = "distnorm.gradients";
+
+// The Python object of a tensor, new; or none, if it has none yet, which then would be of just torch's class.
+template <class Tensor> PyObject *object_of(const Tensor &tensor) {
+    if constexpr (requires { tensor.pyobj_slot()->load_pyobj(); }) {
+        return Py_XNewRef(tensor.pyobj_slot()->load_pyobj());
+    } else { // torch before 2.10
+        return THPVariable_Wrap(at::Tensor(Held::reclaim_copy(const_cast<Tensor *>(&tensor))));
+    }
 }
 
-// Whether this is just the tensor in the CPU's memory that is expected; no subclass that computes otherwise.
+bool is_exactly(const c10::TensorImpl &tensor, PyObject *type, bool may_be_none) {
+    PyObject *object = object_of(tensor);
+    bool is = object ? reinterpret_cast<PyObject *>(Py_TYPE(object)) == type : may_be_none;
+    Py_XDECREF(object); // the tensor keeps it
+    return is;
+}
+
+// Whether this is just the tensor in the CPU's memory that is expected, and all of it is there. Pointers are
+// const throughout: to ask for another would copy what is to be copied on write.
 bool is_as_expected(const c10::TensorImpl &tensor, int64_t numel, c10::ScalarType dtype) {
-    return tensor.numel() == numel && tensor.dtype() == dtype && tensor.layout() == c10::kStrided &&
-           tensor.device_type() == c10::kCPU && tensor.is_contiguous() && !tensor.is_python_dispatch() &&
-           !tensor.is_neg();
+    if (tensor.numel() != numel || tensor.dtype() != dtype || tensor.layout() != c10::kStrided ||
+        tensor.device_type() != c10::kCPU || tensor.is_python_dispatch() || tensor.is_neg() ||
+        tensor.is_conj() || const_cast<c10::TensorImpl &>(tensor).is_inference() || !tensor.is_contiguous())
+        return false;
+    const c10::Storage &storage = tensor.storage();
+    size_t end = (tensor.storage_offset() + numel) * tensor.itemsize();
+    return !numel || (storage.nbytes() >= end && storage.data() &&
+                      !c10::impl::cow::is_cow_data_ptr(storage.data_ptr()));
 }
 
 // What an instance holds in a slot, borrowed.
 PyObject *held(PyObject *instance, Py_ssize_t offset) {
     return *reinterpret_cast<PyObject **>(reinterpret_cast<char *>(instance) + offset);
 }
+
+// Put in place of DTensors their local tensors.
+bool go_to_locals(c10::TensorImpl **tensors, Py_ssize_t count, PyObject *specs, PyObject *dtensor,
+                  Py_ssize_t spec, Py_ssize_t local) {
+    auto **objects = reinterpret_cast<PyObject **>(tensors);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *gradient = object_of(*tensors[i]);
+        bool is_ours = gradient && reinterpret_cast<PyObject *>(Py_TYPE(gradient)) == dtensor;
+        Py_XDECREF(gradient); // the tensor, which its parameter holds, keeps it
+        if (!is_ours) return false;
+        objects[i] = gradient;
+        fetch(gradient, OBJECT);
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *expected = PyList_GET_ITEM(specs, i), *found = held(objects[i], spec);
+        PyObject *tensor = held(objects[i], local);
+        if (!found || !tensor) return false;
+        if (found != expected) {
+            Py_INCREF(found);
+            int is_equal = PyObject_RichCompareBool(found, expected, Py_EQ);
+            Py_DECREF(found);
+            if (is_equal != 1) return false;
+        }
+        objects[i] = tensor;
+        fetch(tensor, OBJECT);
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (reinterpret_cast<PyObject *>(Py_TYPE(objects[i])) != THPVariableClass) return false;
+        tensors[i] = THPVariable_Unpack(objects[i]).unsafeGetTensorImpl();
+        fetch(tensors[i], TENSOR);
+    }
+    return true;
+}
+
+void hold(Gradients &gradients, c10::TensorImpl &tensor, bool is_local) {
+    if (!is_local) {
+        gradients.tensors.push_back(Held::reclaim_copy(&tensor));
+    } else if (gradients.storages.empty() || !gradients.storages.back().is_alias_of(tensor.storage())) {
+        gradients.storages.push_back(tensor.storage());
+    }
+}
+
+bool find(Gradients &gradients, PyObject *holders, PyObject *specs, const int64_t *numels,
+          const int32_t *codes, int64_t *out, void **scratch, PyObject *dtensor, Py_ssize_t spec,
+          Py_ssize_t local) {
+    static const c10::ScalarType DTYPES[] = {c10::kFloat, c10::kDouble, c10::kBFloat16, c10::kHalf};
+    Py_ssize_t count = PySequence_Fast_GET_SIZE(holders);
+    PyObject **holder = PySequence_Fast_ITEMS(holders);
+    auto **tensors = reinterpret_cast<c10::TensorImpl **>(scratch);
+    bool are_local = specs != Py_None;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (i + AHEAD < count) fetch(holder[i + AHEAD], OBJECT);
+        if (!PyObject_TypeCheck(holder[i], reinterpret_cast<PyTypeObject *>(THPVariableClass))) return false;
+        tensors[i] = THPVariable_Unpack(holder[i]).unsafeGetTensorImpl();
+        fetch(tensors[i], TENSOR);
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (i + AHEAD < count) fetch(tensors[i + AHEAD]->autograd_meta(), OBJECT);
+        const auto *meta = tensors[i]->autograd_meta();
+        if (!meta || !meta->grad().defined()) return false;
+        tensors[i] = meta->grad().unsafeGetTensorImpl();
+        fetch(tensors[i], TENSOR);
+    }
+    if (are_local && !go_to_locals(tensors, count, specs, dtensor, spec, local)) return false;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (i + AHEAD < count && tensors[i + AHEAD]->has_storage())
+            fetch(tensors[i + AHEAD]->unsafe_storage().unsafeGetStorageImpl(), OBJECT);
+        c10::TensorImpl &gradient = *tensors[i];
+        if (!are_local && !is_exactly(gradient, THPVariableClass, true)) return false;
+        if (!is_as_expected(gradient, numels[i], DTYPES[codes[i]])) return false;
+        out[i] = reinterpret_cast<int64_t>(gradient.data());
+        hold(gradients, gradient, are_local);
+    }
+    return true;
+}
+
+Gradients *of_capsule(PyObject *capsule) {
+    return static_cast<Gradients *>(PyCapsule_GetPointer(capsule, CAPSULE));
+}
+
+void let_go(PyObject *capsule) { delete of_capsule(capsule); }
 
 } // namespace
 
@@ -68,56 +180,50 @@ extern "C" Py_ssize_t distnorm_slot(PyObject *type, const char *name) {
 }
 
 // Addresses of the gradients of `holders`, a list or tuple of tensors, into `out`. With `specs`, a list, the
-// gradients are of the class `dtensor`, hold these very objects at `spec`, and their local tensors at `local`,
-// which are meant then. Returns how many were found to be as expected, up to the first that is not.
-extern "C" int64_t distnorm_walk(PyObject *holders, PyObject *specs, const int64_t *numels,
-                                 const int32_t *codes, int64_t *out, void **scratch, PyObject *dtensor,
-                                 Py_ssize_t spec, Py_ssize_t local) {
-    static const c10::ScalarType DTYPES[] = {c10::kFloat, c10::kDouble, c10::kBFloat16, c10::kHalf};
-    Py_ssize_t count = PySequence_Fast_GET_SIZE(holders);
-    PyObject **holder = PySequence_Fast_ITEMS(holders);
-    auto **tensors = reinterpret_cast<c10::TensorImpl **>(scratch);
-    auto **objects = reinterpret_cast<PyObject **>(scratch);
+// gradients are of the class `dtensor`, hold such objects at `spec`, and their local tensors at `local`,
+// which are meant then. Returns a capsule that holds the (local) gradients, or None if one is not as expected.
+extern "C" PyObject *distnorm_find(PyObject *holders, PyObject *specs, const int64_t *numels,
+                                   const int32_t *codes, int64_t *out, void **scratch, PyObject *dtensor,
+                                   Py_ssize_t spec, Py_ssize_t local) {
     try {
-        for (Py_ssize_t i = 0; i < count; i++) {
-            if (i + AHEAD < count) fetch(holder[i + AHEAD], OBJECT);
-            tensors[i] = unpacked(holder[i]);
+        auto gradients = std::make_unique<Gradients>();
+        if (specs == Py_None) gradients->tensors.reserve(PySequence_Fast_GET_SIZE(holders));
+        if (find(*gradients, holders, specs, numels, codes, out, scratch, dtensor, spec, local)) {
+            PyObject *capsule = PyCapsule_New(gradients.get(), CAPSULE, let_go);
+            if (capsule) gradients.release();
+            return capsule;
         }
-        for (Py_ssize_t i = 0; i < count; i++) {
-            if (i + AHEAD < count) fetch(tensors[i + AHEAD]->autograd_meta(), OBJECT);
-            const auto *meta = tensors[i]->autograd_meta();
-            tensors[i] = meta ? meta->grad().unsafeGetTensorImpl() : nullptr;
-            if (!meta || !meta->grad().defined()) return i;
-            fetch(tensors[i], TENSOR);
-        }
-        if (specs != Py_None) {
-            PyObject **expected = PySequence_Fast_ITEMS(specs);
-            for (Py_ssize_t i = 0; i < count; i++) {
-                PyObject *gradient = THPVariable_Wrap(at::Tensor(
-                    c10::intrusive_ptr<c10::TensorImpl, at::UndefinedTensorImpl>::reclaim_copy(tensors[i])));
-                bool is_ours = gradient && reinterpret_cast<PyObject *>(Py_TYPE(gradient)) == dtensor;
-                Py_XDECREF(gradient); // its parameter keeps it; what was made just now is of another class
-                if (!is_ours) return i;
-                objects[i] = gradient;
-                fetch(gradient, OBJECT);
-            }
-            for (Py_ssize_t i = 0; i < count; i++) {
-                if (held(objects[i], spec) != expected[i] || !held(objects[i], local)) return i;
-                objects[i] = held(objects[i], local);
-                fetch(objects[i], OBJECT);
-            }
-            for (Py_ssize_t i = 0; i < count; i++) {
-                if (!THPVariable_Check(objects[i])) return i;
-                tensors[i] = unpacked(objects[i]);
-            }
-        }
-        for (Py_ssize_t i = 0; i < count; i++) {
-            if (!is_as_expected(*tensors[i], numels[i], DTYPES[codes[i]])) return i;
-            out[i] = reinterpret_cast<int64_t>(tensors[i]->mutable_data());
-        }
-        return count;
-    } catch (...) { // such as that a tensor has no memory: it is looked at with care
-        PyErr_Clear();
-        return -1;
+    } catch (...) { // such as that a tensor has no memory: it is read with care
     }
+    PyErr_Clear();
+    Py_RETURN_NONE;
+}
+
+// The tensors that a capsule holds, as a list.
+extern "C" PyObject *distnorm_tensors(PyObject *capsule) {
+    const std::vector<Held> &tensors = of_capsule(capsule)->tensors;
+    PyObject *list = PyList_New(tensors.size());
+    for (size_t i = 0; list && i < tensors.size(); i++) {
+        PyObject *tensor = THPVariable_Wrap(at::Tensor(tensors[i]));
+        if (tensor) PyList_SET_ITEM(list, i, tensor);
+        else Py_CLEAR(list);
+    }
+    return list;
+}
+
+// Count a change in place of each tensor that a capsule holds.
+extern "C" void distnorm_changed(PyObject *capsule) {
+    for (const Held &gradient : of_capsule(capsule)->tensors) gradient->bump_version();
+}
+
+// The position of the first of `tensors`, a list of these, that has a gradient; -1 if none has.
+extern "C" Py_ssize_t distnorm_first_with_gradient(PyObject *tensors) {
+    Py_ssize_t count = PyList_GET_SIZE(tensors);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (i + 2 * AHEAD < count) fetch(PyList_GET_ITEM(tensors, i + 2 * AHEAD), OBJECT);
+        if (i + AHEAD < count)
+            fetch(THPVariable_Unpack(PyList_GET_ITEM(tensors, i + AHEAD)).unsafeGetTensorImpl(), TENSOR);
+        if (THPVariable_Unpack(PyList_GET_ITEM(tensors, i)).unsafeGetTensorImpl()->grad().defined()) return i;
+    }
+    return -1;
 }

@@ -1,4 +1,4 @@
-"""Finding where many gradients lie by compiled C++, some ten times sooner than by Python's attributes.
+"""The compiled C++ that finds where many gradients lie, some ten times sooner than Python's attributes do.
 
 It reads torch's own structures, so it is compiled against the headers of the torch that is installed, once,
 which takes some ten seconds. That is done meanwhile, by one process of a machine; until then, and where it
@@ -20,12 +20,10 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from distnorm.kernels import compiling
-from distnorm.kernels.native import Ints, SpanTable
 
 _LOG = logging.getLogger("distnorm")
 _MISSING = object()
@@ -33,66 +31,32 @@ _ready: list[ctypes.PyDLL] = []  # the library, once it is there
 _WORTH_COMPILING = 256  # gradients: as many cost a fraction of a millisecond by attributes
 
 
-class Walker:
-    """The compiled function, for the gradients of the same parameters step after step.
-
-    Args:
-        library: what was compiled.
-        table: dtypes and numbers of elements of the (local) gradients.
-        specs: for DTensors, what each one's `_spec` is; else `None`.
-    """
-
-    def __init__(self, library: ctypes.PyDLL, table: SpanTable, specs: Sequence[object] | None) -> None:
-        self._table, self._specs = table, None if specs is None else list(specs)
-        self._scratch: Ints = np.empty(len(table.numels), dtype=np.int64)
-        self._walk = library.distnorm_walk
-        self._fixed: tuple[object, ...] = (None, -1, -1)
-        if specs is not None:
-            kind = sys.modules["torch.distributed.tensor"].DTensor
-            slots = (library.distnorm_slot(kind, name) for name in (b"_spec", b"_local_tensor"))
-            self._fixed = (kind, *slots)
-
-    @property
-    def works(self) -> bool:
-        """Whether this torch keeps things where they are expected."""
-        return self._specs is None or -1 not in self._fixed
-
-    def __call__(self, holders: Sequence[Tensor], out: Ints) -> bool:
-        """Write the addresses of the gradients' first elements into `out`, [tensors].
-
-        Returns:
-            Whether each gradient is there, in the CPU's memory, contiguous, and of its dtype, size and
-            spec; if not, they must be looked at in another way.
-        """
-        numels, codes = self._table.numels, self._table.codes
-        arrays = (numels.ctypes.data, codes.ctypes.data, out.ctypes.data, self._scratch.ctypes.data)
-        found: int = self._walk(holders, self._specs, *arrays, *self._fixed)
-        return found == len(out)
-
-
 def hold_just(dicts: list[Mapping[Any, Any]], values: list[object]) -> bool:
     """Whether mappings hold these very values, in this order, one's behind the other's."""
-    library = _library(False)
-    if library is not None and (found := library.distnorm_holds(dicts, values)) >= 0:
+    compiled = library(0)
+    if compiled is not None and (found := compiled.distnorm_holds(dicts, values)) >= 0:
         return bool(found)
     held = chain.from_iterable(owned.values() for owned in dicts)
     return all(starmap(is_, zip_longest(held, values, fillvalue=_MISSING)))
 
 
-def can_walk(count: int) -> bool:
-    """Whether the library is there; where it isn't, and so many gradients are worth it, it will be soon."""
-    return _library(count >= _WORTH_COMPILING) is not None
+def first_with_gradient(tensors: list[Tensor]) -> int:
+    """The position of the first tensor that has a gradient; -1 if none has."""
+    compiled = library(0)
+    if compiled is not None:
+        return int(compiled.distnorm_first_with_gradient(tensors))
+    return next((i for i, tensor in enumerate(tensors) if tensor.grad is not None), -1)
 
 
-def walker(table: SpanTable, specs: Sequence[object] | None) -> Walker | None:
-    """A walker for gradients of such a table; `None` where there can't be one, or not yet."""
-    library = _library(len(table.numels) >= _WORTH_COMPILING)
-    made = None if library is None else Walker(library, table, specs)
-    return made if made is not None and made.works else None
+def slots_of(compiled: ctypes.PyDLL, kind: type, names: Sequence[str]) -> tuple[int, ...] | None:
+    """Where a class keeps its `__slots__` of these names; `None` if one of them isn't kept so."""
+    found = tuple(int(compiled.distnorm_slot(kind, name.encode())) for name in names)
+    return None if -1 in found else found
 
 
-def _library(is_worth_it: bool) -> ctypes.PyDLL | None:
-    if not _ready and (_kept() is None) and is_worth_it:
+def library(count: int) -> ctypes.PyDLL | None:
+    """The compiled code; where it isn't there, and so many gradients are worth it, it will be soon."""
+    if not _ready and _kept() is None and count >= _WORTH_COMPILING:
         _begin_to_compile()
     return _ready[0] if _ready else None
 
@@ -116,20 +80,26 @@ def _begin_to_compile() -> None:
 def _load(*, compiles: bool) -> ctypes.PyDLL | None:
     load = compiling.load_in_turn if compiles else partial(compiling.load, compiles=False)
     try:
-        library = load(_recipe(), ctypes.PyDLL)
+        compiled = load(_recipe(), ctypes.PyDLL)
     except (compiling.CompileError, OSError) as error:
         if compiles:
             _LOG.info("gradients are found by Python's attributes, not by compiled code: %s", error)
         return None
     size, address, instance = ctypes.c_ssize_t, ctypes.c_void_p, ctypes.py_object
-    library.distnorm_holds.argtypes = [instance, instance]
-    library.distnorm_slot.argtypes = [instance, ctypes.c_char_p]
-    library.distnorm_slot.restype = size
-    library.distnorm_walk.argtypes = [instance, instance, *[address] * 4, instance, size, size]
-    library.distnorm_walk.restype = ctypes.c_int64
-    assert isinstance(library, ctypes.PyDLL)
-    _ready.append(library)
-    return library
+    compiled.distnorm_holds.argtypes = [instance, instance]
+    compiled.distnorm_first_with_gradient.argtypes = [instance]
+    compiled.distnorm_first_with_gradient.restype = size
+    compiled.distnorm_slot.argtypes = [instance, ctypes.c_char_p]
+    compiled.distnorm_slot.restype = size
+    compiled.distnorm_find.argtypes = [instance, instance, *[address] * 4, instance, size, size]
+    compiled.distnorm_find.restype = instance
+    compiled.distnorm_tensors.argtypes = [instance]
+    compiled.distnorm_tensors.restype = instance
+    compiled.distnorm_changed.argtypes = [instance]
+    compiled.distnorm_changed.restype = None
+    assert isinstance(compiled, ctypes.PyDLL)
+    _ready.append(compiled)
+    return compiled
 
 
 def _recipe() -> compiling.Recipe:

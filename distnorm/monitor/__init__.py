@@ -1,4 +1,4 @@
-"""Watching a run: what its files say, and what becomes of them."""
+"""Monitoring a run: its rows and alerts, where they go, and what is made of them afterwards."""
 
 from distnorm.monitor.monitor import Monitor
 from distnorm.monitor.records import Alert, LayerRow

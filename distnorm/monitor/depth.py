@@ -10,7 +10,7 @@ from statistics import median_high, median_low
 
 from distnorm.monitor.records import LayerRow
 
-# The first number that is a part of a name by itself: blocks.12.attn.wq, or depth 12.
+# The first number that is a whole part of a name: blocks.12.attn.wq, or depth 12.
 _NUMBERED = re.compile(r"(?:^|(?<=[./ ]))\d+(?=[./ ]|$)")
 _FEWEST = 4
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-# Weight of the past at each look: the average is over the last ten or so.
+# Weight of the past at each monitored step: the average is over the last ten or so.
 _BETA = 0.9
 # Norms vary by a factor of two between steps until a layer has shown that its own vary less.
 _USUAL_VARIANCE = math.log(2.0) ** 2
@@ -16,14 +16,14 @@ _DEVIATIONS, _WIDEST = 4.5, 1.5
 class History:
     """A layer's norms up to now. Logarithms, since norms differ by factors, and one spike is soon forgotten.
 
-    mean: m <- m + (1-b)/(1-b^n) (l - m), the bias-corrected average of l = ln(norm) over n looks, b = 0.9.
+    mean: m <- m + (1-b)/(1-b^n) (l - m), the bias-corrected average of l = ln(norm) over n steps, b = 0.9.
     spread: v <- b v + (1-b) (l - m)^2, from (ln 2)^2 on, with the mean of before.
     In both, l - m is cut to the reach, so that what is extraordinary doesn't become ordinary at once. During
     warm-up a norm beyond the reach begins all this anew: weights that are zero at first let little through.
 
     Attributes:
-        count: looks with a gradient: neither zero nor non-finite.
-        zeros: looks in a row up to now whose norm was exactly zero.
+        count: monitored steps with a gradient: neither zero nor non-finite.
+        zeros: monitored steps in a row up to now whose norm was exactly zero.
         largest: the largest norm.
     """
 
@@ -44,12 +44,12 @@ class History:
         return math.exp(min(_WIDEST * least, max(least, _DEVIATIONS * math.sqrt(self.variance))))
 
     def add(self, norm: float, factor: float, warmup: int) -> None:
-        """Take in the norm of a look; a non-finite one says nothing, and a zero one only that it is zero.
+        """Take in a monitored step's norm; a non-finite one says nothing, a zero one only that it is zero.
 
         Args:
             norm: what was measured.
             factor: what `reach` is asked with.
-            warmup: looks that warm-up takes.
+            warmup: monitored steps that warm-up takes.
         """
         if not math.isfinite(norm):
             return

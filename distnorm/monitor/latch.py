@@ -1,4 +1,4 @@
-"""When what a rule found is told: once, until it was better for a while."""
+"""When a rule's finding becomes an alert: once, until the value was better for a while."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Latch:
             key: what is judged.
             step: when.
             beyond: the value is beyond its bound.
-            back: the value is well within it: from here on it can be told again.
+            back: the value is within it by a margin: from here on there can be an alert again.
         """
         if back:
             self._fired.discard(key)
@@ -38,7 +38,7 @@ class Latch:
         return True
 
     def release(self, kind: str) -> None:
-        """All of a kind is well within its bounds."""
+        """Let all keys of a kind give alerts again."""
         self._fired = {key for key in self._fired if key[0] != kind}
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,33 +1,33 @@
-"""What a run says about itself, turned into rows, alerts and sinks."""
+"""A run's host values become rows and alerts, and these go to sinks and callbacks."""
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from distnorm.config import MonitorConfig
+from distnorm.monitor.alert_rules import AlertRules
 from distnorm.monitor.records import Alert, LayerRow, as_python
-from distnorm.monitor.rules import Rules
 from distnorm.monitor.sinks import Sinks, openers
 
 _log = logging.getLogger("distnorm")
 
 
 class Monitor:
-    """Takes a run's host values, and never stops it: rows go to sinks, and what rules find becomes alerts.
+    """Turns a run's values into rows and alerts, and never stops it.
 
-    Every rank may hold one, and then has the same state; only one that writes opens files, logs and calls
-    back.
-    Sinks are opened by the first value, or by entering the monitor as a context.
+    Every rank may hold one, and then all have the same state; only one that writes opens files, logs and
+    calls back. The first value opens the sinks, or entering the monitor as a context does.
 
     Args:
-        config: what is watched, and who is told.
+        config: what is monitored, and where rows and alerts go.
         folder: for the run's files; None: `config.dir`, and where that is None too, no files.
-        writes: whether this rank is the one that tells.
+        writes: whether this rank writes, logs and calls back.
         done: the step after which the run goes on: rows of later steps are dropped from files that are there.
 
     Attributes:
@@ -39,16 +39,26 @@ class Monitor:
     ) -> None:
         self._config, self._writes, self._done = config, writes, done
         self._folder = Path(config.dir) if folder is None and config.dir is not None else folder
-        self._rules = Rules(config.alerts)
+        self._rules = AlertRules(config.alerts)
         self._clipped: deque[bool] = deque(maxlen=config.clip_rate_window)
         self._callbacks: list[Callable[[Alert], object]] = []
         self._failed: set[int] = set()
+        self._undelivered: deque[Alert] = deque()
+        self._holds = 0
+        self._has_warned = False
         self._sinks: Sinks | None = None
         self._closed = False
         self.non_finite_in_a_row = 0
 
+    def write_here(self, writes: bool) -> None:
+        """Say whether this rank is the one that writes from now on."""
+        self._writes = writes
+
     def on_alert(self, callback: Callable[[Alert], object]) -> None:
-        """Have `callback` called with each alert, where this rank writes; what it raises is logged once."""
+        """Have `callback` called with each alert, where this rank writes; what it raises is logged once.
+
+        It may do anything, such as free gradients or save a checkpoint: its step has been written.
+        """
         self._callbacks.append(callback)
 
     def step(
@@ -65,9 +75,8 @@ class Monitor:
             The row with `clip_rate`, the share of clipped steps among the last `clip_rate_window`, and with
             `skipped`, False, and `noise_scale`, None, where it has none.
         """
-        sinks = (
-            self._open()
-        )  # before this step counts as done: rows of it that are there are of an earlier try
+        # Before this step counts as done: rows of it that are in a file are of an earlier try.
+        sinks = self._open()
         step, finite = int(row["step"]), bool(row["finite"])
         self._done = max(self._done, step)
         self._clipped.append(bool(row["clipped"]))
@@ -79,8 +88,8 @@ class Monitor:
         if sinks is not None:
             sinks.step(full)
         if len(self._clipped) == self._clipped.maxlen:
-            self._tell(self._rules.clip_rate(step, rate))
-        self._tell(self._rules.finite(step, finite, row.get("grad_norm"), parameter, ranks))
+            self._alert(self._rules.clip_rate(step, rate))
+        self._alert(self._rules.finite(step, finite, row.get("grad_norm"), parameter, ranks))
         return full
 
     def not_finite(
@@ -91,22 +100,23 @@ class Monitor:
         parameter: str | None = None,
         ranks: Sequence[int] | None = None,
     ) -> None:
-        """Take in a step that isn't made, since its norm isn't finite; it has no row."""
-        self.non_finite_in_a_row += 1
-        self._tell(self._rules.finite(step, False, norm, parameter, ranks))
+        """Take in that a norm which is not finite was raised as an error: of a step that may have no row."""
+        self.non_finite_in_a_row += step > self._done
+        self._alert(self._rules.finite(step, False, norm, parameter, ranks))
 
     def layers(self, step: int, rows: Sequence[LayerRow]) -> None:
-        """Take in a look at all layers, in model order."""
+        """Take in a monitored step's rows of all layers, in the order of the model."""
         if (sinks := self._open()) is not None:
             sinks.layers(step, rows)
-        self._tell(self._rules.layers(step, rows))
+            self._warn_of_no_place(sinks)
+        self._alert(self._rules.layers(step, rows))
 
     def diverged(self, step: int, layer: str | None, ranks: Sequence[int] | None) -> None:
         """Take in that replicas of a layer's gradient differ: which ranks hold another than most."""
-        self._tell(self._rules.diverged(step, layer, ranks))
+        self._alert(self._rules.diverged(step, layer, ranks))
 
     def state_dict(self) -> dict[str, Any]:
-        """Windows, averages and what has been told: numbers, strings, lists and dicts, as in JSON."""
+        """Windows, averages and which alerts were given: numbers, strings, lists and dicts, as in JSON."""
         return {
             "step": self._done,
             "clipped": [int(clipped) for clipped in self._clipped],
@@ -126,7 +136,7 @@ class Monitor:
         self._rules.load_state_dict(state["rules"])
 
     def close(self) -> None:
-        """Close all sinks; what comes later is judged, and written nowhere."""
+        """Close all sinks; later values still give alerts, and are written nowhere."""
         self._closed = True
         if self._sinks is not None:
             self._sinks.close()
@@ -142,22 +152,41 @@ class Monitor:
 
     def _open(self) -> Sinks | None:
         if self._sinks is None and self._writes and not self._closed:
-            self._sinks = Sinks(openers(self._config.sinks, self._folder, self._done))
+            self._sinks = Sinks(
+                openers(self._config.sinks, self._folder, self._done, alerts=self._config.has_alerts)
+            )
         return self._sinks
 
-    def _tell(self, found: Iterable[Alert]) -> None:
+    def _warn_of_no_place(self, sinks: Sinks) -> None:
+        if self._has_warned or sinks or self._callbacks or self._closed:
+            return
+        self._has_warned = True
+        _log.warning(
+            "monitor.every = %s measures layers, and nothing keeps what it finds, save alerts in this log: "
+            "set monitor.dir (under the trainer train.output_dir), monitor.sinks.tensorboard, "
+            "monitor.sinks.wandb or monitor.sinks.prometheus, or give Monitor.on_alert a callback",
+            self._config.every,
+        )
+
+    def _alert(self, found: Iterable[Alert]) -> None:
         alerts = list(found)
         if not self._writes or not alerts:
             return
         for alert in alerts:
             if (sinks := self._open()) is not None:
                 sinks.alert(alert)
-            self._call_back(alert)
+        self._undelivered.extend(alerts)
         # A spike is in all layers at once: one line for each kind, whichever number of layers.
         for kind in dict.fromkeys(alert.kind for alert in alerts):
             first, *others = [alert for alert in alerts if alert.kind == kind]
             more = f" (and {len(others)} more like it)" if others else ""
             _log.warning("step %d: %s: %s%s", first.step, kind, first.message, more)
+        self._deliver()
+
+    def _deliver(self) -> None:
+        # A callback may report further steps: their alerts come behind those that wait already.
+        while self._undelivered and not self._holds:
+            self._call_back(self._undelivered.popleft())
 
     def _call_back(self, alert: Alert) -> None:
         for number, callback in enumerate(self._callbacks):
@@ -173,3 +202,14 @@ class Monitor:
                         type(error).__name__,
                         error,
                     )
+
+
+@contextmanager
+def callbacks_held(monitor: Monitor) -> Iterator[None]:
+    """Have a monitor's callbacks called at the end of the block, when a step has been taken in completely."""
+    monitor._holds += 1
+    try:
+        yield
+    finally:
+        monitor._holds -= 1
+    monitor._deliver()

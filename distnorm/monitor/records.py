@@ -1,4 +1,4 @@
-"""What a monitor is told about layers, and what it tells."""
+"""What a monitor takes in about layers, and the alerts that it gives."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+METRICS_FILE, LAYERS_FILE, ALERTS_FILE = "metrics.jsonl", "layers.jsonl", "alerts.jsonl"
+
 Kind = Literal["vanishing", "exploding", "clip_rate", "non_finite", "divergence"]
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRow:
-    """One layer's gradient at one look, before clipping.
+    """One layer's gradient in one monitored step, before clipping.
 
     Args:
         layer: its name.

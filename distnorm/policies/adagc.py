@@ -1,4 +1,4 @@
-"""Every parameter by what its own norm has been."""
+"""Clipping each parameter by the history of its own norm."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from distnorm.errors import DistnormError
-from distnorm.policies.decision import EPS, Decision, is_finite, of_each, settle
-from distnorm.policies.policy import Policy, Seen, count, number, scalar
+from distnorm.policies.decision import EPS, Decision, handle_nonfinite, is_finite, of_each
+from distnorm.policies.policy import Policy, StepStatistics, count, number, scalar
 
 
 class AdaGc(Policy):
@@ -24,10 +24,11 @@ class AdaGc(Policy):
     A norm of 0 is that of a parameter without a gradient, such as an expert without tokens, and leaves gamma
     alone: a gamma of 0 would keep the gradient at 0 for ever. A parameter whose first gradient comes after
     warm-up isn't clipped then, and its norm starts gamma. All comes from norms rounded to fp32, so that
-    the coefficients are the same bits on every topology. The threshold told is c in warm-up, then inf.
+    the coefficients are the same bits on every topology. The threshold reported is c in warm-up, then inf.
 
     Args:
-        nonfinite: see `settle`. A total norm that is not finite changes no gamma and is no warm-up step.
+        nonfinite: see `handle_nonfinite`. A total norm that is not finite changes no gamma, and does not
+            count as a warm-up step.
         lambda_: how far above its history a norm may be.
         beta: the decay of gamma.
         warmup: how many steps are clipped by the total norm first.
@@ -55,23 +56,23 @@ class AdaGc(Policy):
         self._warmup, self._c = warmup, warmup_max_norm
         self._names: tuple[str, ...] | None = None
         self._loaded: dict[str, float] | None = None
-        self._state = {"steps": scalar(0), "gamma": torch.empty(0, dtype=torch.float64)}
+        self._keep({"steps": scalar(0), "gamma": torch.empty(0, dtype=torch.float64, device="cpu")})
 
-    def decide(self, seen: Seen) -> Decision:
-        norms = seen.parameter_norms
+    def decide(self, step: StepStatistics) -> Decision:
+        norms = step.parameter_norms
         assert norms is not None
-        state = self._state_at(seen.total_norm)
-        gamma, is_warmup, counts = state["gamma"], state["steps"] < self._warmup, is_finite(seen.history_norm)
+        state = self._state_at(step.total_norm)
+        gamma, is_warmup, counts = state["gamma"], state["steps"] < self._warmup, is_finite(step.history_norm)
         assert gamma.shape == norms.shape, "bind() comes before decide()"
-        together = (self._c / (seen.history_norm + EPS)).clamp(max=1.0)
+        together = (self._c / (step.history_norm + EPS)).clamp(max=1.0)
         each = torch.where(is_warmup, together, (gamma * self._lambda / norms).clamp(max=1.0))
         clipped = norms * each
         later = torch.where(gamma == math.inf, clipped, torch.lerp(gamma, clipped, 1 - self._beta))
         new = torch.where(is_warmup, torch.minimum(gamma, clipped), later)
-        state["gamma"] = torch.where((clipped > 0) & counts, new, gamma)
-        state["steps"] = state["steps"] + counts
-        threshold = torch.full_like(seen.total_norm, math.inf).masked_fill(is_warmup, self._c)
-        return settle(of_each(each, threshold), seen.total_norm, self._nonfinite)
+        gamma.copy_(torch.where((clipped > 0) & counts, new, gamma))
+        state["steps"].add_(counts)
+        threshold = torch.full_like(step.total_norm, math.inf).masked_fill(is_warmup, self._c)
+        return handle_nonfinite(of_each(each, threshold), step.total_norm, self._nonfinite)
 
     def bind(self, names: Sequence[str]) -> None:
         """Say which parameters there are. What is known of those that have been bound before stays."""
@@ -81,9 +82,13 @@ class AdaGc(Policy):
         else:
             _check_names(gamma, names)
         values = [gamma.get(name, math.inf) for name in names]
-        device = self._state["steps"].device
-        self._state["gamma"] = torch.tensor(values, dtype=torch.float64, device=device)
+        self._keep({"gamma": torch.tensor(values, dtype=torch.float64, device="cpu")})
         self._names, self._loaded = tuple(names), None
+
+    def take_over(self, other: Policy) -> None:
+        assert isinstance(other, AdaGc)
+        super().take_over(other)
+        self._names, self._loaded = other._names, other._loaded
 
     def _by_name(self) -> dict[str, float]:
         assert self._names is not None
@@ -105,8 +110,8 @@ class AdaGc(Policy):
             raise ValueError(gamma)
         if self._names is not None:
             _check_names(gamma, self._names)
-        device = self._state["steps"].device
-        self._loaded, self._state["steps"] = gamma, scalar(steps).to(device)
+        self._keep({"steps": scalar(steps)})
+        self._loaded = gamma
         if self._names is not None:
             self.bind(self._names)
 

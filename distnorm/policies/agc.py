@@ -1,4 +1,4 @@
-"""Every output unit by the norm of its weights."""
+"""Clipping each output unit by the norm of its weights."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from distnorm.policies.decision import Decision, of_each, settle
-from distnorm.policies.policy import Policy, Seen
+from distnorm.policies.decision import Decision, handle_nonfinite, of_each
+from distnorm.policies.policy import Policy, StepStatistics
 
 
 class Agc(Policy):
@@ -15,10 +15,10 @@ class Agc(Policy):
 
     ``G_i * min(1, lambda * max(norm(W_i), eps) / norm(G_i))``
 
-    There is no max norm; the threshold told is inf.
+    There is no max norm; the threshold reported is inf.
 
     Args:
-        nonfinite: see `settle`.
+        nonfinite: see `handle_nonfinite`.
         lambda_: the largest ratio of a unit's gradient to its weights.
         eps: weights of a smaller norm count as of this one, so that those that begin at 0 can move.
 
@@ -40,10 +40,10 @@ class Agc(Policy):
         super().__init__(max_norm, nonfinite)
         self._lambda, self._eps = lambda_, eps
 
-    def decide(self, seen: Seen) -> Decision:
-        assert seen.unit_norms is not None
-        assert seen.unit_weight_norms is not None
-        allowed = seen.unit_weight_norms.clamp(min=self._eps) * self._lambda
-        each = (allowed / seen.unit_norms).clamp(max=1.0)  # a gradient of 0 gives inf, hence 1
-        decision = of_each(each, torch.full_like(seen.total_norm, math.inf))
-        return settle(decision, seen.total_norm, self._nonfinite)
+    def decide(self, step: StepStatistics) -> Decision:
+        assert step.unit_norms is not None
+        assert step.unit_weight_norms is not None
+        allowed = step.unit_weight_norms.clamp(min=self._eps) * self._lambda
+        each = (allowed / step.unit_norms).clamp(max=1.0)  # a gradient of 0 gives inf, hence 1
+        decision = of_each(each, torch.full_like(step.total_norm, math.inf))
+        return handle_nonfinite(decision, step.total_norm, self._nonfinite)

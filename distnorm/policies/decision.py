@@ -1,4 +1,4 @@
-"""What is to be done with a step's gradients, and what a norm that is not finite does to that."""
+"""A policy's decision about a step's gradients, and how a norm that is not finite changes it."""
 
 from __future__ import annotations
 
@@ -21,21 +21,32 @@ class Decision:
         coef: what every gradient is multiplied by; the smallest of `each` where that is given.
         threshold: the max norm in force; inf where none is.
         may_clip: whether the coefficient can be other than 1.
-        zero: whether gradients are set to zero instead where the norm is not finite.
+        zero_unless: 0-d bool; gradients are set to zero unless it is true. None where they never are.
         skip: 0-d bool; whether the optimizer's step must not happen. None where the policy never asks that.
         each: fp64 [n]; a coefficient for every parameter of the whole model, in the order of
-            `Seen.parameter_norms`, or for every output unit, in the order of `Seen.unit_norms`; in place of
-            `coef`.
+            `StepStatistics.parameter_norms`, or for every output unit, in the order of
+            `StepStatistics.unit_norms`; in place of `coef`.
         clamp: every element is to be put within plus and minus this, and nothing multiplied.
     """
 
     coef: Tensor
     threshold: Tensor
     may_clip: bool = True
-    zero: bool = False
+    zero_unless: Tensor | None = None
     skip: Tensor | None = None
     each: Tensor | None = None
     clamp: float | None = None
+
+    @property
+    def zero(self) -> bool:
+        """Whether gradients may be set to zero."""
+        return self.zero_unless is not None
+
+    def where(self, agreed: Tensor) -> Decision:
+        """This decision where the 0-d bool tensor is true; else one that leaves the gradients alone."""
+        each = None if self.each is None else self.each.where(agreed, 1.0)
+        zero_unless = None if self.zero_unless is None else self.zero_unless | ~agreed
+        return replace(self, coef=self.coef.where(agreed, 1.0), each=each, zero_unless=zero_unless)
 
 
 def check_max_norm(max_norm: float | None) -> float:
@@ -58,25 +69,28 @@ def check_max_norm(max_norm: float | None) -> float:
 def coefficient(total_norm: Tensor, threshold: Tensor, nonfinite: str) -> Tensor:
     """``min(1, threshold / (total_norm + 1e-6))``, and 1 where the threshold is inf; 0-d fp64."""
     coef = (threshold / (total_norm + EPS)).clamp(max=1.0)
-    # inf / inf would make NaN of every gradient; under the other modes `settle` replaces it.
+    # inf / inf would make NaN of every gradient; under the other modes `handle_nonfinite` replaces it.
     return coef.masked_fill(threshold == math.inf, 1.0) if nonfinite == "propagate" else coef
 
 
-def settle(decision: Decision, total_norm: Tensor, nonfinite: str) -> Decision:
-    """The decision, after ``clip.nonfinite`` has had its say about a total norm that is not finite.
+def handle_nonfinite(decision: Decision, total_norm: Tensor, nonfinite: str) -> Decision:
+    """Change a decision as ``clip.nonfinite`` says, where the total norm is not finite.
 
     Args:
         decision: as the policy's formula gives it.
         total_norm: 0-d fp64.
-        nonfinite: ``"skip"`` and ``"raise"`` leave the gradients alone (coef 1), ``"zero"`` makes them zero
-            (coef 0), ``"propagate"`` lets the formula run, as torch does.
+        nonfinite: ``"skip"``, ``"raise"`` and ``"raise_now"`` leave the gradients alone (coef 1), ``"zero"``
+            makes them zero (coef 0), ``"propagate"`` lets the formula run, as torch does.
     """
     if nonfinite == "propagate":
         return decision
-    zero = nonfinite == "zero"
-    is_bad, instead = is_finite(total_norm).logical_not(), 0.0 if zero else 1.0
+    is_good, instead = is_finite(total_norm), 0.0 if nonfinite == "zero" else 1.0
+    is_bad = is_good.logical_not()
     each = None if decision.each is None else decision.each.masked_fill(is_bad, instead)
-    return replace(decision, coef=decision.coef.masked_fill(is_bad, instead), each=each, zero=zero)
+    zero_unless = is_good if nonfinite == "zero" else None
+    return replace(
+        decision, coef=decision.coef.masked_fill(is_bad, instead), each=each, zero_unless=zero_unless
+    )
 
 
 def is_finite(norm: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A threshold that stays."""
+"""A constant threshold."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from distnorm.policies.decision import EPS, Decision, settle
-from distnorm.policies.policy import Policy, Seen
+from distnorm import kernels
+from distnorm.policies.decision import EPS, Decision, handle_nonfinite
+from distnorm.policies.policy import Policy, StepStatistics
 
 
 def constant(total_norm: Tensor, max_norm: float, nonfinite: str = "propagate") -> Decision:
@@ -17,20 +18,24 @@ def constant(total_norm: Tensor, max_norm: float, nonfinite: str = "propagate") 
     Args:
         total_norm: 0-d fp64.
         max_norm: the threshold; inf never clips.
-        nonfinite: what a total norm that is not finite does; see `settle`.
+        nonfinite: what a total norm that is not finite does; see `handle_nonfinite`.
 
     Reference: Pascanu et al., "On the difficulty of training recurrent neural networks",
         arXiv 1211.5063; `torch.nn.utils.clip_grad_norm_` for the 1e-6.
     """
     may_clip = not math.isinf(max_norm)
-    if total_norm.is_cpu and math.isfinite(norm := float(total_norm.numpy())):
+    if (
+        nonfinite != "zero"
+        and kernels.on_host(total_norm)
+        and math.isfinite(norm := float(total_norm.numpy()))
+    ):
         # The same numbers by fewer operators, which are dear where their code isn't in the caches.
         both = (min(1.0, max_norm / (norm + EPS)) if may_clip else 1.0, max_norm)
-        coef, threshold = torch.tensor(both, dtype=torch.float64).unbind()
-        return Decision(coef, threshold, may_clip, zero=nonfinite == "zero")
+        coef, threshold = torch.tensor(both, dtype=torch.float64, device="cpu").unbind()
+        return Decision(coef, threshold, may_clip)
     threshold = torch.full_like(total_norm, max_norm)
     coef = (max_norm / (total_norm + EPS)).clamp(max=1.0) if may_clip else torch.ones_like(total_norm)
-    return settle(Decision(coef, threshold, may_clip), total_norm, nonfinite)
+    return handle_nonfinite(Decision(coef, threshold, may_clip), total_norm, nonfinite)
 
 
 class Constant(Policy):
@@ -39,5 +44,5 @@ class Constant(Policy):
     name = "constant"
     looks_back = False
 
-    def decide(self, seen: Seen) -> Decision:
-        return constant(seen.total_norm, self._max_norm, self._nonfinite)
+    def decide(self, step: StepStatistics) -> Decision:
+        return constant(step.total_norm, self._max_norm, self._nonfinite)

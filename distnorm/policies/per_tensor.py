@@ -1,13 +1,13 @@
-"""Every parameter by its own norm."""
+"""Clipping each parameter by its own norm."""
 
 from __future__ import annotations
 
 import math
 import sys
 
-from distnorm.policies.decision import Decision, of_each, settle
+from distnorm.policies.decision import Decision, handle_nonfinite, of_each
 from distnorm.policies.fixed import constant
-from distnorm.policies.policy import Policy, Seen
+from distnorm.policies.policy import Policy, StepStatistics
 
 
 class PerTensor(Policy):
@@ -17,7 +17,7 @@ class PerTensor(Policy):
 
     Args:
         max_norm: c; inf never clips.
-        nonfinite: see `settle`.
+        nonfinite: see `handle_nonfinite`.
         rms: whether ``norm(g) / sqrt(elements)`` stands for the norm.
 
     Reference: TensorFlow's `clip_by_norm`, and with `rms` optax's `clip_by_block_rms`, from Shazeer and
@@ -33,16 +33,16 @@ class PerTensor(Policy):
         super().__init__(max_norm, nonfinite)
         self._rms = rms
 
-    def decide(self, seen: Seen) -> Decision:
-        unclipped = constant(seen.total_norm, math.inf, self._nonfinite)
+    def decide(self, step: StepStatistics) -> Decision:
+        unclipped = constant(step.total_norm, math.inf, self._nonfinite)
         if math.isinf(self._max_norm):
             return unclipped
-        norms = seen.parameter_norms
+        norms = step.parameter_norms
         assert norms is not None
         if self._rms:
-            assert seen.numels is not None
-            norms = norms / seen.numels.clamp(min=1).sqrt()
+            assert step.numels is not None
+            norms = norms / step.numels.clamp(min=1).sqrt()
         # A threshold of 0 makes 0 of a gradient of 0, not 0 / 0.
         each = self._max_norm / norms.clamp(min=max(self._max_norm, sys.float_info.min))
         threshold = unclipped.threshold.clamp(max=self._max_norm)
-        return settle(of_each(each, threshold), seen.total_norm, self._nonfinite)
+        return handle_nonfinite(of_each(each, threshold), step.total_norm, self._nonfinite)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from distnorm.policies.decision import Decision, coefficient, is_finite, settle
-from distnorm.policies.policy import Policy, Seen
+from distnorm.policies.decision import Decision, coefficient, handle_nonfinite, is_finite
+from distnorm.policies.policy import Policy, StepStatistics
 from distnorm.policies.window import held, push, window
 
 
@@ -21,7 +21,7 @@ class Percentile(Policy):
 
     Args:
         max_norm: a bound of the threshold.
-        nonfinite: see `settle`. A norm that is not finite doesn't enter the window.
+        nonfinite: see `handle_nonfinite`. A norm that is not finite doesn't enter the window.
         p: the percentile, 0 to 100.
         window: how many norms are kept.
 
@@ -43,9 +43,9 @@ class Percentile(Policy):
         self._quantile, self._size = p / 100, window
         self._load({"history": ()})
 
-    def decide(self, seen: Seen) -> Decision:
-        state = self._state_at(seen.total_norm)
-        push(state, seen.history_norm, is_finite(seen.history_norm))
+    def decide(self, step: StepStatistics) -> Decision:
+        state = self._state_at(step.total_norm)
+        push(state, step.history_norm, is_finite(step.history_norm))
         ordered, last = state["values"].sort().values, (state["count"] - 1).clamp(min=0)
         at = last * self._quantile
         low = at.floor()
@@ -53,11 +53,11 @@ class Percentile(Policy):
         percentile = torch.lerp(ordered.take(low.long()), ordered.take(high.long()), at - low)
         # An empty window holds inf alone, and inf - inf is NaN.
         threshold = percentile.nan_to_num(math.inf, math.inf).clamp(max=self._max_norm)
-        coef = coefficient(seen.total_norm, threshold, self._nonfinite)
-        return settle(Decision(coef, threshold), seen.total_norm, self._nonfinite)
+        coef = coefficient(step.total_norm, threshold, self._nonfinite)
+        return handle_nonfinite(Decision(coef, threshold), step.total_norm, self._nonfinite)
 
     def _saved(self) -> dict[str, Any]:
         return {"history": held(self._state)}
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        self._state = window(self._size, state["history"])
+        self._keep(window(self._size, state["history"]))

@@ -1,4 +1,4 @@
-"""A threshold that follows a curve over the steps."""
+"""A threshold that changes with the step, along a curve."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from distnorm.policies.decision import Decision
+import torch
+from torch import Tensor
+
+from distnorm.policies.decision import Decision, coefficient, handle_nonfinite
 from distnorm.policies.fixed import constant
-from distnorm.policies.policy import Policy, Seen, count
+from distnorm.policies.policy import Policy, StepStatistics, count, scalar
 
 
 class Point(Protocol):
@@ -35,7 +38,7 @@ class Schedule(Policy):
 
     Args:
         max_norm: the unit of the factors; inf never clips.
-        nonfinite: see `settle`.
+        nonfinite: see `handle_nonfinite`.
         curve: one of the four.
         points: in the order of their steps, no step twice.
         warmup: the first so many steps ...
@@ -56,32 +59,40 @@ class Schedule(Policy):
         warmup_factor: float = 1.0,
     ) -> None:
         super().__init__(max_norm, nonfinite)
-        self._curve, self._points = curve, tuple(points)
-        self._warmup, self._warmup_factor = warmup, warmup_factor
-        self._step = 0
+        self._curve, self._warmup, self._warmup_factor = curve, warmup, warmup_factor
+        pairs = [(float(point.step), point.factor) for point in points] or [(0.0, 1.0)]
+        steps, factors = torch.tensor(pairs, dtype=torch.float64, device="cpu").unbind(dim=1)
+        # The points never change; among the state they get where the gradients are.
+        self._keep({"step": scalar(0), "points": steps, "factors": factors})
 
-    def decide(self, seen: Seen) -> Decision:
-        threshold = self._max_norm
-        if not math.isinf(threshold):  # inf times 0 is no threshold
-            threshold *= self._factor() * (self._warmup_factor if self._step < self._warmup else 1.0)
-        self._step += 1
-        return constant(seen.total_norm, threshold, self._nonfinite)
+    def decide(self, step: StepStatistics) -> Decision:
+        state = self._state_at(step.total_norm)
+        if math.isinf(self._max_norm):  # inf times 0 is no threshold
+            decision = constant(step.total_norm, self._max_norm, self._nonfinite)
+        else:
+            warmup = torch.ones_like(state["step"])
+            warmup.masked_fill_(state["step"] < self._warmup, self._warmup_factor)
+            threshold = self._factor(**state) * warmup * self._max_norm
+            coef = coefficient(step.total_norm, threshold, self._nonfinite)
+            decision = handle_nonfinite(Decision(coef, threshold), step.total_norm, self._nonfinite)
+        state["step"].add_(1)
+        return decision
 
-    def _factor(self) -> float:
-        if not self._points:
-            return 1.0
-        before = [point for point in self._points if point.step <= self._step]
-        after = self._points[len(before) :]
-        if not before or not after or self._curve == "steps":
-            return (before[-1] if before else after[0]).factor
-        start, end = before[-1], after[0]
-        part = (self._step - start.step) / (end.step - start.step)
+    def _factor(self, step: Tensor, points: Tensor, factors: Tensor) -> Tensor:
+        """The curve's factor, 0-d fp64. Before the first point and after the last, that one is both ends."""
+        passed = (points <= step).sum()
+        before, after = (passed - 1).clamp(min=0), passed.clamp(max=len(points) - 1)
+        low, high = factors.take(before), factors.take(after)
+        if self._curve == "steps":
+            return low
+        start, end = points.take(before), points.take(after)
+        part = ((step - start) / (end - start)).masked_fill(before == after, 0.0)
         if self._curve == "cosine":
-            part = (1 - math.cos(math.pi * part)) / 2
-        return start.factor + (end.factor - start.factor) * part
+            part = (1 - (part * math.pi).cos()) / 2
+        return low + (high - low) * part
 
     def _saved(self) -> dict[str, Any]:
-        return {"step": self._step}
+        return {"step": int(self._state["step"].item())}
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        self._step = count(state["step"])
+        self._keep({"step": scalar(count(state["step"]))})

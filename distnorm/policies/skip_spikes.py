@@ -13,7 +13,7 @@ from torch import Tensor
 from distnorm.errors import DistnormError
 from distnorm.policies.decision import Decision, is_finite
 from distnorm.policies.fixed import constant
-from distnorm.policies.policy import Policy, Seen, rounded
+from distnorm.policies.policy import Policy, StepStatistics, rounded
 from distnorm.policies.window import held, push, window
 
 
@@ -25,19 +25,19 @@ class SkipSpikes(Policy):
     skipped from the first step on; so is a loss that is not finite where the norm is. Gradients of a step
     that is made are clipped to ``max_norm``, as by `constant`.
 
-    The threshold told is the smaller of ``max_norm`` and the norm above which a step is skipped.
+    The threshold reported is the smaller of ``max_norm`` and the norm above which a step is skipped.
 
     Args:
         max_norm: what gradients are clipped to; inf never clips.
-        nonfinite: see `settle`. It alone decides where the norm is not finite: such a step enters no history,
-            and isn't skipped by this policy.
+        nonfinite: see `handle_nonfinite`. It alone decides where the norm is not finite: such a step enters
+            no history, and isn't skipped by this policy.
         k: how many standard deviations above the mean a spike begins.
         window: how many values are kept.
         after: how many there must be; at most `window`.
-        on: ``"norm"`` or ``"loss"``, which then has to be handed in with every step.
+        on: ``"norm"`` or ``"loss"``, which then has to be given with every step.
         above: the absolute bound, or None.
 
-    Reference: OLMo-core's `SkipStepOptimizer` (which looks at both, and once there are max(20, window // 2)
+    Reference: OLMo-core's `SkipStepOptimizer` (which checks both, and once there are max(20, window // 2)
         values with this step's); skipped batches are from Chowdhery et al., "PaLM", arXiv 2204.02311.
     """
 
@@ -60,28 +60,28 @@ class SkipSpikes(Policy):
         self.wants_loss = on == "loss"
         self._load({"on": on, "history": ()})
 
-    def decide(self, seen: Seen) -> Decision:
-        state = self._state_at(seen.total_norm)
-        value, limit, is_norm_finite = self._value(seen), self._limit(), is_finite(seen.total_norm)
+    def decide(self, step: StepStatistics) -> Decision:
+        state = self._state_at(step.total_norm)
+        value, limit, is_norm_finite = self._value(step), self._limit(state), is_finite(step.total_norm)
         is_value_finite = is_finite(value.abs())
         skip = ((value > limit) | ~is_value_finite) & is_norm_finite
         push(state, value, is_value_finite & is_norm_finite)
-        decision = constant(seen.total_norm, self._max_norm, self._nonfinite)
+        decision = constant(step.total_norm, self._max_norm, self._nonfinite)
         threshold = torch.minimum(decision.threshold, limit) if self._on == "norm" else decision.threshold
         return replace(decision, threshold=threshold, skip=skip)
 
-    def _value(self, seen: Seen) -> Tensor:
+    def _value(self, step: StepStatistics) -> Tensor:
         if self._on == "norm":
-            return seen.history_norm
-        if seen.loss is None:
+            return step.history_norm
+        if step.loss is None:
             raise DistnormError(
                 "expected a loss with every step under policy skip_spikes with on: loss, found none"
             )
-        return rounded(seen.loss)
+        return rounded(step.loss)
 
-    def _limit(self) -> Tensor:
+    def _limit(self, state: Mapping[str, Tensor]) -> Tensor:
         """The value above which this step is a spike; 0-d fp64."""
-        values, count = self._state["values"], self._state["count"]
+        values, count = state["values"], state["count"]
         is_empty = values == math.inf
         mean = values.masked_fill(is_empty, 0.0).sum() / count
         rest = (values - mean).masked_fill(is_empty, 0.0)
@@ -95,4 +95,4 @@ class SkipSpikes(Policy):
     def _load(self, state: Mapping[str, Any]) -> None:
         if state["on"] != self._on:
             raise ValueError(state["on"])
-        self._state = window(self._size, state["history"])
+        self._keep(window(self._size, state["history"]))

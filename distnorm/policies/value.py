@@ -1,4 +1,4 @@
-"""Every element by itself."""
+"""Clipping each element to a bound."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import math
 import torch
 
 from distnorm.policies.decision import Decision
-from distnorm.policies.policy import Policy, Seen
+from distnorm.policies.policy import Policy, StepStatistics
 
 
 class Value(Policy):
     """Put every element of every gradient within ``[-max_norm, max_norm]``.
 
-    No norm is measured and nothing is reduced, so ``clip.nonfinite`` has nothing to go by: an infinite
+    No norm is measured and nothing is reduced, so ``clip.nonfinite`` does nothing: an infinite
     element becomes a finite one, and NaN stays NaN. The coefficient is 1 and no max norm is in force.
 
     Reference: Mikolov, "Statistical language models based on neural networks" (2012), and
@@ -23,7 +23,7 @@ class Value(Policy):
     name = "value"
     reads = "nothing"
 
-    def decide(self, seen: Seen) -> Decision:
-        ones = torch.ones_like(seen.total_norm)
+    def decide(self, step: StepStatistics) -> Decision:
+        ones = torch.ones_like(step.total_norm)
         clamp = None if math.isinf(self._max_norm) else self._max_norm
         return Decision(ones, torch.full_like(ones, math.inf), may_clip=False, clamp=clamp)

@@ -26,14 +26,15 @@ def window(size: int, values: Sequence[object] = ()) -> dict[str, Tensor]:
     """
     held = [number(value) for value in values][-size:]
     padded = [math.inf] * (size - len(held)) + held
-    return {"values": torch.tensor(padded, dtype=torch.float64), "count": scalar(len(held))}
+    values_held = torch.tensor(padded, dtype=torch.float64, device="cpu")
+    return {"values": values_held, "count": scalar(len(held))}
 
 
 def push(state: dict[str, Tensor], value: Tensor, enters: Tensor) -> None:
-    """Let a 0-d value enter where the 0-d bool says so."""
+    """Let a 0-d value enter, in place, where the 0-d bool says so."""
     values = state["values"]
-    state["values"] = torch.where(enters, torch.cat((values[1:], value.view(1))), values)
-    state["count"] = (state["count"] + enters).clamp(max=values.numel())
+    values.copy_(torch.where(enters, torch.cat((values[1:], value.view(1))), values))
+    state["count"].add_(enters).clamp_(max=values.numel())
 
 
 def held(state: dict[str, Tensor]) -> list[float]:

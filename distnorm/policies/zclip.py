@@ -1,4 +1,4 @@
-"""A threshold for norms that stand out."""
+"""Clipping norms that are far above their running mean."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distnorm.policies.decision import Decision, coefficient, is_finite, settle
-from distnorm.policies.policy import Policy, Seen, count, number, scalar
+from distnorm.policies.decision import Decision, coefficient, handle_nonfinite, is_finite
+from distnorm.policies.policy import Policy, StepStatistics, count, number, scalar
 
 
 class ZClip(Policy):
@@ -25,12 +25,13 @@ class ZClip(Policy):
     where x is the norm after this clipping: the threshold where z > z_t, else N. What ``max_norm`` does
     besides doesn't enter: it bounds the threshold, also during warm-up.
 
-    The threshold told is the one that the norm was clipped to, or else ``mu + z_t (sigma + eps)``, above
+    The threshold reported is the one that the norm was clipped to, or else ``mu + z_t (sigma + eps)``, above
     which it would have been; inf during warm-up without a ``max_norm``.
 
     Args:
         max_norm: a bound of the threshold.
-        nonfinite: see `settle`. A norm that is not finite changes nothing, and is no step of warm-up.
+        nonfinite: see `handle_nonfinite`. A norm that is not finite changes nothing, and does not
+            count as a step of warm-up.
         alpha: the decay of mean and variance.
         z_t: the z-score above which a norm is clipped.
         warmup: how many norms are collected first.
@@ -55,8 +56,8 @@ class ZClip(Policy):
         self._alpha, self._z_t, self._warmup, self._eps = alpha, z_t, warmup, eps
         self._load({"steps": 0, "mean": 0.0, "variance": 0.0})
 
-    def decide(self, seen: Seen) -> Decision:
-        state, norm = self._state_at(seen.total_norm), seen.history_norm
+    def decide(self, step: StepStatistics) -> Decision:
+        state, norm = self._state_at(step.total_norm), step.history_norm
         mean, sigma, is_ready = state["mean"], state["variance"].sqrt(), state["steps"] >= self._warmup
         spread = sigma + self._eps
         z = (norm - mean) / spread
@@ -65,23 +66,20 @@ class ZClip(Policy):
         edge = torch.add(mean, spread, alpha=self._z_t).masked_fill(is_ready.logical_not(), math.inf)
         threshold = torch.where(stands_out, lower, edge).clamp(max=self._max_norm)
         applied = threshold.masked_fill(stands_out.logical_not(), self._max_norm)
-        self._take(torch.where(stands_out, lower, norm), is_finite(norm), is_ready)
-        coef = coefficient(seen.total_norm, applied, self._nonfinite)
-        return settle(Decision(coef, threshold), seen.total_norm, self._nonfinite)
+        self._take(state, torch.where(stands_out, lower, norm), is_finite(norm), is_ready)
+        coef = coefficient(step.total_norm, applied, self._nonfinite)
+        return handle_nonfinite(Decision(coef, threshold), step.total_norm, self._nonfinite)
 
-    def _take(self, value: Tensor, enters: Tensor, is_ready: Tensor) -> None:
+    def _take(self, state: Mapping[str, Tensor], value: Tensor, enters: Tensor, is_ready: Tensor) -> None:
         """Both statistics go on in one form: during warm-up with the weight 1 / n, which gives the plain mean
         and, by Welford's product of differences to the old and the new mean, the plain variance."""
-        state = self._state
-        steps = state["steps"] + enters
-        weight = steps.reciprocal().masked_fill(is_ready, 1 - self._alpha)
+        weight = state["steps"].add_(enters).reciprocal().masked_fill(is_ready, 1 - self._alpha)
         mean = torch.lerp(state["mean"], value, weight)
         rest = value - mean
         square = rest * torch.where(is_ready, rest, value - state["mean"])
         variance = torch.lerp(state["variance"], square, weight)
-        state["steps"] = steps
-        state["mean"] = torch.where(enters, mean, state["mean"])
-        state["variance"] = torch.where(enters, variance, state["variance"])
+        state["mean"].copy_(torch.where(enters, mean, state["mean"]))
+        state["variance"].copy_(torch.where(enters, variance, state["variance"]))
 
     def _saved(self) -> dict[str, Any]:
         state = self._state
@@ -92,4 +90,4 @@ class ZClip(Policy):
         steps, mean, variance = count(state["steps"]), number(state["mean"]), number(state["variance"])
         if variance < 0:
             raise ValueError(variance)
-        self._state = {"steps": scalar(steps), "mean": scalar(mean), "variance": scalar(variance)}
+        self._keep({"steps": scalar(steps), "mean": scalar(mean), "variance": scalar(variance)})

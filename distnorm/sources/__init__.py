@@ -6,16 +6,18 @@ not imported already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from distnorm.errors import DistnormError
-from distnorm.shards import GradShard, of_grad
 from distnorm.sources import dtensor, fsdp1, plain
+from distnorm.sources.inventory import Inventory, Managers, Replicated
+from distnorm.sources.recognition import recognise
+from distnorm.sources.shards import GradShard, Source
 from distnorm.sources.targets import (
-    Inventory,
     Tied,
     canonical_names,
     checked_tied,
@@ -30,12 +32,16 @@ Target = Tensor | nn.Module | Iterable[Any]
 
 __all__ = [
     "Inventory",
+    "Managers",
+    "Replicated",
+    "Source",
     "Target",
     "Tied",
     "checked_tied",
     "modules_of",
     "named_tensors",
     "read_once",
+    "recognise",
     "shards_of",
     "stage_of",
 ]
@@ -43,7 +49,7 @@ __all__ = [
 
 def shards_of(
     named: Sequence[tuple[str, Tensor]],
-    take: Callable[[Tensor], Tensor | None],
+    source: Source,
     *,
     target: Target = (),
     stage: int | None = None,
@@ -53,17 +59,24 @@ def shards_of(
 
     Args:
         named: names and tensors, as `named_tensors` gives them.
-        take: `distnorm.shards.of_grad` or `distnorm.shards.itself`.
-        target: what they were named from. Modules in it tell what parameters don't (FSDP1).
+        source: what is measured of them.
+        target: what they were named from. FSDP1's parameters are found by its modules.
         stage: this rank's pipeline stage, put before every name that is not tied; `None` where names
             are those of the whole model already.
         tied: groups of names that are one parameter.
 
     Raises:
         UnsupportedGradientError: a tensor that can't be described, named.
-        DistnormError: gradients were given where parameters are meant, or one name twice.
+        DistnormError: gradients were given where parameters are meant, or one name twice; or torch simulates
+            several ranks in this process.
     """
-    if take is of_grad and named and all(_never_has_grad(tensor) for _, tensor in named):
+    local_tensors = sys.modules.get("torch.distributed._local_tensor")
+    if local_tensors is not None and local_tensors.local_tensor_mode() is not None:
+        raise DistnormError(
+            "expected one rank in this process, found torch's LocalTensorMode, which runs all of them; use "
+            "torch's fake process group, or FakeTensorMode, for a dry run"
+        )
+    if source is Source.GRADIENT and named and all(_never_has_grad(tensor) for _, tensor in named):
         raise DistnormError(
             f"expected parameters, found {len(named)} tensors that hold no gradient and require none; "
             "were gradients passed where parameters are meant?"
@@ -73,10 +86,10 @@ def shards_of(
     shards: list[GradShard] = []
     for name, (_, tensor) in zip(names, named, strict=True):
         if id(tensor) in homes or fsdp1.holds(tensor):
-            shards.append(fsdp1.shard(name, tensor, take, homes))
+            shards.append(fsdp1.shard(name, tensor, source, homes))
         else:
-            source = dtensor if dtensor.holds(tensor) else plain
-            shards.append(source.shard(name, tensor, take))
+            framework = dtensor if dtensor.holds(tensor) else plain
+            shards.append(framework.shard(name, tensor, source))
     return shards
 
 

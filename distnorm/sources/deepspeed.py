@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distnorm.errors import UnsupportedGradientError
-from distnorm.shards import GradShard, require_dense
+from distnorm.sources.shards import GradShard, Source, measurable
 
 Cuts = Mapping[str, Sequence[int]]
 """Offsets, ascending, at which a parameter is cut into pieces, by the parameter's name."""
@@ -31,18 +31,25 @@ Cuts = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class EngineShard(GradShard):
-    """A piece of a parameter of an engine; `take` finds its gradient, `values` the elements themselves."""
+    """A piece of a parameter of an engine.
 
+    Args:
+        gradient: finds this step's gradient of it.
+        values: the elements themselves.
+    """
+
+    gradient: Callable[[], Tensor | None]
     values: Callable[[], Tensor]
+
+    def value(self) -> Tensor | None:
+        return self.gradient()
 
     def witness(self) -> Tensor:
         return self.values().detach()
 
     def read(self) -> Tensor | None:
-        value = self.take(self.holder)
-        if value is not None:
-            require_dense(value)
-        return value
+        value = self.value()
+        return None if value is None else measurable(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,20 +92,19 @@ def _shards(piece: Piece, cuts: Sequence[int]) -> Iterator[EngineShard]:
         yield EngineShard(
             piece.name,
             piece.parameter,
-            partial(_part_of_gradient, piece.gradient, inside),
+            Source.GRADIENT,
             ((start, stop),),
             (stop - start,),
             piece.shape,
+            partial(_part_of_gradient, piece.gradient, inside),
             partial(_part_of_values, piece.values, inside),
         )
 
 
-def _part_of_gradient(
-    gradient: Callable[[], Tensor | None], inside: tuple[int, int], _: Tensor
-) -> Tensor | None:
+def _part_of_gradient(gradient: Callable[[], Tensor | None], inside: tuple[int, int]) -> Tensor | None:
     found = gradient()
     if found is None or found.layout is not torch.strided:
-        return found  # refused by whoever reads it
+        return found  # `read` refuses it
     return found.reshape(-1).narrow(0, *inside)
 
 

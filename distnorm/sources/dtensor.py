@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distnorm.errors import UnsupportedGradientError
-from distnorm.shards import Extent, GradShard, LayoutChangedError, PartialGrad, Route, require_dense
+from distnorm.sources.shards import Extent, GradShard, PartialGrad, Source, measurable
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -29,37 +29,11 @@ def holds(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def _layout_of(gradient: Tensor) -> object:
-    return _dtensor(gradient)._spec
-
-
-def _addresses(holders: Sequence[Tensor], specs: Sequence[object]) -> Iterator[int]:
-    """What moves or converts a model does so to all of it: one local tensor is looked at for all."""
-    first: Any = holders[0].grad
-    if not (first._local_tensor.is_cpu and first._local_tensor.is_contiguous()):
-        raise LayoutChangedError
-    for holder, spec in zip(holders, specs, strict=True):
-        gradient: Any = holder.grad
-        found = gradient._spec
-        if found is not spec and found != spec:  # FSDP2 gives a gradient the very spec of its parameter
-            raise LayoutChangedError
-        yield gradient._local_tensor.data_ptr()
-
-
-def _mark_of(gradient: Tensor) -> tuple[int, ...]:
-    """Operators on a DTensor count on it, those on its local tensor there."""
-    local = _dtensor(gradient)._local_tensor
-    return gradient._version, local._version, local.data_ptr()
-
-
-_ROUTE = Route(_layout_of, _addresses, _mark_of, is_versioned=False)
-
-
 @dataclass(frozen=True, slots=True)
 class DTensorShard(GradShard):
     """This rank's piece of a DTensor, cut out by the placements of its mesh."""
 
-    route = _ROUTE
+    has_fast_path: ClassVar[bool] = True
 
     placements: tuple[Any, ...]
 
@@ -108,17 +82,16 @@ class DTensorShard(GradShard):
         return _local(self.holder).detach()
 
     def read(self) -> Tensor | PartialGrad | None:
-        value = self.take(self.holder)
+        value = self.value()
         if value is None:
             return None
         if not holds(value):
             raise UnsupportedGradientError(
                 f"expected a DTensor gradient of a DTensor, found {type(value).__name__}"
             )
-        local = _local(value)
-        require_dense(local)
+        local = measurable(_local(value))
         placements = _dtensor(value).placements
-        if placements == self.placements and not self.measures_itself:
+        if placements == self.placements and self.source is Source.GRADIENT:
             return local
         return self._align(local, placements)
 
@@ -161,7 +134,7 @@ class DTensorShard(GradShard):
         self.holder.grad = gradient
 
 
-def shard(name: str, tensor: Tensor, take: Callable[[Tensor], Tensor | None]) -> DTensorShard:
+def shard(name: str, tensor: Tensor, source: Source) -> DTensorShard:
     """Describe a DTensor's local piece.
 
     Raises:
@@ -173,14 +146,14 @@ def shard(name: str, tensor: Tensor, take: Callable[[Tensor], Tensor | None]) ->
     global_shape = tuple(whole.shape)
     local_shape = tuple(whole._local_tensor.shape)
     if coordinate is None:  # this rank is outside the mesh and holds nothing
-        return DTensorShard(name, tensor, take, (), (0,), global_shape, whole.placements)
+        return DTensorShard(name, tensor, source, (), (0,), global_shape, whole.placements)
     piece, shape = _cut(global_shape, tuple(mesh.shape), tuple(coordinate), whole.placements)
     if shape != local_shape and any(map(math.prod, (shape, local_shape))):  # FSDP2 shapes nothing as (0, 0)
         raise UnsupportedGradientError(
             f"parameter '{name}': expected a local shape of {shape} by {whole.placements} of "
             f"{global_shape} on mesh {tuple(mesh.shape)}, found {local_shape}"
         )
-    return DTensorShard(name, tensor, take, piece, local_shape, global_shape, whole.placements)
+    return DTensorShard(name, tensor, source, piece, local_shape, global_shape, whole.placements)
 
 
 @lru_cache(maxsize=65536)
@@ -221,7 +194,7 @@ def _held(
     Every cut is made on the indices themselves, so that strided, uneven and empty pieces need no rule of
     their own.
     """
-    held = torch.arange(shape[dim])
+    held = torch.arange(shape[dim], device="cpu")
     for axis, parts in _in_order(_axes(dim, shape, placements), mesh_shape, placements):
         runs = torch.chunk(held, parts) if parts > 1 else (held,)
         held = torch.cat([_chunk(run, mesh_shape[axis], coordinate[axis]) for run in runs])

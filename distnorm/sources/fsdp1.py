@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from distnorm.errors import UnsupportedGradientError
-from distnorm.shards import Extent, GradShard, require_dense, whole
+from distnorm.sources.shards import Extent, GradShard, Source, measurable, whole
 
 _FLAT = "_flat_param"
 
@@ -53,7 +53,7 @@ def homes(modules: Iterable[nn.Module]) -> dict[int, Home]:
 
 def _homes_in(handle: Any) -> dict[int, Home]:
     flat = handle.flat_param
-    unsettled = _unsettled(handle)
+    unsettled = _not_resharded(handle)
     if unsettled is not None:
         raise UnsupportedGradientError(f"parameter '{plain_name('', flat)}': {unsettled}")
     if not handle._use_orig_params:
@@ -97,24 +97,21 @@ class FlatShard(GradShard):
         return self._unpadded(self.holder.detach())
 
     def read(self) -> Tensor | None:
-        value = self.take(self.holder)
+        value = self.value()
         if value is None:
             return None
-        unfit = _unsettled(self.home.handle)
-        if unfit is None and not self.measures_itself:
+        unfit = _not_resharded(self.home.handle)
+        if unfit is None and self.source is Source.GRADIENT:
             unfit = _unreduced(self.home.handle)
         if unfit is not None:
             raise UnsupportedGradientError(unfit)
-        require_dense(value)
-        return self._unpadded(value)
+        return self._unpadded(measurable(value))
 
     def _unpadded(self, tensor: Tensor) -> Tensor:
         return tensor if self.home.index is not None else tensor[: self.numel]
 
 
-def shard(
-    name: str, tensor: Tensor, take: Callable[[Tensor], Tensor | None], homes: Mapping[int, Home]
-) -> FlatShard:
+def shard(name: str, tensor: Tensor, source: Source, homes: Mapping[int, Home]) -> FlatShard:
     """Describe what this rank holds of one parameter.
 
     Raises:
@@ -137,7 +134,7 @@ def shard(
         raise UnsupportedGradientError(
             f"parameter '{name}': expected {held} local elements by its FSDP1 unit, found {tensor.numel()}"
         )
-    return FlatShard(name, tensor, take, piece, shape, global_shape, home)
+    return FlatShard(name, tensor, source, piece, shape, global_shape, home)
 
 
 _Described = tuple[tuple[Extent, ...], tuple[int, ...], tuple[int, ...], int]
@@ -163,7 +160,7 @@ def _flat_piece(home: Home) -> _Described:
     return ((start, stop),), (stop - start,), (total,), held
 
 
-def _unsettled(handle: Any) -> str | None:
+def _not_resharded(handle: Any) -> str | None:
     """Why the parameters that the module shows are not the sharded ones, if they are not."""
     state = handle._training_state.name
     if state == "IDLE" and not handle._skipped_use_sharded_views:
@@ -181,8 +178,8 @@ def _unsettled(handle: Any) -> str | None:
 def _unreduced(handle: Any) -> str | None:
     """Why a gradient is this rank's own and not the model's yet, if it is.
 
-    The mark alone tells it under NO_SHARD, where both have one shape. It falls at the end of every
-    backward pass that reduces, and of none under `no_sync()`.
+    Under NO_SHARD both have one shape, so only FSDP1's own mark says which it is: every backward pass that
+    reduces clears it, and none under `no_sync()` does.
     """
     flat = handle.flat_param
     pending = flat.grad is not None and handle.uses_sharded_strategy and flat.grad.shape != flat._sharded_size

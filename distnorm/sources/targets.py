@@ -1,26 +1,29 @@
-"""What the caller hands in, as (name, tensor) pairs; and the names that make an identity."""
+"""The caller's target as (name, tensor) pairs, and the names of parameters in the whole model."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import starmap, zip_longest
-from operator import is_
+import warnings
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from distnorm import kernels
-from distnorm.errors import ConfigError, DistnormError
+from distnorm.errors import ConfigError, DistnormError, UnsupportedGradientError
+from distnorm.sources import fsdp2
 
 Tied = Sequence[Sequence[str]]
 """Groups of names that are one parameter, such as ``[("tok.weight", "head.weight")]``."""
 
-_DATA_PARALLEL = ("DistributedDataParallel", "DataParallel")
-# What torch.compile, activation checkpointing and FSDP1 put between a module and its parameters.
-_WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.")
-
+# What stands between a module and its parameters: wrappers, by class, and the name of what they wrap.
+_WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "OffloadWrapper": "_checkpoint_wrapped_module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+}
 
 _EXPECTED = "a tensor, a module, or an iterable of tensors, of (name, tensor) pairs or of modules"
 
@@ -34,46 +37,15 @@ def named_tensors(target: Tensor | nn.Module | Iterable[Any]) -> list[tuple[str,
 
     Raises:
         DistnormError: something in the target is no tensor, pair or module.
+        UnsupportedGradientError: a tensor is nested.
     """
-    return list({id(tensor): (name, tensor) for name, tensor in reversed(_pairs(target))}.values())[::-1]
-
-
-class Inventory:
-    """A target's tensors, and whether they are still the same.
-
-    Args:
-        target: what `read_once` has seen.
-
-    Attributes:
-        named: names and tensors, as `named_tensors` gives them.
-
-    Raises:
-        DistnormError: something in the target is no tensor, pair or module.
-    """
-
-    def __init__(self, target: Tensor | nn.Module | Collection[Any]) -> None:
-        self.named = named_tensors(target)
-        self.holders = [tensor for _, tensor in self.named]
-        # A single tensor or module stays the same one, and is not kept alive.
-        self._items = () if isinstance(target, Tensor | nn.Module) else target
-        self._given = list(self._present())
-        self._owners: list[Mapping[str, Any]] = [
-            owned
-            for module in modules_of(target)
-            for inner in module.modules()
-            for owned in (inner._modules, inner._parameters)
-        ]
-        self._owned: list[object] = [value for owned in self._owners for value in owned.values()]
-
-    @property
-    def is_current(self) -> bool:
-        """Whether nothing was added, taken out or replaced; by identity, so that it costs little."""
-        missing = object()
-        same = all(starmap(is_, zip_longest(self._present(), self._given, fillvalue=missing)))
-        return same and kernels.hold_just(self._owners, self._owned)
-
-    def _present(self) -> Iterable[object]:
-        return self._items.values() if isinstance(self._items, Mapping) else self._items
+    named = list({id(tensor): (name, tensor) for name, tensor in reversed(_pairs(target))}.values())[::-1]
+    for name, tensor in named:
+        if tensor.is_nested:
+            raise UnsupportedGradientError(
+                f"parameter '{name}': expected a dense tensor, found a nested one; give its values()"
+            )
+    return named
 
 
 def read_once(target: Tensor | nn.Module | Iterable[Any]) -> Tensor | nn.Module | Collection[Any]:
@@ -86,11 +58,18 @@ def read_once(target: Tensor | nn.Module | Iterable[Any]) -> Tensor | nn.Module 
         return target
     if not isinstance(target, Iterable):
         raise DistnormError(f"expected {_EXPECTED}; found {type(target).__name__}")
-    return list(target)
+    items = list(target)
+    if not items and isinstance(target, Generator):
+        warnings.warn(
+            "distnorm was given an empty generator, which may be exhausted: nothing is measured or clipped "
+            "on this rank",
+            stacklevel=4,
+        )
+    return items
 
 
 def modules_of(target: Tensor | nn.Module | Iterable[Any]) -> list[nn.Module]:
-    """The modules in a target that `read_once` has seen."""
+    """The modules in a target that `read_once` returned."""
     if isinstance(target, nn.Module):
         return [target]
     if isinstance(target, Tensor | Mapping):
@@ -115,7 +94,7 @@ def _parts_pairs(parts: Sequence[nn.Module]) -> list[tuple[str, Tensor]]:
     pairs = [_module_pairs(part) for part in parts]
     owners: dict[str, int] = {}
     alike = any(owners.setdefault(name, id(tensor)) != id(tensor) for part in pairs for name, tensor in part)
-    # Parts that use one name for two parameters number their layers from zero, each for itself.
+    # Parts that use one name for two parameters each number their layers from zero.
     return [
         (f"{index}.{name}" if alike else name, tensor)
         for index, part in enumerate(pairs)
@@ -124,9 +103,34 @@ def _parts_pairs(parts: Sequence[nn.Module]) -> list[tuple[str, Tensor]]:
 
 
 def _module_pairs(module: nn.Module) -> list[tuple[str, Tensor]]:
-    while type(module).__name__ in _DATA_PARALLEL:
-        module = module.module  # type: ignore[assignment]
-    return [(_WRAPPERS.sub("", name), parameter) for name, parameter in module.named_parameters()]
+    """Names as they are without wrappers, in whatever order these were put around the module."""
+    sharded = fsdp2.sharded_parameters(module)
+    pairs: list[tuple[str, Tensor]] = []
+    seen: set[int] = set()
+
+    def visit(inner: nn.Module, prefix: str, wrapped_as: str | None) -> None:
+        if id(inner) in visited:
+            return
+        visited.add(id(inner))
+        for name, shown in inner._parameters.items():
+            parameter = sharded.get((id(inner), name), shown)
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                pairs.append((prefix + name, parameter))
+        for name, child in inner._modules.items():
+            if child is not None:
+                own = _wrapped_name(inner)
+                visit(child, prefix if name == own else f"{prefix}{name}.", own)
+
+    visited: set[int] = set()
+    visit(module, "", None)
+    return pairs
+
+
+def _wrapped_name(module: nn.Module) -> str | None:
+    return next(
+        (_WRAPPERS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS), None
+    )
 
 
 def _pair(position: int, item: Any) -> tuple[str, Tensor]:

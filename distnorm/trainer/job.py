@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from distnorm import ClipResult, Config, GradClipper, RunError
+from distnorm import ClipResult, Config, Monitor, RunError
 from distnorm.trainer.data import Text
 from distnorm.trainer.topology import Topology, make_topology
 from distnorm.trainer.world import World
@@ -30,6 +30,20 @@ class Job:
         return inputs.to(self.world.device), targets.to(self.world.device)
 
 
+class Clipper(Protocol):
+    """What the loop needs of a `GradClipper`, or of what clips an engine's gradients."""
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """What gets a row of every step."""
+
+    def flush(self, **facts: Any) -> dict[str, Any] | None:
+        """Write the rows of all steps up to now."""
+
+    def close(self) -> None:
+        """Close the run's files."""
+
+
 class Trainer(Protocol):
     """Makes a job's steps. Every method is collective."""
 
@@ -38,7 +52,7 @@ class Trainer(Protocol):
         """What it trains."""
 
     @property
-    def clipper(self) -> GradClipper:
+    def clipper(self) -> Clipper:
         """What clips its gradients."""
 
     def step(self, step: int) -> tuple[Tensor, ClipResult]:

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from distnorm.clipper import GradClipper
 from distnorm.config import ClipConfig, Config
 from distnorm.errors import DistnormError, NonFiniteGradientError
-from distnorm.results import ClipResult
+from distnorm.policies.results import ClipResult
 from distnorm.verification.oracle import Truth, gather_truth
 from distnorm.verification.pieces import Layout
 from distnorm.verification.ranks import Ranks, rank_list

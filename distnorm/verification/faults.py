@@ -38,7 +38,7 @@ def coverage_faults(
     holders: dict[Extents, list[int]] = {}
     for extents, rank in held:
         holders.setdefault(extents, []).append(rank)
-    times = torch.zeros(shape, dtype=torch.int16)
+    times = torch.zeros(shape, dtype=torch.int16, device="cpu")
     for extents in holders:
         for here, _ in boxes(extents):
             times[here] += 1

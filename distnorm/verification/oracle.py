@@ -170,7 +170,7 @@ def _assemble(
 ) -> Tensor:
     """The dense gradient in fp64: one of each set of replicas, partial summands reduced, zero elsewhere."""
     wide = torch.complex128 if any(g.dtype.is_complex for _, g in held) else torch.float64
-    dense = torch.zeros(shape, dtype=wide)
+    dense = torch.zeros(shape, dtype=wide, device="cpu")
     done: set[object] = set()
     for piece, gradient in held:
         fits = piece.global_shape == shape and shape_of(gradient.extents) == gradient.shape

@@ -1,4 +1,4 @@
-"""Loading texts as files, and looking at what was wrong with them."""
+"""Loading texts as files, and finding what was wrong with them."""
 
 from __future__ import annotations
 

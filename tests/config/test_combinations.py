@@ -1,4 +1,4 @@
-"""Sizes and degrees that no run can have."""
+"""What no run can have: sizes and degrees, and what one section asks for and another can't do."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from distnorm.config import ClipConfig, Config, NormConfig, combinations
+from distnorm.config.policy_models import NAMES
+from distnorm.errors import ConfigError
+from distnorm.measure.norms import norm
+from distnorm.policies import policy_of
 from tests.config.files import Place, load, only, places, problems
 
 
@@ -124,7 +129,7 @@ def test_impossible_combinations_point_at_the_key(file: Path, train: str, place:
     assert message in problem.message
 
 
-def test_replicas_are_compared_in_looks_only(file: Path) -> None:
+def test_replicas_are_compared_in_monitored_steps_only(file: Path) -> None:
     problem = only(problems(file, "monitor: {replicas: true}"))
     assert (problem.line, problem.column, problem.path) == (1, 21, "monitor.replicas")
     assert "expected monitor.every, which says when" in problem.message
@@ -167,3 +172,132 @@ def test_nothing_is_concluded_from_a_value_that_is_wrong_itself(file: Path) -> N
 def test_an_override_is_blamed_before_the_file(file: Path) -> None:
     problem = only(problems(file, "train: {model: {dim: 128, heads: 4}}", "train.model.dim=130"))
     assert (problem.file, problem.path) == ("--set train.model.dim=130", "train.model.dim")
+
+
+ONLY_TOTAL = "expected a policy that goes by the total norm under backend deepspeed"
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "message"),
+    [
+        (
+            "{norm: {type: inf}, clip: {policy: agc}}",
+            (1, 36, "clip.policy"),
+            "expected norm.type 2 under policy agc, which goes by the 2-norms of output units, found inf",
+        ),
+        ("{norm: {type: 3}, clip: {policy: {name: agc}}}", (1, 41, "clip.policy.name"), "found 3"),
+        (
+            "{norm: {type: 1}, clip: {groups: [{params: [a], policy: agc}]}}",
+            (1, 57, "clip.groups[0].policy"),
+            "expected norm.type 2 under policy agc",
+        ),
+        (
+            "{norm: {type: 7}, clip: {policy: per_tensor}}",
+            (1, 34, "clip.policy"),
+            "expected an order up to 6.5, or inf, under policy per_tensor, for norms of single parameters; "
+            "found norm.type 7",
+        ),
+        ("{norm: {type: 7}, clip: {policy: adagc}}", (1, 34, "clip.policy"), "or inf, under policy adagc"),
+        ("{norm: {type: 7}, clip: {groups: [{params: [a]}]}}", (1, 34, "clip.groups"), "with clip.groups"),
+        ("{norm: {type: 7}, monitor: {every: 5}}", (1, 36, "monitor.every"), "with monitor.every"),
+        ("{norm: {type: 10001}}", (1, 15, "norm.type"), "expected at most 10000, or inf; found 10001"),
+        (
+            "{clip: {apply: optimizer, policy: value}}",
+            (1, 16, "clip.apply"),
+            "expected fused optimizers, which multiply by one number, to be enough for all that is clipped, "
+            "found policy value, which multiplies nothing",
+        ),
+        (
+            "{clip: {apply: optimizer, groups: [{params: [a]}]}}",
+            (1, 16, "clip.apply"),
+            "found clip.groups, which have coefficients of their own",
+        ),
+        (
+            "{clip: {apply: optimizer, nonfinite: zero}}",
+            (1, 16, "clip.apply"),
+            "found nonfinite: zero, which no optimizer can do",
+        ),
+        (
+            "{clip: {apply: optimizer}, train: {parallel: {backend: deepspeed}}}",
+            (1, 16, "clip.apply"),
+            "expected apply auto or scale under backend deepspeed",
+        ),
+        (
+            "{clip: {overlap: true}, train: {parallel: {backend: deepspeed}}}",
+            (1, 18, "clip.overlap"),
+            "expected overlap = false under backend deepspeed",
+        ),
+        (
+            "{clip: {groups: [{params: [a]}]}, train: {parallel: {backend: deepspeed}}}",
+            (1, 17, "clip.groups"),
+            "expected none under backend deepspeed, whose step scales all gradients alike, found 1",
+        ),
+        (
+            "{clip: {policy: agc}, train: {parallel: {backend: deepspeed}}}",
+            (1, 17, "clip.policy"),
+            ONLY_TOTAL,
+        ),
+        (
+            "{clip: {policy: agc}, train: {parallel: {backend: fsdp1}}}",
+            (1, 17, "clip.policy"),
+            "expected backend fsdp2 or ddp under policy agc",
+        ),
+    ],
+)
+def test_what_a_run_would_refuse_is_found_before_it(
+    file: Path, text: str, place: Place, message: str
+) -> None:
+    problem = only(problems(file, text))
+    assert (problem.line, problem.column, problem.path) == place
+    assert message in problem.message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{norm: {type: inf}, clip: {policy: per_tensor}, monitor: {every: 1}}",
+        "{norm: {type: 6.5}, clip: {policy: adagc, groups: [{params: [a]}]}, monitor: {every: 1}}",
+        "{norm: {type: 100}, clip: {policy: zclip}}",
+        "{clip: {policy: agc, apply: auto}, train: {parallel: {backend: ddp}}}",
+        "{clip: {policy: zclip}, train: {parallel: {backend: deepspeed}}}",
+    ],
+)
+def test_what_a_run_can_do_is_accepted(file: Path, text: str) -> None:
+    load(file, text)
+
+
+def test_conflicts_of_all_sections_are_found_at_once(file: Path) -> None:
+    text = """\
+norm: {type: 9}
+clip: {max_norm: 1, policy: agc}
+monitor: {replicas: true}
+train: {model: {dim: 130}}
+"""
+    assert [problem.path for problem in problems(file, text)] == [
+        "clip.max_norm",
+        "clip.policy",
+        "monitor.replicas",
+        "train.model.dim",
+    ]
+
+
+def test_an_override_that_makes_a_conflict_is_its_place(file: Path) -> None:
+    problem = only(problems(file, "clip: {policy: agc}", "norm.type=inf"))
+    assert (problem.file, problem.path) == ("--set norm.type=inf", "norm.type")
+    with pytest.raises(ConfigError, match=r"clip\.policy\.name: expected norm\.type 2 under policy agc"):
+        Config(norm=NormConfig(type=3.0), clip=ClipConfig(policy={"name": "agc"}))  # type: ignore[arg-type]
+
+
+def test_validate_knows_what_policies_and_norms_can_do() -> None:
+    """The configuration can't ask the library itself, which imports torch."""
+    does = {"parameters": "a coefficient for each parameter", "units": "for each output unit"}
+    for name in NAMES:
+        clip = ClipConfig(policy={"name": name})  # type: ignore[arg-type]
+        reads = policy_of(clip).reads
+        assert (name in combinations.BEYOND_TOTAL) == (reads != "total"), name
+        assert does.get(reads, "") in combinations.BEYOND_TOTAL.get(name, ""), name
+    norm(combinations.LARGEST_ORDER)
+    with pytest.raises(ConfigError):
+        norm(combinations.LARGEST_ORDER + 1)
+    assert norm(combinations.LARGEST_PARAMETER_ORDER).width == 1
+    assert norm(combinations.LARGEST_PARAMETER_ORDER + 0.01).width > 1

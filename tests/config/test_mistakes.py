@@ -163,7 +163,7 @@ def test_five_mistakes_are_five_problems_with_their_places(file: Path) -> None:
         (
             "clip: {nonfinite: skp}",
             (1, 19, "clip.nonfinite"),
-            "expected one of 'raise', 'skip', 'zero', 'propagate', found the string 'skp'; "
+            "expected one of 'raise', 'raise_now', 'skip', 'zero', 'propagate', found the string 'skp'; "
             "did you mean 'skip'?",
         ),
         # Keys.

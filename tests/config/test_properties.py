@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.config.files import EXAMPLES, load, only, problems
 
 def configs() -> st.SearchStrategy[dict[str, Any]]:
     numbers = st.floats(min_value=0, allow_nan=False) | st.integers(0, 10**9)
+    orders = st.floats(0, 10_000, exclude_min=True) | st.integers(1, 10_000) | st.just(math.inf)
     text = st.text(min_size=1, max_size=20) | st.sampled_from(
         [
             "1e-3",
@@ -42,7 +44,7 @@ def configs() -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries(
         {},
         optional={
-            "norm": st.fixed_dictionaries({"type": numbers.filter(bool)}),
+            "norm": st.fixed_dictionaries({"type": orders}),
             "clip": st.fixed_dictionaries({"max_norm": numbers | st.none()}),
             "train": st.fixed_dictionaries(
                 {},

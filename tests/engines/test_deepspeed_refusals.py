@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
-from distnorm import ConfigError, DistnormError, UnsupportedGradientError
+from distnorm import ConfigError, DistnormError, UnsupportedGradientError, load_config
+from distnorm.hooks import Handle
 from distnorm.hooks.deepspeed import DeepSpeedHook, is_engine
+from distnorm.hooks.deepspeed.verdict import Verdict
+from distnorm.plan.collectives import Ranks
+from distnorm.policies.deciding import Decider
+from distnorm.step import Step
 from tests.engines.rig import make_engine, make_net, use_deepspeed
 
 
@@ -79,13 +85,8 @@ def refuse_all() -> dict[str, tuple[str, str]]:
     found = {make.__name__: attempt(make()) for make in makers}
     engine = make_engine(1)
     assert is_engine(engine) and not is_engine(engine.module)
-    hook = DeepSpeedHook(engine, {"clip": {"max_norm": 1.0}})
+    DeepSpeedHook(engine, {"clip": {"max_norm": 1.0}})
     found["twice"] = attempt(engine)
-    for name in ("clip", "measure"):
-        try:
-            getattr(hook.clipper, name)()
-        except DistnormError as error:
-            found[name] = type(error).__name__, str(error)
     return found
 
 
@@ -98,14 +99,13 @@ def test_what_cant_be_hooked_is_refused_by_name(engine_ranks):
         "no_optimizer": (UnsupportedGradientError, "without an optimizer"),
         "other_version": (DistnormError, "get_weight_norm"),
         "twice": (UnsupportedGradientError, "attached to already"),
-        "clip": (DistnormError, "step()"),
-        "measure": (DistnormError, "step()"),
     }
     for found in engine_ranks(2, refuse_all, timeout=90):
         for name, (kind, words) in expected.items():
             assert found[name][0] == kind.__name__ and words in found[name][1], (name, found[name])
 
 
+ZERO = {"clip": {"max_norm": 1.0, "nonfinite": "zero"}}
 OF_MANY = ("value", "per_tensor", "agc", "adagc")
 
 
@@ -118,9 +118,14 @@ def refuse_what_engines_leave_no_room_for() -> list[str]:
         except ConfigError as error:
             found.append(str(error))
     hook = DeepSpeedHook(engine, {"clip": {"max_norm": 1.0}})
-    for call in (hook.clipper.clip, hook.clipper.decide, hook.clipper.measure):
-        with pytest.raises(DistnormError, match=r"expected the engine's own step\(\)"):
-            call()
+    # Only the engine's own step measures and clips.
+    assert not [name for name in ("clip", "decide", "measure") if hasattr(hook.clipper, name)]
+    with pytest.raises(
+        DistnormError, match=r"paused: expected a torch optimizer's handle, found that of Deep"
+    ):
+        hook.paused()
+    shown = repr(Handle(hook.clipper, hook))
+    assert shown.startswith("Handle(DeepSpeedEngine; EngineClipper(") and "max_norm 1.0" in shown, shown
     return found
 
 
@@ -130,6 +135,31 @@ def test_settings_and_calls_that_are_the_engines_own_are_refused(engine_ranks):
         assert found[2].startswith("clip.groups: expected none with a DeepSpeed engine")
         for name, message in zip(OF_MANY, found[3:], strict=True):
             assert message.startswith("clip.policy: expected one that goes by") and name in message
+
+
+def step_without_the_group() -> str:
+    engine = make_engine(0)
+    DeepSpeedHook(engine, ZERO)
+    engine.backward(engine(torch.ones(2, 7)).sum())
+    torch.distributed.destroy_process_group()
+    with pytest.raises(DistnormError) as caught:
+        engine.step()
+    return str(caught.value)
+
+
+def test_a_group_that_was_destroyed_is_refused_with_what_an_engine_can_do(engine_ranks):
+    for message in engine_ranks(2, step_without_the_group):
+        assert "found that it was destroyed; make the engine anew, attach" in message
+
+
+def test_gradients_stay_where_ranks_of_a_device_measured_another_set_and_zero_is_asked_for():
+    """Nobody has read there that they did, so the total norm is NaN though every gradient is finite."""
+    total_norm, agreed = torch.tensor(math.nan, dtype=torch.float64), torch.tensor(False)
+    outcome = Decider(Step(load_config(ZERO), Ranks(), ()).groups).decide(total_norm, None, agreed)
+    assert outcome.decision is not None
+    gradient = torch.tensor([8.0, 4.0])
+    Verdict(outcome.result, outcome.decision, 4.0, skips=False, error=None).rescale_([gradient])
+    assert gradient.tolist() == [2.0, 1.0]
 
 
 def test_without_deepspeed_nothing_is_an_engine(monkeypatch):

@@ -15,6 +15,7 @@ from distnorm import NonFiniteGradientError
 from distnorm.hooks.deepspeed import DeepSpeedHook
 from tests.engines.rig import (
     LR,
+    WIDTH,
     counted_all_reduces,
     dense_gradients,
     make_engine,
@@ -372,3 +373,41 @@ def test_zero_and_propagate_do_as_they_say_where_no_loss_scale_asks_for_a_skip(e
     for cell, zeroed, propagated in zip(cells, found[::2], found[1::2], strict=True):
         assert not any(zeroed[0].moved.values()) and zeroed[0].skipped == 0, cell
         assert propagated[0].is_nan and propagated[0].skipped == 0, cell
+
+
+def norms_under_a_default_device(stage: int) -> list[float]:
+    engine = make_engine(stage)
+    with torch.device("meta"):
+        hook = DeepSpeedHook(engine, SKIP)
+    run_step(engine, 0)
+    assert hook.clipper.last is not None
+    plain = make_engine(stage)
+    plain_hook = DeepSpeedHook(plain, SKIP)
+    run_step(plain, 0)
+    assert plain_hook.clipper.last is not None
+    return [float(each.clipper.last.total_norm) for each in (hook, plain_hook)]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_default_device_does_not_reach_the_hooks_own_tensors(engine_ranks, stage):
+    (under, without), _ = engine_ranks(2, norms_under_a_default_device, stage)
+    assert under == without > 0
+
+
+def update_of_shared_memory() -> tuple[float, float]:
+    """How far two parameters go whose gradients are one tensor, by the learning rate; and what is right."""
+    engine = make_engine(0)
+    hook = DeepSpeedHook(engine, SKIP)
+    engine.backward(engine(torch.ones(2, WIDTH)).square().sum())
+    net = engine.module
+    net.extra.bias.grad = net.outer.bias.grad
+    gradient, before = net.outer.bias.grad.clone(), net.outer.bias.detach().clone()
+    engine.step()
+    assert hook.clipper.last is not None and hook.clipper.last.was_clipped
+    moved = float((before - net.outer.bias.detach()).norm()) / LR
+    return moved, float(hook.clipper.last.clip_coef * gradient.norm())
+
+
+def test_gradients_that_share_memory_are_clipped_once(engine_ranks):
+    for moved, right in engine_ranks(2, update_of_shared_memory):
+        assert moved == pytest.approx(right, rel=1e-4)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import pytest
 import torch
 
 import distnorm
-from distnorm.kernels import compiling, native
+from distnorm.kernels import child, compiling, native
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler here")
 
@@ -235,3 +237,125 @@ def test_a_file_that_is_cut_short_is_compiled_anew(tmp_path):
     put(kept, kept.read_bytes()[:100])
     assert ask(DISTNORM_CACHE=str(tmp_path)) == ["compiled"]
     assert kept.stat().st_size == size
+
+
+# ---- a process that ends while the compiler runs
+
+LOAD = """
+import sys, threading, time
+from distnorm.kernels import compiling, native, walking
+compile = lambda: compiling.load_in_turn(walking._recipe(), compiling.ctypes.PyDLL)
+threading.Thread(target=compile, daemon=True).start()
+sys.stdin.readline()
+"""
+SLOW = """
+echo temporary > $TMPDIR/cc.s
+for file; do case $file in *.so) echo half > "$file";; esac; done
+sleep 300 & echo $! >> {pids}; echo $$ >> {pids}
+wait
+"""
+
+
+def eventually(holds: Callable[[], bool]) -> bool:
+    """Within 10 s, in which the kernel ends what was told to."""
+    until = time.monotonic() + 10
+    while not holds() and time.monotonic() < until:
+        time.sleep(0.02)
+    return holds()
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc here")
+@pytest.mark.parametrize("end", ["by itself", signal.SIGTERM, signal.SIGKILL], ids=str)
+def test_neither_a_compiler_nor_its_files_outlive_the_process(tmp_path, end):
+    pids, cache = tmp_path / "pids", tmp_path / "cache"
+    compiler = fake_compiler(tmp_path / "c++", SLOW.format(pids=pids))
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOAD],
+        stdin=subprocess.PIPE,
+        env={**os.environ, "CXX": compiler, "DISTNORM_CACHE": str(cache), "TMPDIR": str(tmp_path)},
+    )
+    assert eventually(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+    began = [int(pid) for pid in pids.read_text().split()]
+    assert all(map(runs, began))
+    assert any((folder / "cc.s").exists() for folder in cache.iterdir())
+    if end == "by itself":
+        process.communicate(b"\n", timeout=30)
+        assert [path.name for path in cache.iterdir()] == ["walk.lock"], (
+            "removed before the process has ended"
+        )
+    else:
+        process.send_signal(end)
+        process.communicate(timeout=30)
+    assert eventually(lambda: not any(map(runs, began)))
+    assert eventually(lambda: [path.name for path in cache.iterdir()] == ["walk.lock"])
+    assert {path.name for path in tmp_path.iterdir()} == {"pids", "cache", "c++"}
+
+
+def test_nothing_is_begun_in_a_process_that_ends(monkeypatch, tmp_path):
+    monkeypatch.setattr(child, "_ending", [os.getpid()])
+    monkeypatch.setenv("DISTNORM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(compiling.CompileError, match="the process is ending"):
+        compiling.load(native._RECIPE)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+FORK = """
+import os, sys
+from pathlib import Path
+from threading import Thread
+from distnorm.kernels import child
+with child.scratch() as folder:
+    def run():
+        command = ["sh", "-c", f"echo > {folder}/began; while [ ! -e {folder}/go ]; do sleep 0.05; done"]
+        ended.append(child.run(command, folder, 60))
+    ended = []
+    thread = Thread(target=run)
+    thread.start()
+    while not (folder / "began").exists(): pass
+    if not os.fork():
+        sys.exit()  # which calls what is registered for the end
+    assert os.wait()[1] == 0
+    (folder / "go").touch()
+    thread.join()
+    print(ended)
+"""
+
+
+def test_a_fork_that_ends_leaves_the_compiler_alone():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "[(0, '')]\n", done.stderr
+
+
+def test_a_lock_is_no_link_to_another_s_file(monkeypatch, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o700)
+    monkeypatch.setenv("DISTNORM_CACHE", str(cache))
+    lock = cache / f"{native._RECIPE.source.stem}.lock"
+    lock.symlink_to(precious)
+    compiling.load_in_turn(native._RECIPE, compiling.ctypes.CDLL)
+    assert precious.read_text() == "kept" and lock.is_symlink()
+    lock.unlink()
+    lock.write_text("nothing is written to it")
+    compiling.load_in_turn(native._RECIPE, compiling.ctypes.CDLL)
+    assert lock.read_text() == "nothing is written to it"
+
+
+def test_no_lock_is_made_where_others_can_write(monkeypatch, tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    cache.chmod(0o777)
+    monkeypatch.setenv("DISTNORM_CACHE", str(cache))
+    assert compiling.load_in_turn(native._RECIPE, compiling.ctypes.CDLL).distnorm_dtypes()
+    assert list(cache.iterdir()) == []

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from distnorm.kernels import Kernel, compiling, eager, measure, native, scale_
+from distnorm.kernels import (
+    AddressTable,
+    Kernel,
+    addresses_of,
+    compiling,
+    eager,
+    measure,
+    native,
+    samples,
+    scale_,
+)
 from tests import oracle
 
 COMPILED = native.library()
@@ -37,7 +47,7 @@ def powers(tensors: list[torch.Tensor], kernel: Kernel) -> float:
 
 def found(tensors: list[torch.Tensor], kernel: Kernel) -> float:
     assert native.split(tensors)[1] == []
-    return native.statistic(native.Spans.of(tensors), kernel)
+    return native.statistic(AddressTable.of(tensors), kernel)
 
 
 def all_patterns(dtype: torch.dtype) -> torch.Tensor:
@@ -107,7 +117,7 @@ def test_one_bad_value_anywhere(dtype, kernel, place):
 
 
 @pytest.mark.parametrize("kernel", Kernel)
-def test_spans_of_all_dtypes_at_odd_addresses(kernel):
+def test_rows_of_all_dtypes_at_odd_addresses(kernel):
     tensors = [
         random(50 + i, DTYPES[i % len(DTYPES)], seed=i)[1 + i % 5 : 1 + i % 5 + (i * 7) % 45]
         for i in range(400)
@@ -154,13 +164,13 @@ def test_threads_are_as_many_as_torch_has_and_no_more_than_pay(monkeypatch):
 
 FORK = """
 import os, torch
-from distnorm.kernels import Kernel, native
+from distnorm.kernels import AddressTable, Kernel, native
 native._threads = lambda elements: 4
-spans = native.Spans.of([tensor := torch.ones(3_000_000)])
-assert native.statistic(spans, Kernel.SQUARES) == 3_000_000
+table = AddressTable.of([tensor := torch.ones(3_000_000)])
+assert native.statistic(table, Kernel.SQUARES) == 3_000_000
 child = os.fork()
-assert native.statistic(spans, Kernel.SQUARES) == 3_000_000
-native.scale_(spans, 2.0)
+assert native.statistic(table, Kernel.SQUARES) == 3_000_000
+native.scale_(table, 2.0)
 if not child:
     os._exit(int(tensor.sum() != 6_000_000))
 assert os.waitpid(child, 0)[1] == 0
@@ -171,36 +181,49 @@ def test_a_process_forked_after_threads_were_used():
     subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=60)
 
 
-# ---- the spans
+# ---- the addresses
 
 
-def test_neighbours_in_one_buffer_are_one_span():
+def test_neighbours_in_one_buffer_are_one_row():
     flat = random(1000, torch.float32)
     pieces = list(flat.split([1, 499, 0, 300, 200]))
-    assert native.Spans.of(pieces).numels.tolist() == [1000]
-    assert native.Spans.of([*pieces[3:], *pieces[:3]]).numels.tolist() == [500, 500]
+    assert AddressTable.of(pieces).merged.numels.tolist() == [1000]
+    assert AddressTable.of([*pieces[3:], *pieces[:3]]).merged.numels.tolist() == [500, 500]
     halves = [flat[:500], flat[500:].view(torch.bfloat16)]  # neighbours of two dtypes
-    assert native.Spans.of(halves).numels.tolist() == [500, 1000]
+    assert AddressTable.of(halves).merged.numels.tolist() == [500, 1000]
     gap = [flat[:500], flat[501:]]
-    spans = native.Spans.of(gap)
-    assert spans.numels.tolist() == [500, 499]
-    assert native.statistic(spans, Kernel.SQUARES) == pytest.approx(powers(gap, Kernel.SQUARES), rel=1e-14)
+    table = AddressTable.of(gap)
+    assert table.merged.numels.tolist() == [500, 499]
+    assert native.statistic(table, Kernel.SQUARES) == pytest.approx(powers(gap, Kernel.SQUARES), rel=1e-14)
 
 
-def test_spans_are_used_again_and_see_new_values():
+def test_a_table_is_used_again_and_sees_new_values():
     tensors = [random(100, torch.float32), torch.ones(5, dtype=torch.float64)]
-    spans = native.Spans.of(tensors)
+    table = AddressTable.of(tensors)
     tensors[0].fill_(2)
-    assert native.statistic(spans, Kernel.SQUARES) == 405
+    assert native.statistic(table, Kernel.SQUARES) == 405
 
 
-def test_spans_keep_no_tensor_alive():
+def test_parts_of_tensors_and_the_same_parts_elsewhere():
+    tensors = [torch.arange(10.0), torch.arange(6.0, dtype=torch.float64), torch.zeros(0)]
+    part = AddressTable.of(tensors).part(np.array([2, 5, 0]), np.array([3, 1, 0]))
+    assert native.statistic(part, Kernel.MAGNITUDES) == 2 + 3 + 4 + 5
+    others = [tensor + 1 for tensor in tensors]
+    assert native.statistic(part.at(addresses_of(others)), Kernel.MAGNITUDES) == 3 + 4 + 5 + 6
+    later = part.part(np.array([1, 0, 0]), np.array([1, 1, 0]))
+    assert native.statistic(later.at(addresses_of(others)), Kernel.MAGNITUDES) == 4 + 6
+    both = np.array([[2, 3], [5, 1], [0, 0]])  # a column of it is no array without gaps
+    again = AddressTable.of(tensors).part(both[:, 0], both[:, 1])
+    assert samples(again).tolist() == samples(part).tolist()
+
+
+def test_a_table_keeps_no_tensor_alive():
     tensor = torch.ones(10)
     storage = tensor.untyped_storage()._weak_ref()
-    spans = native.Spans.of([tensor])
+    table = AddressTable.of([tensor])
     del tensor
     assert torch.UntypedStorage._expired(storage)
-    assert spans.total == 10
+    assert table.total == 10
     torch.UntypedStorage._free_weak_ref(storage)
 
 
@@ -210,6 +233,8 @@ def test_what_fits():
     dense += [torch.tensor(1.0), torch.nn.Parameter(whole)]
     unfit = [whole[:, 1:], whole[:, :1].expand(4, 3), whole[::2], whole.to(torch.complex64), whole.long()]
     unfit += [
+        torch._neg_view(whole),
+        torch._efficientzerotensor((3,)),
         whole.to("meta"),
         whole.to(torch.float8_e5m2),
         whole.as_subclass(type("Mine", (torch.Tensor,), {})),
@@ -219,12 +244,16 @@ def test_what_fits():
     assert [id(tensor) for tensor in rest] == [id(tensor) for tensor in unfit]
 
 
-def test_a_tensor_whose_memory_was_freed():
-    freed = torch.ones(3)
-    freed.untyped_storage().resize_(0)
+@pytest.mark.parametrize("left", [0, 8])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_tensor_whose_memory_was_freed_or_made_smaller(left, offset):
+    freed = torch.ones(4)[offset:]
+    freed.untyped_storage().resize_(left)
+    with pytest.raises(ValueError, match=f"found a storage of {left} bytes: its storage was freed"):
+        AddressTable.of([torch.ones(2), freed])
+    assert AddressTable.of([torch.empty(0), torch.ones(2)]).total == 2
     with pytest.raises(ValueError, match="storage was freed"):
-        native.Spans.of([torch.ones(2), freed])
-    assert native.Spans.of([torch.empty(0), torch.ones(2)]).total == 2
+        native.statistic(AddressTable.of([torch.ones(2)]).at(np.array([0])), Kernel.SQUARES)
 
 
 def test_dense_tensors_of_other_dim_orders():
@@ -257,7 +286,7 @@ COEFFICIENTS = (0.5, 0.1, 1 / 3, 0.9999999, 1e-3, 1e-30, 1e-41, 3.0, 1e30, 0.0, 
 
 def scale_both_ways(tensor: torch.Tensor, coef: float) -> list[torch.Tensor]:
     ways = [tensor.clone(), tensor.clone()]
-    native.scale_(native.Spans.of(ways[:1]), coef)
+    native.scale_(AddressTable.of(ways[:1]), coef)
     eager.scale_(ways[1:], torch.tensor(coef, dtype=torch.float64))
     return ways
 
@@ -282,16 +311,16 @@ def test_scaling_random_patterns_of_the_large_dtypes(dtype, coef):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scaling_changes_nothing_beside_the_spans(dtype):
+def test_scaling_changes_nothing_beside_the_rows(dtype):
     for size in SIZES:
         whole = random(size + 4, dtype)
         expected = torch.cat([whole[:3], by_torch(whole[3:-1], 0.3), whole[-1:]])
-        native.scale_(native.Spans.of([whole[3:-1]]), 0.3)
+        native.scale_(AddressTable.of([whole[3:-1]]), 0.3)
         assert_same(whole, expected)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_scaling_many_spans_by_many_threads(monkeypatch, threads):
+def test_scaling_many_rows_by_many_threads(monkeypatch, threads):
     monkeypatch.setattr(native, "_threads", lambda elements: threads)
     tensors = [random(1 + (i * 7919) % 9000, DTYPES[i % len(DTYPES)], seed=i) for i in range(300)]
     expected = [by_torch(tensor, 0.77) for tensor in tensors]
@@ -305,9 +334,9 @@ def test_a_tensor_given_twice_is_scaled_twice(monkeypatch):
     asked = []
     monkeypatch.setattr(native, "_threads", lambda elements: asked.append(elements) or 2)
     tensor = torch.ones(1_000_000)
-    spans = native.Spans.of([tensor, tensor])
-    assert spans.overlap and not native.Spans.of(list(tensor.split(999))).overlap
-    native.scale_(spans, 0.5)
+    table = AddressTable.of([tensor, tensor])
+    assert table.overlap and not AddressTable.of(list(tensor.split(999))).overlap
+    native.scale_(table, 0.5)
     assert asked == [2_000_000]
     assert (tensor == 0.25).all()
 

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 import distnorm
 from distnorm import kernels
 from distnorm.kernels import dispatch, eager, gpu
-from distnorm.norms import norm
+from distnorm.measure.norms import norm
 from tests import oracle
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from distnorm.kernels import Kernel, eager, gpu
+from distnorm.kernels import AddressTable, Kernel, addresses, eager, gpu
 from tests import oracle
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda:0")
@@ -26,8 +26,8 @@ def random(size: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     return made.to(dtype).to(DEVICE)
 
 
-def table(tensors: list[torch.Tensor]) -> gpu.Table:
-    return gpu.Table(gpu.Places.of(tensors), DEVICE)
+def table(tensors: list[torch.Tensor]) -> gpu.DeviceTable:
+    return gpu.DeviceTable(AddressTable.of(tensors), DEVICE)
 
 
 def found(tensors: list[torch.Tensor], kernel: Kernel) -> float:
@@ -153,11 +153,12 @@ def test_the_same_bits_twice(kernel):
 def test_chunks_of_a_tensor_beyond_32_bits():
     """The places are made up: nothing is read."""
     numels = np.array([5, 3 << 32, 0, CHUNK + 1])
-    places = gpu.Places(np.array([1 << 40, 1 << 41, 0, 1 << 50]), numels, np.array([2, 0, 1, 2]))
-    rows, runs, kinds = places.rows()
-    assert len(rows) <= gpu._CHUNKS + len(numels)
+    starts, codes = np.array([1 << 40, 1 << 41, 0, 1 << 50]), np.array([2, 0, 1, 2], dtype=np.int32)
+    places = AddressTable(DEVICE, starts, numels, codes, np.zeros(4, dtype=np.int64))
+    rows, runs, kinds = places.chunks()
+    assert len(rows) <= addresses._CHUNKS + len(numels)
     for address, size, numel, (first, last) in zip(
-        places.addresses, (2, 4, 8, 2), numels.tolist(), runs.tolist(), strict=True
+        places.starts, (2, 4, 8, 2), numels.tolist(), runs.tolist(), strict=True
     ):
         taken = rows[first:last].tolist()
         assert sum(count for _, count in taken) == numel

@@ -14,7 +14,7 @@ from tests.monitor.browser import NAMES, Browser, find
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     program = find()
     if program is None:
-        pytest.skip(f"NO BROWSER, the report's page is not looked at: install one of {', '.join(NAMES)}")
+        pytest.skip(f"NO BROWSER, the report's page is not tested: install one of {', '.join(NAMES)}")
     found = Browser(program, tmp_path_factory.mktemp("profile"))
     yield found
     found.close()

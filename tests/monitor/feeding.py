@@ -31,7 +31,7 @@ def layer_row(layer: str, norm: float) -> LayerRow:
     return LayerRow(layer, norm, norm / 8, norm / 2, 0.25 if norm else 1.0, norm / 3)
 
 
-def watched(config: Mapping[str, Any], folder: Path | None = None) -> tuple[Monitor, list[Alert]]:
+def monitored(config: Mapping[str, Any], folder: Path | None = None) -> tuple[Monitor, list[Alert]]:
     """A monitor of the config, and the alerts that it will have given."""
     monitor = Monitor(MonitorConfig(**config), folder)
     alerts: list[Alert] = []
@@ -40,7 +40,7 @@ def watched(config: Mapping[str, Any], folder: Path | None = None) -> tuple[Moni
 
 
 def ordinary(seed: int, steps: int, every: int) -> Iterator[tuple[int, dict[str, float]]]:
-    """Looks at a clean run: norms that fall by ten and vary by three, late starters, what has no gradient."""
+    """A clean run's norms: they fall by ten and vary by three, late starters, what has no gradient."""
     rng = random.Random(seed)
     for step in range(every, steps + 1, every):
         level = 0.1 + 0.9 * math.exp(-step / 40)
@@ -52,7 +52,7 @@ def ordinary(seed: int, steps: int, every: int) -> Iterator[tuple[int, dict[str,
         # Before an output projection that begins as zero nothing has a gradient on the first steps.
         norms["adapter.weight"] = 0.0 if step <= 3 * every else level * min(1.0, step / 50) ** 2
         norms["adapter.late"] = 0.0 if step <= steps / 2 else level
-        # Each expert gets no token now and then, but not three looks in a row.
+        # Each expert gets no token now and then, but not in three monitored steps in a row.
         norms["expert.weight"] = 0.0 if step // every % 3 else level * math.exp(rng.uniform(-1, 1))
         # A key's bias has no gradient but for rounding: it is anywhere around the bound.
         norms["attn.k.bias"] = 1e-9 * level * 10 ** rng.uniform(-1, 1.5)

@@ -15,8 +15,8 @@ import pytest
 
 from distnorm import Monitor
 from distnorm.config import MonitorConfig
-from distnorm.monitor.lines import LineWriter
-from tests.monitor.feeding import layer_row, step_row, watched
+from distnorm.monitor.sinks.jsonl import LineWriter
+from tests.monitor.feeding import layer_row, monitored, step_row
 
 FILES = ("metrics.jsonl", "layers.jsonl", "alerts.jsonl")
 
@@ -33,11 +33,11 @@ def run(monitor: Monitor, first: int, last: int) -> None:
 
 
 def test_each_file_has_what_it_is_documented_to_have_at_once(tmp_path: Path) -> None:
-    monitor, alerts = watched({"every": 1, "dir": str(tmp_path / "made")})
+    monitor, alerts = monitored({"every": 1, "dir": str(tmp_path / "made")})
     groups = {"experts": {"grad_norm": 2.0, "clip_coef": math.nan, "threshold": 1.0}}
     row = monitor.step(step_row(1, norm=math.inf, groups=groups), parameter="b", ranks=[0])
     monitor.layers(1, [layer_row("b", 0.1 + 0.2), layer_row("a", math.nan)])
-    metrics, layers, told = (rows(tmp_path / "made" / name) for name in FILES)
+    metrics, layers, alerted = (rows(tmp_path / "made" / name) for name in FILES)
     groups["experts"]["clip_coef"] = "nan"  # type: ignore[assignment]
     infinite = {"grad_norm": "inf", "clipped_norm": "inf"}
     extra = {"clip_rate": 0.0, "skipped": False, "noise_scale": None, "groups": groups}
@@ -46,7 +46,7 @@ def test_each_file_has_what_it_is_documented_to_have_at_once(tmp_path: Path) -> 
     assert row["grad_norm"] == math.inf
     assert list(layers[0]) == ["step", "layer", "norm", "rms", "max", "zero_fraction", "grad_to_weight"]
     assert [(r["step"], r["layer"], r["norm"]) for r in layers] == [(1, "b", 0.1 + 0.2), (1, "a", "nan")]
-    assert told == [
+    assert alerted == [
         {
             "step": 1,
             "kind": "non_finite",
@@ -92,9 +92,9 @@ def test_numbers_read_back_to_the_same_bits(tmp_path: Path) -> None:
 WRITES_UNTIL_KILLED = """
 import sys
 from pathlib import Path
-from tests.monitor.feeding import watched
+from tests.monitor.feeding import monitored
 from tests.monitor.test_files import run
-monitor, _ = watched({"alerts": {"cooldown": 1}}, Path(sys.argv[1]))
+monitor, _ = monitored({"alerts": {"cooldown": 1}}, Path(sys.argv[1]))
 run(monitor, 1, 3)
 print("three", flush=True)
 run(monitor, 4, 10**6)
@@ -119,9 +119,9 @@ def test_a_killed_run_leaves_every_finished_step(tmp_path: Path) -> None:
 def test_a_file_that_may_not_grow_keeps_whole_rows_and_the_run_goes_on(tmp_path: Path) -> None:
     code = (
         "import resource, sys\nfrom pathlib import Path\n"
-        "from tests.monitor.feeding import watched\nfrom tests.monitor.test_files import run\n"
+        "from tests.monitor.feeding import monitored\nfrom tests.monitor.test_files import run\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
-        "monitor, alerts = watched({'alerts': {'cooldown': 1}}, Path(sys.argv[1]))\n"
+        "monitor, alerts = monitored({'alerts': {'cooldown': 1}}, Path(sys.argv[1]))\n"
         "run(monitor, 1, 50)\nmonitor.close()\nprint(len(alerts))"
     )
     root = Path(__file__).parents[2]
@@ -142,7 +142,7 @@ def test_a_full_disk_is_named_once_and_other_sinks_go_on(tmp_path: Path, caplog:
     for name in FILES:
         os.symlink("/dev/full", tmp_path / name.replace(".jsonl", ".partial"))
         (tmp_path / name).write_text('{"step": 1}\n')
-    monitor, alerts = watched({"alerts": {"cooldown": 1}}, tmp_path)
+    monitor, alerts = monitored({"alerts": {"cooldown": 1}}, tmp_path)
     run(monitor, 2, 4)
     monitor.close()
     assert len(alerts) == 3
@@ -153,7 +153,7 @@ def test_a_full_disk_is_named_once_and_other_sinks_go_on(tmp_path: Path, caplog:
 
 def test_a_folder_that_cannot_be_made_is_named_once(tmp_path: Path, caplog: Any) -> None:
     (tmp_path / "file").write_text("")
-    monitor, _ = watched({}, tmp_path / "file" / "run")
+    monitor, _ = monitored({}, tmp_path / "file" / "run")
     monitor.step(step_row(1))
     monitor.step(step_row(2))
     (failed,) = caplog.messages
@@ -163,14 +163,14 @@ def test_a_folder_that_cannot_be_made_is_named_once(tmp_path: Path, caplog: Any)
 def test_a_device_in_a_files_place_stays_there_unread(tmp_path: Path) -> None:
     # /dev/full, by which one tries a full disk, could be read for ever.
     (tmp_path / "metrics.jsonl").symlink_to(os.devnull)
-    monitor, _ = watched({"dir": str(tmp_path)})
+    monitor, _ = monitored({"dir": str(tmp_path)})
     run(monitor, 1, 2)
     assert (tmp_path / "metrics.jsonl").is_symlink()
     assert len(rows(tmp_path / "layers.jsonl")) == 4
 
 
 def test_a_run_that_goes_back_has_each_row_once(tmp_path: Path) -> None:
-    monitor, _ = watched({"dir": str(tmp_path), "alerts": {"cooldown": 1}})
+    monitor, _ = monitored({"dir": str(tmp_path), "alerts": {"cooldown": 1}})
     run(monitor, 1, 3)
     state = monitor.state_dict()
     run(monitor, 4, 6)
@@ -178,3 +178,27 @@ def test_a_run_that_goes_back_has_each_row_once(tmp_path: Path) -> None:
     run(monitor, 4, 5)
     for name, each in zip(FILES, (1, 2, 1), strict=True):
         assert [row["step"] for row in rows(tmp_path / name)] == [s for s in range(1, 6) for _ in range(each)]
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_an_empty_alerts_file_says_that_there_was_none(is_on: bool, tmp_path: Path) -> None:
+    off = {"vanishing": None, "drop": None, "falling": None, "exploding": None, "non_finite": False}
+    config = MonitorConfig(alerts={} if is_on else off)  # type: ignore[arg-type]
+    with Monitor(config, tmp_path) as monitor:
+        assert (tmp_path / "alerts.jsonl").exists() == is_on
+        monitor.step(step_row(1))
+    with Monitor(config, tmp_path, done=1) as resumed:
+        resumed.step(step_row(2))
+    assert (tmp_path / "alerts.jsonl").exists() == is_on
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2]
+    if is_on:
+        assert (tmp_path / "alerts.jsonl").read_bytes() == b""
+
+
+def test_each_rule_alone_is_reason_enough_for_an_alerts_file() -> None:
+    off = {"vanishing": None, "drop": None, "falling": None, "exploding": None, "non_finite": False}
+    assert not MonitorConfig(alerts=off).has_alerts  # type: ignore[arg-type]
+    assert MonitorConfig(alerts=off, every=1, replicas=True).has_alerts  # type: ignore[arg-type]
+    for rule, bound in {**dict.fromkeys(off, 0.5), "exploding": 2.0, "clip_rate": 0.5}.items():
+        one = {**off, rule: True if rule == "non_finite" else bound}
+        assert MonitorConfig(alerts=one).has_alerts, rule  # type: ignore[arg-type]

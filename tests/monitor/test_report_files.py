@@ -247,3 +247,45 @@ def test_the_commands_need_neither_torch_nor_numpy(folder: Path) -> None:
         timeout=60,
     )
     assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("alerts", "said", "shown"),
+    [
+        (None, "no alerts.jsonl", "This run has no alerts.jsonl"),
+        ([], "no alerts", "No alerts: every rule that is on found nothing."),
+        ([{"step": 1, "kind": "non_finite", "message": "the norm is nan"}], "1 alert", "the norm is nan"),
+    ],
+)
+def test_page_and_text_say_whether_there_were_alerts(
+    alerts: list[Any] | None, said: str, shown: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_lines(folder / "metrics.jsonl", [metric_row(1, 2.0)])
+    if alerts is not None:
+        write_lines(folder / "alerts.jsonl", alerts)
+    page = folder / "page.html"
+    assert command.main([folder], page) == 0
+    assert capsys.readouterr().out.endswith(f"run: 1 step, {said}\n")
+    assert shown in page.read_text()
+
+
+def test_layers_are_shown_in_the_order_of_the_model(folder: Path) -> None:
+    """That of the newest rows: a layer that came later stands where the model has it."""
+    write_lines(folder / "metrics.jsonl", [metric_row(step, 2.0) for step in (1, 2)])
+    orders = {1: ("tok", "gone", "blocks.10", "head"), 2: ("tok", "blocks.2", "blocks.10", "aux", "head")}
+    layers = [
+        {"step": step, "layer": name, "norm": 1.0, "rms": 1.0} for step in orders for name in orders[step]
+    ]
+    write_lines(folder / "layers.jsonl", layers)
+    expected = [*orders[2], "gone"]
+    assert [layer.name for layer in read_layers(folder / "layers.jsonl", 1000).layers] == expected
+    page = folder / "page.html"
+    assert command.main([folder], page) == 0
+    named = [trace["names"] for figure in figures(page) for trace in figure["traces"] if "names" in trace]
+    assert named == [expected, expected]  # over steps, and spread
+    text = page.read_text()
+    picker = re.search(r"<select.*?</select>", text, re.DOTALL)
+    assert picker is not None and re.findall(r">([\w.]+)</option>", picker[0]) == expected
+    for title in ("Layers over steps", "Spread of each layer"):
+        table = text.split(f"{title} as a table", 1)[1].split("</table>", 1)[0]
+        assert re.findall(r'<th scope="row">([\w.]+)</th>', table) == expected

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.monitor.browser import Browser
-from tests.monitor.looking import cells, colour, contrast, points, report, rows, texts
+from tests.monitor.page_reading import cells, colour, contrast, points, report, rows, texts
 from tests.monitor.synthetic import metric_row, write_lines, write_run
 
 STEPS, LAYERS, EVERY = 400, 40, 2

@@ -19,7 +19,7 @@ import pytest
 from distnorm import Monitor
 from distnorm.config import MonitorConfig
 from distnorm.monitor.sinks import Sinks
-from tests.monitor.feeding import layer_row, step_row, watched
+from tests.monitor.feeding import layer_row, monitored, step_row
 
 GROUPS = {"experts": {"grad_norm": 2.0, "clip_coef": 0.25, "threshold": 0.5}}
 
@@ -41,7 +41,7 @@ def run(monitor: Monitor) -> None:
 def test_tensorboard_reads_scalars_and_alerts(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monitor, alerts = watched({"sinks": {"tensorboard": True}}, tmp_path)
+    monitor, alerts = monitored({"sinks": {"tensorboard": True}}, tmp_path)
     run(monitor)
     monitor.close()
     read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -62,7 +62,7 @@ def test_tensorboard_forgets_what_is_made_again(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for done, last, norm in ((0, 6, 1.0), (3, 5, 2.0)):
-        monitor, _ = watched({"sinks": {"tensorboard": True}}, tmp_path)
+        monitor, _ = monitored({"sinks": {"tensorboard": True}}, tmp_path)
         monitor.load_state_dict({**monitor.state_dict(), "step": done})
         for step in range(done + 1, last + 1):
             monitor.step(step_row(step, norm=norm))
@@ -82,7 +82,7 @@ def scrape(port: int) -> dict[str, float]:
 
 
 def test_prometheus_scrapes_the_newest_row(port: int, caplog: Any) -> None:
-    monitor, _ = watched({"sinks": {"prometheus": port}})
+    monitor, _ = monitored({"sinks": {"prometheus": port}})
     began = time.time()
     run(monitor)
     found = scrape(port)
@@ -96,7 +96,7 @@ def test_prometheus_scrapes_the_newest_row(port: int, caplog: Any) -> None:
     assert began - 1 <= found["distnorm_last_step_timestamp_seconds"] <= time.time() + 1
     # Its own registry: nothing of the process's, and two of them in one process don't meet.
     assert not [name for name in found if not name.startswith("distnorm_")]
-    other, _ = watched({"sinks": {"prometheus": port}})
+    other, _ = monitored({"sinks": {"prometheus": port}})
     other.step(step_row(1))
     other.step(step_row(2))
     failed = [text for text in caplog.messages if "prometheus" in text]
@@ -132,11 +132,11 @@ def test_wandb_offline_has_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_CONSOLE", "off")
-    monitor, alerts = watched({"sinks": {"wandb": True}}, tmp_path)
+    monitor, alerts = monitored({"sinks": {"wandb": True}}, tmp_path)
     run(monitor)
     monitor.close()
     (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    history, told, until = [], [], time.monotonic() + 30
+    history, alerted, until = [], [], time.monotonic() + 30
     records: list[Any] = []
     # The process that writes it is wandb's own, and `finish` may be back before it is done.
     while "exit" not in [record.WhichOneof("record_type") for record in records]:
@@ -150,13 +150,13 @@ def test_wandb_offline_has_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
             )
         if record.WhichOneof("record_type") == "alert":
-            told.append((record.alert.title, record.alert.text))
+            alerted.append((record.alert.title, record.alert.text))
     first, layers, second = history
     assert (first["distnorm/step"], first["distnorm/grad_norm"]) == (1, 3.0)
     assert first["distnorm/groups/experts/threshold"] == 0.5
     assert (layers["distnorm/step"], layers["distnorm/layers/norm/a.weight"]) == (1, 4.0)
     assert math.isnan(second["distnorm/grad_norm"])
-    assert told == [("distnorm: non_finite", f"step 2: {alerts[0].message}")]
+    assert alerted == [("distnorm: non_finite", f"step 2: {alerts[0].message}")]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "prometheus"])
@@ -173,7 +173,7 @@ def test_a_missing_package_is_named_once_with_what_to_install(
 
     monkeypatch.setattr(builtins, "__import__", without)
     value = 9090 if name == "prometheus" else True
-    monitor, alerts = watched({"sinks": {name: value}}, tmp_path)
+    monitor, alerts = monitored({"sinks": {name: value}}, tmp_path)
     run(monitor)
     (failed,) = [text for text in caplog.messages if name in text]
     assert failed == (
@@ -208,7 +208,7 @@ def test_a_sink_that_fails_is_closed_and_dropped_and_others_go_on(
     broken, fine = Fails(method), Fails("")
     sinks = Sinks({"broken": lambda: broken, "fine": lambda: fine})
     monkeypatch.setattr("distnorm.monitor.monitor.openers", lambda *_: {})
-    monitor, _ = watched({})
+    monitor, _ = monitored({})
     monitor._sinks = sinks
     run(monitor)
     run(monitor)
@@ -221,7 +221,7 @@ def test_a_sink_that_fails_is_closed_and_dropped_and_others_go_on(
 
 
 def test_tensorboard_without_a_folder_says_where_to_name_one(caplog: Any) -> None:
-    monitor, _ = watched({"sinks": {"tensorboard": True}})
+    monitor, _ = monitored({"sinks": {"tensorboard": True}})
     monitor.step(step_row(1))
     (failed,) = caplog.messages
     assert "expected monitor.dir to name a folder, found null" in failed

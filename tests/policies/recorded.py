@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distnorm.policies import Decision, Policy, Seen
+from distnorm.policies import Decision, Policy, StepStatistics
 
 NAN, INF = math.nan, math.inf
 # fmt: off
@@ -66,10 +66,12 @@ def fp64(value: float | Sequence[float]) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
-def seen(step: int, total: float, loss: float | None = None, order: Sequence[int] = (0, 1, 2, 3)) -> Seen:
+def seen(
+    step: int, total: float, loss: float | None = None, order: Sequence[int] = (0, 1, 2, 3)
+) -> StepStatistics:
     """One step of the series; `order` is the order in which a topology has its parameters."""
     norms = parameter_norms(step, total)
-    return Seen.of(
+    return StepStatistics.of(
         fp64(total),
         loss=None if loss is None else fp64(loss),
         parameter_norms=fp64([norms[i] for i in order]),

@@ -26,7 +26,7 @@ from distnorm.policies import (
 )
 from tests.policies.recorded import INF, NAMES, NAN, NORMS, NUMELS, f32, fp64, parameter_norms, play, seen
 
-Told = Iterator[tuple[float, float]]  # threshold and coefficient
+Expected = Iterator[tuple[float, float]]  # threshold and coefficient
 
 MODES = {"raise": 1.0, "skip": 1.0, "zero": 0.0}
 
@@ -39,9 +39,9 @@ def clipped_to(threshold: float, norm: float) -> float:
     return 1.0 if threshold == INF else min(1.0, threshold / (norm + 1e-6))
 
 
-def compare(decisions: list[Decision], told: Told, nonfinite: str) -> None:
+def compare(decisions: list[Decision], expected: Expected, nonfinite: str) -> None:
     some = 0
-    for norm, decision, (threshold, coef) in zip(NORMS, decisions, told, strict=True):
+    for norm, decision, (threshold, coef) in zip(NORMS, decisions, expected, strict=True):
         assert decision.threshold.item() == near(threshold)
         if math.isfinite(norm):
             assert decision.coef.item() == near(coef)
@@ -52,12 +52,12 @@ def compare(decisions: list[Decision], told: Told, nonfinite: str) -> None:
     assert some > 1, "the series clips"
 
 
-def constant_told(c: float) -> Told:
+def constant_expected(c: float) -> Expected:
     for norm in NORMS:
         yield c, clipped_to(c, norm)
 
 
-def percentile_told(p: float, window: int, bound: float) -> Told:
+def percentile_expected(p: float, window: int, bound: float) -> Expected:
     history: list[float] = []
     for norm in NORMS:
         if math.isfinite(norm):
@@ -71,7 +71,7 @@ def percentile_told(p: float, window: int, bound: float) -> Told:
         yield c, clipped_to(c, norm)
 
 
-def zclip_told(alpha: float, z_t: float, warmup: int, bound: float) -> Told:
+def zclip_expected(alpha: float, z_t: float, warmup: int, bound: float) -> Expected:
     collected: list[float] = []
     mean = variance = 0.0
     for norm in NORMS:
@@ -95,7 +95,7 @@ def zclip_told(alpha: float, z_t: float, warmup: int, bound: float) -> Told:
 
 @pytest.mark.parametrize("nonfinite", [*MODES, "propagate"])
 def test_constant(nonfinite: str) -> None:
-    compare(play(Constant(1.5, nonfinite)), constant_told(1.5), nonfinite)
+    compare(play(Constant(1.5, nonfinite)), constant_expected(1.5), nonfinite)
 
 
 @pytest.mark.parametrize("nonfinite", MODES)
@@ -104,7 +104,7 @@ def test_constant(nonfinite: str) -> None:
 )
 def test_percentile(p: float, window: int, bound: float, nonfinite: str) -> None:
     policy = Percentile(bound, nonfinite, p=p, window=window)
-    compare(play(policy), percentile_told(p, window, bound), nonfinite)
+    compare(play(policy), percentile_expected(p, window, bound), nonfinite)
 
 
 def test_percentile_is_numpy_s() -> None:
@@ -121,7 +121,7 @@ def test_percentile_is_numpy_s() -> None:
 )
 def test_zclip(alpha: float, z_t: float, warmup: int, bound: float, nonfinite: str) -> None:
     policy = ZClip(bound, nonfinite, alpha=alpha, z_t=z_t, warmup=warmup)
-    compare(play(policy), zclip_told(alpha, z_t, warmup, bound), nonfinite)
+    compare(play(policy), zclip_expected(alpha, z_t, warmup, bound), nonfinite)
 
 
 def test_zclip_clips_a_planted_spike_and_nothing_in_warm_up() -> None:
@@ -130,7 +130,7 @@ def test_zclip_clips_a_planted_spike_and_nothing_in_warm_up() -> None:
     assert coefs[40] < 0.5
 
 
-def skip_told(values: list[float], k: float, window: int, after: int, above: float) -> Iterator[bool]:
+def skip_expected(values: list[float], k: float, window: int, after: int, above: float) -> Iterator[bool]:
     history: list[float] = []
     for norm, value in zip(NORMS, values, strict=True):
         limit = above
@@ -150,9 +150,9 @@ def test_skip_spikes(k: float, window: int, after: int, above: float | None) -> 
     policy = SkipSpikes(1.5, "skip", k=k, window=window, after=after, above=above)
     decisions = play(policy)
     values = [f32(norm) for norm in NORMS]
-    told = list(skip_told(values, k, window, after, INF if above is None else above))
-    assert [bool(decision.skip) for decision in decisions] == told
-    assert any(told)
+    expected = list(skip_expected(values, k, window, after, INF if above is None else above))
+    assert [bool(decision.skip) for decision in decisions] == expected
+    assert any(expected)
     for norm, decision in zip(NORMS, decisions, strict=True):
         assert decision.coef.item() == near(clipped_to(1.5, norm) if math.isfinite(norm) else 1.0)
 
@@ -175,13 +175,13 @@ def test_skip_spikes_on_a_loss() -> None:
         policy.decide(seen(step, norm, loss))
         for step, (norm, loss) in enumerate(zip(NORMS, losses, strict=True))
     ]
-    told = list(skip_told([f32(loss) for loss in losses], 3.0, 16, 8, INF))
-    assert [bool(decision.skip) for decision in found] == told
-    assert [step for step, skipped in enumerate(told) if skipped][:3] == [3, 60, 61]
+    expected = list(skip_expected([f32(loss) for loss in losses], 3.0, 16, 8, INF))
+    assert [bool(decision.skip) for decision in found] == expected
+    assert [step for step, skipped in enumerate(expected) if skipped][:3] == [3, 60, 61]
     assert {decision.threshold.item() for decision in found} == {1.0}
 
 
-def adagc_told(lam: float, beta: float, warmup: int, c: float) -> Iterator[tuple[float, list[float]]]:
+def adagc_expected(lam: float, beta: float, warmup: int, c: float) -> Iterator[tuple[float, list[float]]]:
     gamma: list[float | None] = [None] * len(NAMES)
     finite = 0
     for step, total in enumerate(NORMS):
@@ -211,7 +211,7 @@ def test_adagc(lam: float, beta: float, warmup: int, c: float) -> None:
     policy = AdaGc(nonfinite="skip", lambda_=lam, beta=beta, warmup=warmup, warmup_max_norm=c)
     policy.bind(NAMES)
     some = 0
-    for decision, (threshold, coefs) in zip(play(policy), adagc_told(lam, beta, warmup, c), strict=True):
+    for decision, (threshold, coefs) in zip(play(policy), adagc_expected(lam, beta, warmup, c), strict=True):
         assert decision.each is not None
         assert decision.each.tolist() == [near(coef) for coef in coefs]
         assert decision.coef.item() == near(min(coefs))
@@ -259,8 +259,8 @@ def test_a_model_without_parameters_or_units() -> None:
     bound.bind(())
     nothing = seen(0, 0.0)
     for policy in (PerTensor(1.0), Agc(), bound):
-        told = type(nothing)(fp64(0.0), fp64(0.0), None, empty, empty, empty, empty)
-        assert policy.decide(told).coef.item() == 1.0
+        nothing = type(nothing)(fp64(0.0), fp64(0.0), None, empty, empty, empty, empty)
+        assert policy.decide(nothing).coef.item() == 1.0
 
 
 POINTS = [(10, 1.0), (20, 0.5), (60, 2.0)]
@@ -271,7 +271,7 @@ class At:
         self.step, self.factor = step, factor
 
 
-def curve_told(curve: str, step: int) -> float:
+def curve_expected(curve: str, step: int) -> float:
     if step < 10 or curve == "constant":
         return 1.0
     if step >= 60:
@@ -289,9 +289,11 @@ def curve_told(curve: str, step: int) -> float:
 def test_schedule(curve: str) -> None:
     points = [] if curve == "constant" else [At(*point) for point in POINTS]
     policy = Schedule(1.5, "skip", curve=curve, points=points, warmup=15, warmup_factor=10.0)
-    thresholds = [1.5 * curve_told(curve, step) * (10.0 if step < 15 else 1.0) for step in range(len(NORMS))]
-    told = ((c, clipped_to(c, norm)) for c, norm in zip(thresholds, NORMS, strict=True))
-    compare(play(policy), told, "skip")
+    thresholds = [
+        1.5 * curve_expected(curve, step) * (10.0 if step < 15 else 1.0) for step in range(len(NORMS))
+    ]
+    expected = ((c, clipped_to(c, norm)) for c, norm in zip(thresholds, NORMS, strict=True))
+    compare(play(policy), expected, "skip")
 
 
 @pytest.mark.parametrize("policy", [Schedule(warmup=5, warmup_factor=0.0), Constant(), PerTensor()])

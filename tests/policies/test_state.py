@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distnorm.config import ClipConfig
 from distnorm.errors import DistnormError
-from distnorm.policies import AdaGc, Percentile, Policy, Seen, SkipSpikes, ZClip, policy_of
+from distnorm.policies import AdaGc, Percentile, Policy, SkipSpikes, StepStatistics, ZClip, policy_of
 from tests.policies.recorded import INF, NAMES, NAN, NORMS, fp64, plain, play, seen, through_json
 
 POLICIES: dict[str, Any] = {
@@ -104,7 +104,9 @@ def test_the_threshold_comes_from_the_rounded_norm_and_the_state_alone() -> None
         one, other = made(name), made(name)
         for step, norm in enumerate(NORMS):
             first, second = seen(step, norm), seen(step, norm)
-            moved = Seen(first.total_norm * (1 + 1e-13), *(getattr(second, f) for f in Seen.__slots__[1:]))
+            moved = StepStatistics(
+                first.total_norm * (1 + 1e-13), *(getattr(second, f) for f in StepStatistics.__slots__[1:])
+            )
             a, b = plain(one.decide(first)), plain(other.decide(moved))
             assert (a["threshold"], a["skip"]) == (b["threshold"], b["skip"])
         assert one.state_dict() == other.state_dict()
@@ -160,7 +162,7 @@ def test_a_shorter_window_keeps_the_newest() -> None:
 
 def test_skip_spikes_on_a_loss_needs_one() -> None:
     with pytest.raises(DistnormError, match="expected a loss with every step"):
-        SkipSpikes(on="loss").decide(Seen.of(fp64(1.0)))
+        SkipSpikes(on="loss").decide(StepStatistics.of(fp64(1.0)))
 
 
 class NoHostReads(TorchDispatchMode):
@@ -197,8 +199,10 @@ class NothingOnTheHost(TorchDispatchMode):
 def test_the_state_is_where_the_gradients_are(name: str) -> None:
     """The meta device has no values: whatever reads one raises."""
     policy, step = made(name), seen(0, 1.0)
-    there = {field: getattr(step, field) for field in Seen.__slots__}
-    moved = Seen(**{field: None if value is None else value.to("meta") for field, value in there.items()})
+    there = {field: getattr(step, field) for field in StepStatistics.__slots__}
+    moved = StepStatistics(
+        **{field: None if value is None else value.to("meta") for field, value in there.items()}
+    )
     policy.decide(moved)
     with NothingOnTheHost():
         decision = policy.decide(moved)

@@ -115,7 +115,7 @@ def test_rows_of_layers_are_those_of_one_dense_process(
         assert list(row) == ["step", "layer", *NUMBERS]
         assert {key: row[key] for key in NUMBERS} == pytest.approx(numbers, rel=RTOL, abs=0), (step, layer)
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
-    assert not (tmp_path / "alerts.jsonl").exists()
+    assert (tmp_path / "alerts.jsonl").read_bytes() == b""
 
 
 # ---- a clean run
@@ -182,7 +182,7 @@ def test_sinks_that_fail_leave_the_run_going(
         return real_write(descriptor, line)
 
     monkeypatch.setattr(builtins, "__import__", without_wandb)
-    monkeypatch.setattr("distnorm.monitor.lines.os.write", full_disk)
+    monkeypatch.setattr("distnorm.monitor.sinks.jsonl.os.write", full_disk)
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()

@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from distnorm.testing import dense_norm
 from distnorm.verification import VerifyReport, verify
@@ -76,6 +78,21 @@ def test_passes_for_other_orders(ranks: Ranks, p: float) -> None:
     report = same(ranks(2, tp, {"norm": {"type": p}}))
     assert report.ok, str(report)
     assert "verify's own" in check_of(report, "scaling").detail
+
+
+def under_a_default_device() -> VerifyReport:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",))
+    model = Block()
+    fully_shard(model, mesh=mesh)
+    backward(model, dist.get_rank())
+    with torch.device("meta"):
+        return verify(model, CLIP)
+
+
+def test_passes_where_a_default_device_is_set(ranks: Ranks) -> None:
+    """The indices of a shard, and what verify gathers, are in the host's memory whatever is set."""
+    report = same(ranks(2, under_a_default_device))
+    assert report.ok, str(report)
 
 
 def test_passes_for_uneven_and_empty_shards(ranks: Ranks) -> None:

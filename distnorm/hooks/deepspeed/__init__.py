@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from distnorm.hooks.deepspeed.hook import DeepSpeedHook, is_engine
+from distnorm.hooks.deepspeed.verdict import EngineClipper
 
-__all__ = ["DeepSpeedHook", "is_engine"]
+__all__ = ["DeepSpeedHook", "EngineClipper", "is_engine"]

@@ -34,7 +34,7 @@ class Adapter(ABC):
 
     @property
     def loss_scale(self) -> float:
-        """What the gradients bear; to be asked before the wrapper's step, which changes it."""
+        """What the gradients were multiplied by; valid only before the wrapper's step, which changes it."""
         scale = getattr(self.optimizer, "loss_scale", None)
         return 1.0 if scale is None else float(scale)
 
@@ -46,11 +46,11 @@ class Adapter(ABC):
     def install(self, patches: Patches) -> None:
         """Let the wrapper do what the verdict says."""
 
-    def settle(self) -> None:  # noqa: B027 - most have nothing to do
+    def wait_for_gradients(self) -> None:  # noqa: B027 - most have nothing to do
         """Wait for gradients that are still on their way."""
 
     def impose(self) -> None:  # noqa: B027
-        """Do what the wrapper's step can't be made to do by itself."""
+        """Do what the wrapper's own step can't be made to do."""
 
     def forget(self) -> None:  # noqa: B027
         """Clear what a parameter that is unused in the next step would contribute again."""
@@ -100,7 +100,7 @@ class Unfused(Adapter):
     """`FP16_UnfusedOptimizer`: stage 0 in fp16, and in bf16 with bf16 accumulation.
 
     The loss is scaled by this wrapper's own `backward`, which the engine's `backward` doesn't call, though
-    the step divides by the scale whoever was called. So it is seen whether the gradients bear it.
+    the step divides by the scale whichever was called. So whether the gradients are scaled is checked.
     """
 
     _functions: tuple[str, ...] = ("get_weight_norm", "get_global_norm")
@@ -172,7 +172,7 @@ class Zero12(Adapter):
     def pieces(self) -> list[Piece]:
         return source.of_zero_1_and_2(self.optimizer, self.names)
 
-    def settle(self) -> None:
+    def wait_for_gradients(self) -> None:
         self.optimizer._wait_for_offload_copies()
 
     def install(self, patches: Patches) -> None:
@@ -196,7 +196,7 @@ class Zero12(Adapter):
         self.optimizer.overflow = self._skips()
 
     def _no_norm(self, *_: Any, **__: Any) -> Tensor:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
 
 
 class Zero3(Adapter):
@@ -205,7 +205,7 @@ class Zero3(Adapter):
     def pieces(self) -> list[Piece]:
         return source.of_zero_3(self.optimizer, self.names)
 
-    def settle(self) -> None:
+    def wait_for_gradients(self) -> None:
         stream = self.optimizer.reduce_and_partition_stream
         if torch.cuda.is_available() and stream is not None:
             stream.synchronize()
@@ -230,7 +230,7 @@ class Zero3(Adapter):
         self.optimizer.inf_or_nan_tracker.zero_()
 
     def _norm_groups(self) -> list[Tensor]:
-        return [torch.tensor(self._sign())]
+        return [torch.tensor(self._sign(), device="cpu")]
 
     def _unscale_and_clip(self, sub_group: int, *_: Any, **__: Any) -> None:
         self._rescale([self.optimizer.fp32_partitioned_groups_flat[sub_group].grad])

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distnorm.collectives import Ranks
-from distnorm.plan import stable_hash
+from distnorm import kernels
+from distnorm.plan.collectives import Ranks
+from distnorm.plan.terms import stable_hash
 from distnorm.sources.deepspeed import Cuts, Piece
 
 
@@ -23,17 +24,21 @@ def cuts_inside(ranks: Ranks, pieces: Sequence[Piece]) -> Cuts:
     Returns:
         Offsets by name. No rank holds more than those of its own pieces, and of the names it owns.
     """
-    rows = torch.tensor(
-        [[stable_hash(p.name), p.start, p.stop, p.is_whole, 0] for p in pieces], dtype=torch.int64
-    ).view(-1, 5)
+    with kernels.plain_operators():
+        return _cuts_inside(ranks, pieces)
+
+
+def _cuts_inside(ranks: Ranks, pieces: Sequence[Piece]) -> Cuts:
+    facts = [[stable_hash(p.name), p.start, p.stop, p.is_whole, 0] for p in pieces]
+    rows = torch.tensor(facts, dtype=torch.int64, device="cpu").view(-1, 5)
     inside, cut = ranks.join(rows[:, 0], rows, _nth_cut).unbind(1)
     most = torch.tensor([max(inside.tolist(), default=0)], dtype=torch.int64, device=ranks.device())
-    asked = torch.arange(len(rows))
+    asked = torch.arange(len(rows), device="cpu")
     if ranks.all_reduce_(most, "max").item() > 1:  # ask once for each cut, and once where there is none
         times = inside.clamp(min=1)
         asked = asked.repeat_interleave(times)
         rows = rows[asked]
-        rows[:, 4] = torch.arange(len(rows)) - (times.cumsum(0) - times)[asked]
+        rows[:, 4] = torch.arange(len(rows), device="cpu") - (times.cumsum(0) - times)[asked]
         inside, cut = ranks.join(rows[:, 0], rows, _nth_cut).unbind(1)
     cuts: dict[str, set[int]] = defaultdict(set)
     for i, count, offset in zip(asked.tolist(), inside.tolist(), cut.tolist(), strict=True):
@@ -49,7 +54,7 @@ def _nth_cut(rows: Tensor) -> Tensor:
     ends = torch.cat([rows[:, [0, 1]], rows[:, [0, 2]]])
     points, at = torch.unique(ends, dim=0, return_inverse=True)  # ascending, name by name
     start, stop = at.chunk(2)
-    is_cut = torch.zeros(len(points), dtype=torch.bool)
+    is_cut = torch.zeros(len(points), dtype=torch.bool, device="cpu")
     is_cut[at[(rows[:, 3] == 0).repeat(2)]] = True
     up_to = is_cut.cumsum(0)
     inside = torch.where(start < stop, up_to[(stop - 1).clamp(min=0)] - up_to[start], 0)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.distributed import ProcessGroup
 
-from distnorm.collectives import Ranks
 from distnorm.config import Config
 from distnorm.errors import DistnormError, NonFiniteGradientError
 from distnorm.hooks.deepspeed.adapters import Adapter
@@ -17,6 +16,7 @@ from distnorm.hooks.deepspeed.cutting import cuts_inside
 from distnorm.hooks.deepspeed.patches import Patches
 from distnorm.hooks.deepspeed.refusals import adapter_class, retire_engines_clipping
 from distnorm.hooks.deepspeed.verdict import EngineClipper
+from distnorm.plan.collectives import Ranks
 from distnorm.sources import Tied, checked_tied
 from distnorm.sources import deepspeed as source
 from distnorm.sources.deepspeed import Piece
@@ -70,6 +70,18 @@ class DeepSpeedHook:
             raise
         self._adapter = adapter
 
+    @property
+    def optimizers(self) -> list[object]:
+        """The engine, which steps its optimizer."""
+        return [self._engine]
+
+    def paused(self) -> NoReturn:
+        """Refused: in each of the engine's steps the hook decides whether it overflows."""
+        raise DistnormError(
+            f"paused: expected a torch optimizer's handle, found that of {type(self._engine).__name__}, "
+            "whose own step needs distnorm's norm; call remove() of the handle, and attach again afterwards"
+        )
+
     def remove(self) -> None:
         """Put everything back. A second call does nothing."""
         self._patches.undo()
@@ -107,7 +119,7 @@ class DeepSpeedHook:
         engine = self._engine
 
         def take_measured_step(*args: Any, **kwargs: Any) -> Any:
-            adapter.settle()
+            adapter.wait_for_gradients()
             verdict = self.clipper.judge(adapter.loss_scale, is_scaled=engine.fp16_enabled())
             adapter.verdict, self._error = verdict, verdict.error
             try:

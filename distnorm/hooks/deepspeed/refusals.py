@@ -1,4 +1,4 @@
-"""What can't be hooked, by name; and the second clipper, which is put out of work."""
+"""What can't be hooked, by name; and the second clipper, which is switched off."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _obstacles(engine: Any) -> Iterator[str]:
 
 
 def retire_engines_clipping(engine: Any, patches: Patches, *, quiet: bool) -> None:
-    """Put the engine's own clipping out of work, and say so unless `quiet`.
+    """Switch the engine's own clipping off, and log it unless `quiet`.
 
     Raises:
         ConfigError: the optimizer clips as well, inside its own step.
@@ -72,7 +72,7 @@ def retire_engines_clipping(engine: Any, patches: Patches, *, quiet: bool) -> No
     value = engine.gradient_clipping()
     if value > 0 and not quiet:
         _LOG.warning(
-            "DeepSpeed's gradient_clipping = %s is put out of work: distnorm clips this engine's gradients%s",
+            "DeepSpeed's gradient_clipping = %s is switched off: distnorm clips this engine's gradients%s",
             value,
             ""
             if "gradient_clipping" in _config_keys(engine)

@@ -1,24 +1,25 @@
-"""One norm and one decision a step, from gradients that still bear the loss scale."""
+"""One norm and one decision a step, from gradients that are still scaled by the loss scale."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distnorm import kernels
-from distnorm.clipper import GradClipper
-from distnorm.config import Config
+from distnorm.config import Config, load_config
 from distnorm.errors import ConfigError, DistnormError, NonFiniteGradientError
+from distnorm.monitor import Monitor
+from distnorm.plan.collectives import Ranks
 from distnorm.policies import Decision, policy_of
-from distnorm.readings import Measured
-from distnorm.results import ClipResult
-from distnorm.shards import GradShard
+from distnorm.policies.groups import PolicyGroups
+from distnorm.policies.results import ClipResult
+from distnorm.sources.shards import GradShard
+from distnorm.step import Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Verdict:
     """What is to be done with one step's gradients.
 
     Args:
-        result: what the caller is told.
+        result: what the caller gets.
         decision: threshold and coefficient, of the unscaled norm.
         loss_scale: what the gradients were multiplied by at backward.
         skips: whether the step does not happen.
@@ -40,15 +41,19 @@ class Verdict:
     error: NonFiniteGradientError | None
 
     def rescale_(self, gradients: Sequence[Tensor]) -> None:
-        """Divide gradients by the loss scale and clip them, in place, in one multiplication."""
+        """Divide gradients by the loss scale and clip them, in place, in one multiplication, and memory that
+        some of them share once."""
+        memory = kernels.once([kernels.memory_of(gradient) for gradient in gradients])
         if self.decision.may_clip or self.loss_scale != 1:
-            kernels.scale_(gradients, self.decision.coef / self.loss_scale)
-        if self.decision.zero:
-            kernels.zero_unless_(gradients, self.result.is_finite)
+            kernels.scale_(memory, self.decision.coef / self.loss_scale)
+        if self.decision.zero_unless is not None:
+            kernels.zero_unless_(memory, self.decision.zero_unless)
 
 
-class EngineClipper(GradClipper):
-    """The clipper of an engine's gradients. They can be measured only as its step begins, so the engine does.
+class EngineClipper:
+    """Clips an engine's gradients, which can be measured only as the engine's own step begins.
+
+    It is the `clipper` of an engine's `Handle`, with those members of `GradClipper` that make sense there.
 
     Args:
         shards: what this rank holds.
@@ -65,83 +70,109 @@ class EngineClipper(GradClipper):
         config: str | Path | Mapping[str, Any] | Config | None,
         group: ProcessGroup | None,
     ) -> None:
-        self._given = shards
-        super().__init__([], config, group=group)
+        ranks = Ranks(group)
+        with ranks.together():
+            self.config = load_config(config)
+            _check(self.config)
+            self._step = Step(self.config, ranks, ())
+        self._shards = shards
+        self._step.plan(lambda: (shards, [(shard.name, shard.holder) for shard in shards]), ())
 
-    def _check(self) -> None:
-        clip = self.config.clip
-        if clip.apply == "optimizer" or clip.overlap:
-            raise ConfigError(
-                "clip: expected apply auto or scale, and overlap false, with a DeepSpeed engine, whose step "
-                f"holds and scales the gradients; found apply {clip.apply} and overlap "
-                f"{str(clip.overlap).lower()}"
-            )
-        if clip.groups:
-            raise ConfigError(
-                "clip.groups: expected none with a DeepSpeed engine, whose step scales all gradients alike; "
-                f"found {len(clip.groups)}"
-            )
-        if (policy := policy_of(clip)).reads != "total":
-            raise ConfigError(
-                "clip.policy: expected one that goes by the total norm with a DeepSpeed engine, whose step "
-                f"scales all gradients alike; found {policy.name}"
-            )
+    @property
+    def last(self) -> ClipResult | None:
+        """The newest step's result, or `None` before the first."""
+        return self._step.last
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """As `GradClipper.monitor`."""
+        return None if self._step.monitor is None else self._step.monitor.monitor
+
+    @property
+    def rules(self) -> PolicyGroups:
+        """What decides."""
+        return self._step.groups
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The module's parameters that this rank holds pieces of."""
+        return [shard.holder for shard in self._shards]
+
+    def note(self, *, loss: Tensor | float | None = None, tokens: int | None = None) -> None:
+        """As `GradClipper.note`."""
+        self._step.note(loss, tokens)
+
+    def flush(self, **facts: Any) -> dict[str, Any] | None:
+        """As `GradClipper.flush`."""
+        return None if self._step.monitor is None else self._step.monitor.flush(facts)
+
+    def close(self) -> None:
+        """As `GradClipper.close`."""
+        self._step.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `GradClipper.state_dict`."""
+        return self._step.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As `GradClipper.load_state_dict`."""
+        self._step.load_state_dict(state)
+
+    def __repr__(self) -> str:
+        return f"EngineClipper({len(self._shards)} pieces, {self._step.describe()})"
 
     def judge(self, loss_scale: float, *, is_scaled: bool) -> Verdict:
         """Measure this step's gradients and decide. Collective: every rank must call it.
 
         Args:
-            loss_scale: what the gradients bear.
+            loss_scale: what the gradients were multiplied by.
             is_scaled: whether the loss is scaled at all: then a step whose norm is not finite never happens,
                 whatever `clip.nonfinite` says, since it is the scale that has to change.
+
+        Raises:
+            DistnormError: a gradient can't be measured, or the process group was destroyed; on every rank.
         """
-        mode, lanes = self.config.clip.nonfinite, self._lanes(store=True)
+        step, before = self._step, self._step.count
+        if not step.ranks.is_current:
+            raise DistnormError(
+                "expected the process group that the engine was attached with, found that it was destroyed; "
+                "make the engine anew, attach, and give the new handle's clipper the state of this one"
+            )
         error: NonFiniteGradientError | None = None
-        with torch.no_grad():
-            try:
-                measured = self._meter.measure((), lambda: self._shards, more=lanes)
-            except NonFiniteGradientError as caught:
-                error, measured = caught, self._failed(caught)
-            finally:
-                self._rules.loss.forget()
-            outcome = self._decider.decide(measured.total_norm / loss_scale, self._of_rules(measured.more))
-            if error is None:
-                try:
-                    self._made(measured, outcome.result, loss_scale)
-                except NonFiniteGradientError as caught:  # by monitor.stop_after
-                    error = caught
+        try:
+            outcome = step.take((), scales=False, loss_scale=loss_scale)
+        except NonFiniteGradientError as caught:  # by monitor.stop_after the step has been made
+            error, made = caught, step.outcome
+            if step.count > before and made is not None:
+                outcome = made
             else:
-                self._steps, self.last = self._steps + 1, outcome.result
+                outcome = step.take_not_finite(caught.total_norm, loss_scale)
         result = outcome.result
         assert outcome.decision is not None
-        skips = (is_scaled or mode in ("skip", "raise")) and not bool(result.is_finite)
-        skips = skips or (self._rules.may_skip and bool(result.skipped))
+        skips = (is_scaled or self.config.clip.nonfinite in _SKIPPING) and not bool(result.is_finite)
+        skips = skips or (step.groups.may_skip and bool(result.skipped))
         return Verdict(result, outcome.decision, loss_scale, skips, error)
 
-    def _failed(self, error: NonFiniteGradientError) -> Measured:
-        if self._watch is not None:
-            self._watch.failed(self._steps + 1, error)
-        device, lanes = self._meter.ranks.device(), self._rules.lanes
-        norm = torch.tensor(error.total_norm, dtype=torch.float64, device=device)
-        # A loss, which doesn't count in such a step.
-        more = None if lanes is None else torch.ones(lanes.length, dtype=torch.float64, device=device)
-        return Measured.of(norm, [], more)
 
-    def clip(self) -> NoReturn:
-        """Refused: the engine clips in its own step."""
-        raise DistnormError("expected the engine's own step() to clip, found a call of clip()")
+_SKIPPING = ("skip", "raise", "raise_now")
 
-    def decide(self) -> NoReturn:
-        """Refused, as `clip`."""
-        raise DistnormError("expected the engine's own step() to clip, found a call of decide()")
 
-    @property
-    def parameters(self) -> list[Tensor]:
-        return [shard.holder for shard in self._given]
-
-    def measure(self) -> NoReturn:
-        """Refused: the gradients are there only as the engine's step begins."""
-        raise DistnormError("expected the engine's own step() to measure, found a call of measure()")
-
-    def _read_target(self) -> tuple[list[GradShard], list[str]]:
-        return self._given, [shard.name for shard in self._given]
+def _check(config: Config) -> None:
+    """Refuse a configuration that an engine's step can't do."""
+    clip = config.clip
+    if clip.apply == "optimizer" or clip.overlap:
+        raise ConfigError(
+            "clip: expected apply auto or scale, and overlap false, with a DeepSpeed engine, whose step "
+            f"holds and scales the gradients; found apply {clip.apply} and overlap "
+            f"{str(clip.overlap).lower()}"
+        )
+    if clip.groups:
+        raise ConfigError(
+            "clip.groups: expected none with a DeepSpeed engine, whose step scales all gradients alike; "
+            f"found {len(clip.groups)}"
+        )
+    if (policy := policy_of(clip)).reads != "total":
+        raise ConfigError(
+            "clip.policy: expected one that goes by the total norm with a DeepSpeed engine, whose step "
+            f"scales all gradients alike; found {policy.name}"
+        )

@@ -29,7 +29,7 @@ class Chart:
 
     Args:
         title: the heading.
-        says: one or two sentences that say what is seen; the only thing shown where there are no `traces`.
+        says: one or two sentences about what it shows; the only thing shown where there are no `traces`.
         traces: plotly's.
         layout: plotly's; page.js adds what all figures share.
         table: the text alternative, HTML.

@@ -34,6 +34,8 @@ def main(runs: Sequence[str | Path], output: str | Path) -> int:
         draft.replace(file)
     except OSError as error:
         raise RunError(f"expected to write the report to {file}, found {error}") from error
-    steps = ", ".join(f"{run.name}: {plural(len(run.steps.rows), 'step')}" for run in found)
-    print(f"{file}: {len(page) / 1e6:.1f} MB; {steps}")
+    said = "; ".join(
+        f"{run.name}: {plural(len(run.steps.rows), 'step')}, {run.alerts_in_words}" for run in found
+    )
+    print(f"{file}: {len(page) / 1e6:.1f} MB; {said}")
     return 0

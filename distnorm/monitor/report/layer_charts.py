@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 
 from distnorm.monitor.report.charts import Chart, shown
-from distnorm.monitor.report.layers import Layers
+from distnorm.monitor.report.layers import LayerGrid
 from distnorm.monitor.report.numbers import finite, number, packed, plural, short
 from distnorm.monitor.report.tables import span, table
 
 _COLUMNS_OF_TABLE = 8
 
 
-def layer_charts(layers: Layers) -> list[Chart]:
+def layer_charts(layers: LayerGrid) -> list[Chart]:
     """Heat map, picked layer and spread; one notice where the run has no layer rows."""
     if not layers.layers:
         says = "This run has no layer rows (monitor.every is null, or layers.jsonl is missing)."
@@ -26,7 +26,7 @@ def layer_charts(layers: Layers) -> list[Chart]:
     return [_heat(layers, positive), _picked(layers), _spread(layers)]
 
 
-def _heat(layers: Layers, positive: list[float]) -> Chart:
+def _heat(layers: LayerGrid, positive: list[float]) -> Chart:
     z = [packed((math.log10(cell) for cell in layer.cells), "f") for layer in layers.layers]
     trace = {
         "type": "heatmap",
@@ -53,7 +53,7 @@ def _heat(layers: Layers, positive: list[float]) -> Chart:
     return Chart("Layers over steps", " ".join(says), [trace], {}, _heat_table(layers), kind="heat")
 
 
-def _heat_table(layers: Layers) -> str:
+def _heat_table(layers: LayerGrid) -> str:
     step = -(-len(layers.bins) // _COLUMNS_OF_TABLE)
     starts = range(0, len(layers.bins), step)
     heads = ["layer"]
@@ -75,7 +75,7 @@ def _heat_table(layers: Layers) -> str:
     return table(heads, rows, note)
 
 
-def _picked(layers: Layers) -> Chart:
+def _picked(layers: LayerGrid) -> Chart:
     says = (
         "The norm of the chosen layer, over the band that 90% of all layers lie in. "
         "Choose with the list (arrow keys work), or by a click on the heat map, whose table has its numbers."
@@ -83,7 +83,7 @@ def _picked(layers: Layers) -> Chart:
     return Chart("One layer", says, [{"type": "scatter"}], {}, kind="picked")
 
 
-def _spread(layers: Layers) -> Chart:
+def _spread(layers: LayerGrid) -> Chart:
     trace = {
         "type": "box",
         "names": [shown(layer.name) for layer in layers.layers],
@@ -96,7 +96,7 @@ def _spread(layers: Layers) -> Chart:
     return Chart("Spread of each layer", says, [trace], {}, _spread_table(layers), kind="spread")
 
 
-def _spread_table(layers: Layers) -> str:
+def _spread_table(layers: LayerGrid) -> str:
     heads = ("layer", "lowest", "5%", "25%", "median", "75%", "95%", "highest")
     last = ("last rms", "last max", "last zero share", "last norm / weight's")
     keys = ("rms", "max", "zero_fraction", "grad_to_weight")

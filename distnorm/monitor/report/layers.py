@@ -9,16 +9,15 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from distnorm.monitor.report.lines import Broken, Row, read
 from distnorm.monitor.report.numbers import number, percentiles
+from distnorm.monitor.report.row_reader import Row, UnreadableLines, read_rows
 
-LAYERS_FILE = "layers.jsonl"
 PERCENTS = (0, 5, 25, 50, 75, 95, 100)
 _MAX_ROWS, _MAX_COLUMNS = 1000, 400
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class GridLayer:
     """One layer, or several neighbours where there are too many to tell apart.
 
     Args:
@@ -39,10 +38,10 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class Layers:
-    """All layers in the model's order; `bins` are the first and last step of each column."""
+class LayerGrid:
+    """All layers in the order of the model; `bins` are the first and last step of each column."""
 
-    layers: tuple[Layer, ...] = ()
+    layers: tuple[GridLayer, ...] = ()
     bins: tuple[tuple[int, int], ...] = ()
     steps: int = 0
     rows: int = 0
@@ -56,9 +55,10 @@ class _Series:
     steps: array[int] = field(default_factory=lambda: array("q"))
     norms: array[float] = field(default_factory=lambda: array("d"))
     last: Row = field(default_factory=dict)
+    line: int = 0  # of the last row
 
 
-def read_layers(file: Path, max_cells: int) -> Layers:
+def read_layers(file: Path, max_cells: int) -> LayerGrid:
     """The layers in `file`; none where there is no such file.
 
     Args:
@@ -66,10 +66,10 @@ def read_layers(file: Path, max_cells: int) -> Layers:
         max_cells: the grid has at most so many cells, unless there are more layers than that.
     """
     if not file.is_file():
-        return Layers()
-    broken = Broken(file.name)
+        return LayerGrid()
+    broken = UnreadableLines(file.name)
     series: dict[str, _Series] = {}
-    for rows in read(file, broken):
+    for rows in read_rows(file, broken):
         for line, row in rows:
             try:
                 name, step, norm = row["layer"], row["step"], row["norm"]
@@ -81,12 +81,18 @@ def read_layers(file: Path, max_cells: int) -> Layers:
             except (KeyError, ValueError, TypeError, OverflowError):
                 broken.add(line)
             else:
-                of.last = row
+                of.last, of.line = row, line
     notes = (str(broken),) if broken.count else ()
-    return _grid(list(series.values()), max_cells, notes)
+    return _grid(_in_order(list(series.values())), max_cells, notes)
 
 
-def _grid(all_series: Sequence[_Series], max_cells: int, notes: tuple[str, ...]) -> Layers:
+def _in_order(all_series: list[_Series]) -> list[_Series]:
+    """The order of the newest step's rows, which is that of the model; then the layers that it lacks."""
+    newest = max((of.steps[-1] for of in all_series), default=0)
+    return sorted(all_series, key=lambda of: of.line if of.steps[-1] == newest else math.inf)
+
+
+def _grid(all_series: Sequence[_Series], max_cells: int, notes: tuple[str, ...]) -> LayerGrid:
     rows = sum(len(of.steps) for of in all_series)
     together = -(-len(all_series) // _MAX_ROWS) or 1
     merged = [_merge(all_series[first : first + together]) for first in range(0, len(all_series), together)]
@@ -97,7 +103,7 @@ def _grid(all_series: Sequence[_Series], max_cells: int, notes: tuple[str, ...])
     bins = tuple((steps[a], steps[b - 1]) for a, b in ends)
     column = {step: index for index, (a, b) in enumerate(ends) for step in steps[a:b]}
     layers = tuple(_layer(of, column, len(bins)) for of in merged)
-    return Layers(layers, bins, len(steps), rows, together, notes)
+    return LayerGrid(layers, bins, len(steps), rows, together, notes)
 
 
 def _merge(neighbours: Sequence[_Series]) -> _Series:
@@ -110,7 +116,7 @@ def _merge(neighbours: Sequence[_Series]) -> _Series:
     return together
 
 
-def _layer(of: _Series, column: dict[int, int], columns: int) -> Layer:
+def _layer(of: _Series, column: dict[int, int], columns: int) -> GridLayer:
     sums, counts = [0.0] * columns, [0] * columns
     zeros, broken = set(), set()
     log = math.log
@@ -126,4 +132,4 @@ def _layer(of: _Series, column: dict[int, int], columns: int) -> Layer:
     cells = tuple(math.exp(a / n) if n else math.nan for a, n in zip(sums, counts, strict=True))
     name = of.names[0] if len(of.names) == 1 else f"{of.names[0]} … {of.names[-1]} ({len(of.names)} layers)"
     only_zero = tuple(sorted(place for place in zeros - broken if not counts[place]))
-    return Layer(name, cells, only_zero, tuple(sorted(broken)), percentiles(of.norms, PERCENTS), of.last)
+    return GridLayer(name, cells, only_zero, tuple(sorted(broken)), percentiles(of.norms, PERCENTS), of.last)

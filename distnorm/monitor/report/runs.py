@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distnorm.errors import RunError
-from distnorm.monitor.report.layers import LAYERS_FILE, Layers, read_layers
-from distnorm.monitor.report.lines import Broken, read
-from distnorm.monitor.report.numbers import number
+from distnorm.monitor.records import ALERTS_FILE, LAYERS_FILE
+from distnorm.monitor.report.layers import LayerGrid, read_layers
+from distnorm.monitor.report.numbers import number, plural
+from distnorm.monitor.report.row_reader import UnreadableLines, read_rows
 from distnorm.monitor.report.steps import Steps, read_steps
 
 _MAX_CELLS = 240_000  # of the grids of all runs together: a megabyte and a quarter of the page
 
 
 @dataclass(frozen=True, slots=True)
-class Alert:
+class AlertRow:
     """One line of alerts.jsonl."""
 
     step: int
@@ -35,11 +36,18 @@ class Run:
     name: str
     folder: Path
     steps: Steps
-    layers: Layers
-    alerts: tuple[Alert, ...]
+    layers: LayerGrid
+    alerts: tuple[AlertRow, ...]
     has_alerts: bool
     config: str
     notes: tuple[str, ...]
+
+    @property
+    def alerts_in_words(self) -> str:
+        """How many alerts there were."""
+        if not self.has_alerts:
+            return f"no {ALERTS_FILE}"
+        return plural(len(self.alerts), "alert") if self.alerts else "no alerts"
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
@@ -57,7 +65,7 @@ def _read_run(path: Path, name: str, max_cells: int) -> Run:
     steps = read_steps(path)
     folder = path if path.is_dir() else path.parent
     layers = read_layers(folder / LAYERS_FILE, max_cells)
-    file = folder / "alerts.jsonl"
+    file = folder / ALERTS_FILE
     alerts, notes = _read_alerts(file) if file.is_file() else ((), ())
     return Run(
         name=name,
@@ -71,14 +79,14 @@ def _read_run(path: Path, name: str, max_cells: int) -> Run:
     )
 
 
-def _read_alerts(file: Path) -> tuple[tuple[Alert, ...], tuple[str, ...]]:
-    broken = Broken(file.name)
+def _read_alerts(file: Path) -> tuple[tuple[AlertRow, ...], tuple[str, ...]]:
+    broken = UnreadableLines(file.name)
     alerts = []
-    for rows in read(file, broken):
+    for rows in read_rows(file, broken):
         for line, row in rows:
             try:
                 alerts.append(
-                    Alert(
+                    AlertRow(
                         step=int(row["step"]),
                         kind=str(row["kind"]),
                         layer=str(row.get("layer") or ""),

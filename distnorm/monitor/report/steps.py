@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from distnorm.errors import RunError
-from distnorm.monitor.report.lines import Broken, Row, read
+from distnorm.monitor.records import METRICS_FILE
 from distnorm.monitor.report.numbers import number, plural
+from distnorm.monitor.report.row_reader import Row, UnreadableLines, read_rows
 
-METRICS_FILE = "metrics.jsonl"
 WINDOW = 100
 """Steps that the clip rate is over where the file has none."""
 
@@ -52,10 +52,10 @@ def read_steps(path: Path) -> Steps:
     file = path / METRICS_FILE if path.is_dir() else path
     if not file.is_file():
         raise RunError(f"expected a run's folder or its {METRICS_FILE}, found no file {file}")
-    broken = Broken(file.name)
+    broken = UnreadableLines(file.name)
     found: dict[int, Step] = {}
     again = 0
-    for rows in read(file, broken):
+    for rows in read_rows(file, broken):
         for line, row in rows:
             try:
                 step = _step(row)

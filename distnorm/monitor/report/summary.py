@@ -1,4 +1,4 @@
-"""What is told in words and tables: figures of a whole run, alerts, skipped steps, configurations."""
+"""What stands in words and tables: figures of a whole run, alerts, skipped steps, configurations."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def alerts_section(run: Run, key: str) -> str:
         for alert in run.alerts
     ]
     none = (
-        "No alert was raised."
+        "No alerts: every rule that is on found nothing."
         if run.has_alerts
-        else "This run has no alerts.jsonl, so nothing is known of alerts."
+        else "This run has no alerts.jsonl: its alerts are off, or an older version wrote it."
     )
     heads = ("step", "kind", "layer", "ranks", "value", "bound", "message")
     return _section(f"{key}-alerts", "Alerts", heads, rows, none)

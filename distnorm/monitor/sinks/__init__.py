@@ -15,13 +15,13 @@ _log = logging.getLogger("distnorm")
 
 
 class Sink(Protocol):
-    """Takes what a run says, on rank 0. Whatever it raises, it is closed and dropped."""
+    """Takes rows and alerts, on rank 0. Whatever it raises, it is closed and dropped."""
 
     def step(self, row: Mapping[str, Any]) -> None:
         """A step's row, as in metrics.jsonl."""
 
     def layers(self, step: int, rows: Sequence[LayerRow]) -> None:
-        """The rows of a look, in model order."""
+        """A monitored step's rows of all layers, in the order of the model."""
 
     def alert(self, alert: Alert) -> None:
         """An alert."""
@@ -47,6 +47,10 @@ class Sinks:
                 self._open[name] = opener()
             except Exception as error:
                 _warn(name, error)
+
+    def __bool__(self) -> bool:
+        """Whether there is any."""
+        return bool(self._open)
 
     def step(self, row: Mapping[str, Any]) -> None:
         self._each(lambda sink: sink.step(row))
@@ -74,17 +78,20 @@ class Sinks:
                     _log.debug("sink %s could not be closed", name, exc_info=True)
 
 
-def openers(config: SinksConfig, folder: Path | None, last_kept: int) -> dict[str, Opener]:
+def openers(
+    config: SinksConfig, folder: Path | None, last_kept: int, *, alerts: bool = True
+) -> dict[str, Opener]:
     """What makes the sinks of a config.
 
     Args:
         config: which there are besides JSONL.
         folder: the run's, which need not exist; None: no JSONL.
         last_kept: what is there of later steps is from a run that this one takes the place of.
+        alerts: whether there can be alerts.
     """
     wanted: dict[str, Opener] = {}
     if folder is not None:
-        wanted["jsonl"] = lambda: _jsonl(folder, last_kept)
+        wanted["jsonl"] = lambda: _jsonl(folder, last_kept, alerts)
     if config.tensorboard:
         wanted["tensorboard"] = lambda: _tensorboard(folder, last_kept)
     if config.wandb:
@@ -94,10 +101,10 @@ def openers(config: SinksConfig, folder: Path | None, last_kept: int) -> dict[st
     return wanted
 
 
-def _jsonl(folder: Path, last_kept: int) -> Sink:
+def _jsonl(folder: Path, last_kept: int, alerts: bool) -> Sink:
     from distnorm.monitor.sinks.jsonl import JsonlSink
 
-    return JsonlSink(folder, last_kept)
+    return JsonlSink(folder, last_kept, alerts=alerts)
 
 
 def _tensorboard(folder: Path | None, last_kept: int) -> Sink:

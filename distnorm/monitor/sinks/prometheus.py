@@ -13,7 +13,7 @@ class PrometheusSink:
     """Gauges in a registry of its own, over HTTP.
 
     `distnorm_<key>` are the numbers of the newest row, `distnorm_group_<key>{group}` those of its groups,
-    `distnorm_layer_<number>{layer}` of the newest look; `distnorm_alerts_total{kind}` counts, and
+    `distnorm_layer_<number>{layer}` of the newest monitored step; `distnorm_alerts_total{kind}` counts, and
     `distnorm_last_step_timestamp_seconds` stands still where a run hangs.
 
     Args:

@@ -1,4 +1,4 @@
-"""TensorBoard, by the writer of its own package: no torch, and a look at all layers is one event."""
+"""TensorBoard, by the writer of its own package: no torch, and all layers of a step are one event."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TensorBoardSink:
 
     def alert(self, alert: Alert) -> None:
         self._add(alert.step, self._text(f"alerts/{alert.kind}", alert.message))
-        # Alerts are few, and what somebody looks for after a crash.
+        # Alerts are few, and what somebody searches for after a crash.
         self._writer.flush()
 
     def close(self) -> None:

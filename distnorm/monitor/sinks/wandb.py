@@ -17,7 +17,7 @@ class WandbSink:
     """Metrics `distnorm/<key>`, `distnorm/groups/<group>/<key>`, `distnorm/layers/<number>/<layer>`; alerts.
 
     Args:
-        folder: where a run of its own writes; None: where wandb does by itself.
+        folder: where a run of its own writes; None: wandb's default.
     """
 
     def __init__(self, folder: Path | None) -> None:

@@ -1,0 +1,44 @@
+"""The modes of torch that a caller may be in, and how our own work is kept out of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@contextmanager
+def plain_operators() -> Iterator[None]:
+    """Run bookkeeping on real tensors in the host's memory, whatever modes the caller is in.
+
+    A default device, FakeTensorMode and counting modes apply to the caller's tensors, and not to ours.
+    """
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with ExitStack() as stack:
+        stack.enter_context(torch._C.DisableTorchFunction())
+        stack.enter_context(_disable_current_modes())
+        yield
+
+
+def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a compiled function that calls this one leave its graph for the call, and trace nothing inside."""
+    disabled: list[Callable[P, R]] = []
+
+    @wraps(function)
+    def eager(*args: P.args, **kwargs: P.kwargs) -> R:
+        compiler = sys.modules.get("torch._dynamo")
+        if compiler is None:  # nobody compiles, and importing it takes a second
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    return eager

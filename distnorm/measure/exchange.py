@@ -1,0 +1,204 @@
+"""The one all-reduce of a measurement: every rank's statistic, and its consensus header beside it.
+
+The vector has two forms. In the full one each field of a header is an element, and a statistic may be wide.
+In the packed one the header is a single number, which shows only whether all ranks measured the same; if they
+did not, those that read the result exchange their full headers in a second all-reduce. Two elements arrive
+many times sooner through gloo, which cuts a vector into messages of one element each.
+
+All ranks must use one form, so it is a property of the group: packed, until all ranks together make a plan
+that needs the full one. Likewise a third element, by which replicas are compared but for their last bits
+(see `distnorm.measure.replica_check`), is added once such replicas were found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from distnorm import kernels
+from distnorm.measure.header import FIELDS, DecodedHeader, Header, Packing
+from distnorm.measure.norms import Norm
+from distnorm.plan.collectives import Ranks
+
+_NOTHING = torch.empty(0, dtype=torch.float64, device="cpu")
+_WIDTH = 8  # fp64 values of a statistic in the full form, for orders up to 27 and inf
+
+
+class Payload(Protocol):
+    """Further values that a rank adds to the vector of one measurement."""
+
+    @property
+    def length(self) -> int:
+        """How many fp64 values, the same on all ranks."""
+
+    def local(self, gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
+        """This rank's, [length] on the device, of its local gradients, in the order of its shards."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReducedStatistics:
+    """What the all-reduce gave.
+
+    Args:
+        total_norm: 0-d fp64; NaN where the ranks did not measure the same.
+        payload: the reduced payload, [length] fp64.
+        decode: the headers, read on the host. In the packed form every rank must call it that reads a total
+            norm of disagreement, and every rank that measures nothing.
+        is_packed: in which form the vector was.
+        agreed: whether all ranks measured, and the same; 0-d bool where that isn't known on the host.
+        if_agreed: what `total_norm` is if the ranks measured the same after all.
+        replica_difference: by how much replicas differ, where that is known on the host; else 0-d fp64, and
+            `None` where nothing was compared.
+    """
+
+    total_norm: Tensor
+    payload: Tensor
+    decode: Callable[[], DecodedHeader]
+    is_packed: bool
+    agreed: Tensor | bool
+    if_agreed: Tensor
+    replica_difference: Tensor | float | None = None
+
+
+def without_norm(device: torch.device) -> ReducedStatistics:
+    """What stands for a reduction where no norm is needed: a total norm of NaN."""
+    norm = torch.full((), math.nan, dtype=torch.float64, device=device)
+    return ReducedStatistics(norm, norm.view(1)[:0], lambda: DecodedHeader({}), True, True, norm)
+
+
+class Exchange:
+    """Gives every rank the total norm of all ranks' statistics. A call is collective.
+
+    Args:
+        ranks: who takes part.
+        norm: which norm.
+    """
+
+    def __init__(self, ranks: Ranks, norm: Norm) -> None:
+        self._ranks, self._norm = ranks, norm
+        self._packing = Packing(ranks.rank, ranks.size)
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether this norm's statistic fits the packed form."""
+        return self._norm.op == "sum" and self._norm.width == 1
+
+    def use_full_form(self) -> None:
+        """From now on, on this group. Every rank must call it at the same point."""
+        self._ranks.state.is_packed = False
+
+    def __call__(
+        self,
+        statistic: Tensor | None,
+        header: Header,
+        payload: Tensor | int = 0,
+        replicas: float | Tensor = 0.0,
+    ) -> ReducedStatistics:
+        """Reduce this rank's statistic, [width] fp64, or none, and its header.
+
+        Args:
+            statistic: of what this rank counts.
+            header: this rank's consensus header.
+            payload: [length] fp64, reduced by the norm's op; or, on a rank that has none, its length on
+                other ranks. The length must be the same on all ranks.
+            replicas: this rank's summand of the comparison of replicas.
+        """
+        device = statistic.device if statistic is not None else torch.device("cpu")
+        device = self._ranks.reduce_device(device)
+        if isinstance(payload, int):
+            is_nothing = not payload and device.type == "cpu"
+            payload = _NOTHING if is_nothing else torch.zeros(payload, dtype=torch.float64, device=device)
+        compares = self._ranks.state.compares_replicas
+        if not self._ranks.state.is_packed or not (self.can_pack or statistic is None):
+            return self._full(statistic, header, payload, replicas if compares else None)
+        if statistic is None or not header.has_statistic:
+            statistic = torch.full((1,), math.nan, dtype=torch.float64, device=device)
+        numbers = [replicas] if compares else []
+        if not len(payload) and kernels.on_host(statistic):
+            return self._packed_on_host(float(statistic.numpy()[0]), header, numbers)
+        parts = [kernels.on_device([self._packing.pack(header)], device), statistic]
+        parts += [_element(number, device) for number in numbers]
+        vector = self._ranks.all_reduce_(torch.cat([*parts, payload]), "sum")
+        agreed = self._packing.agreed(vector[0])
+        finalised = self._norm.finalise(vector[1:2]) if self.can_pack else vector[1]
+        total_norm = torch.where(agreed, finalised, math.nan)
+        return ReducedStatistics(
+            total_norm,
+            vector[2 + len(numbers) :],
+            lambda: self._decode(vector[0].item(), header, payload[:0]),
+            True,
+            agreed,
+            finalised,
+            vector[2] if numbers else None,
+        )
+
+    def _packed_on_host(
+        self, statistic: float, header: Header, numbers: list[float | Tensor]
+    ) -> ReducedStatistics:
+        """The same for a few numbers in the host's memory, in Python: fewer operators, and no wait."""
+        packed = self._packing.pack(header)
+        values = [packed, statistic, *map(float, numbers)]
+        if self._ranks.meets_others:
+            vector = torch.tensor(values, dtype=torch.float64, device="cpu")
+            values = self._ranks.all_reduce_(vector, "sum").tolist()
+        headers, total, *differences = values
+        agreed = self._packing.agreed_on_host(headers)
+        norm = self._norm.finalise_number(total) if self.can_pack else math.nan
+        total_norm = torch.tensor(norm if agreed else math.nan, dtype=torch.float64, device="cpu")
+        return ReducedStatistics(
+            total_norm,
+            _NOTHING,
+            lambda: self._decode(headers, header, _NOTHING),
+            True,
+            agreed,
+            total_norm if agreed else torch.tensor(norm, dtype=torch.float64, device="cpu"),
+            differences[0] if differences else None,
+        )
+
+    def _decode(self, headers: float, header: Header, nothing: Tensor) -> DecodedHeader:
+        nonraising = self._packing.nonraising(headers)
+        if nonraising:  # they don't read the result, so there is no second exchange
+            return DecodedHeader.of_nonraising(nonraising, header)
+        return self._full(None, header, nothing, None).decode()
+
+    def _full(
+        self, statistic: Tensor | None, header: Header, payload: Tensor, replicas: float | Tensor | None
+    ) -> ReducedStatistics:
+        """All-reduce ``[nan, header ..., padding ..., statistic ..., replicas, payload ...]``.
+
+        A NaN has an element of its own, since a maximum may lose it. The padding gives the vectors of
+        different norms one length, so that ranks which disagree about the norm find out.
+        """
+        norm, device = self._norm, payload.device
+        if statistic is None:
+            statistic = norm.zeros(device)
+        nan = statistic.isnan()
+        fields = kernels.on_device([*header.full(norm.op), *[0] * (_WIDTH - norm.width)], device)
+        parts = [nan.any().double().view(1), fields, torch.where(nan, 0.0, statistic)]
+        end = sum(map(len, parts))
+        if replicas is not None:
+            parts.append(_element(replicas, device))
+        vector = self._ranks.all_reduce_(torch.cat([*parts, payload]), norm.op)
+        headers, statistic = vector[: len(FIELDS)], vector[end - norm.width : end]
+        agreed = header.agreed(norm.op, self._ranks.size, headers)
+        total_norm = torch.where(agreed & (headers[0] == 0), norm.finalise(statistic), math.nan)
+        return ReducedStatistics(
+            total_norm,
+            vector[len(vector) - len(payload) :],
+            lambda: DecodedHeader.of(headers.tolist(), bool(agreed)),
+            False,
+            agreed,
+            total_norm,
+            None if replicas is None or norm.op != "sum" else vector[end],
+        )
+
+
+def _element(number: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(number, Tensor):
+        return kernels.moved(number.reshape(1), device)
+    return kernels.on_device([number], device)

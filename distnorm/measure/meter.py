@@ -1,0 +1,295 @@
+"""One measurement: from shards and their plan to the total norm, by one all-reduce.
+
+Where the ranks did not measure the same thing, the total norm is NaN on every rank, never a wrong number;
+ranks that read the result on the host (all do on the CPU) raise a typed error that names the ranks and what
+each did, before any of them has changed a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from distnorm import kernels
+from distnorm.errors import DisagreementError, DistnormError
+from distnorm.measure import diagnosis
+from distnorm.measure.diagnosis import SET
+from distnorm.measure.exchange import Exchange, Payload, ReducedStatistics
+from distnorm.measure.gradients import Gradients, read_with_care
+from distnorm.measure.header import DecodedHeader, Header, Stage, presence_weights
+from distnorm.measure.norms import Norm
+from distnorm.measure.overlap import Overlap
+from distnorm.measure.reading import GradientReader
+from distnorm.measure.replica_check import ReplicaCheck
+from distnorm.measure.result_checks import ResultChecks
+from distnorm.plan.collectives import Ranks
+from distnorm.plan.plan import Plan, Share, check_tied, make_plan
+from distnorm.plan.terms import stable_hash
+from distnorm.sources import Managers, Tied
+from distnorm.sources.shards import GradShard, Source
+
+Reader = Callable[[], tuple[list[GradShard], list[tuple[str, Tensor]]]]
+"""Gives this rank's shards, and its tensors with the names that they were given under."""
+
+NO_TERMS: Mapping[str, object] = MappingProxyType({})
+
+
+@dataclass(slots=True)
+class Meter:
+    """Measures the same set of shards step after step.
+
+    Args:
+        ranks: who takes part.
+        norm: which norm.
+        terms: settings that must be equal on all ranks, compared whenever a plan is made.
+        tied: groups of names that are one parameter.
+        raises: whether the norm is read on the host, and raises on every rank if it is not finite.
+        one_coefficient: whether all gradients are multiplied by the same coefficient.
+        source: what is measured of the tensors that were given.
+        allow_empty: a rank may pass an empty target in some calls.
+
+    Attributes:
+        overlap: what reads gradients during backward.
+        managers: of the parameters whose gradients are measured; `None` for other tensors.
+        plan: who counts what; `None` before `prepare`.
+    """
+
+    ranks: Ranks
+    norm: Norm
+    terms: Mapping[str, object]
+    tied: Tied
+    raises: bool
+    one_coefficient: bool = True
+    source: Source = Source.GRADIENT
+    allow_empty: bool = False
+    overlap: Overlap | None = None
+    managers: Managers | None = None
+    plan: Plan | None = None
+    _home: torch.device = kernels.HOST  # where the first parameter is
+    _shards: list[GradShard] | None = None
+    _describe: Callable[[], list[GradShard]] = list
+    _exchange: Exchange = field(init=False)
+    _checks: ResultChecks = field(init=False)
+    _weights: dict[int, int] = field(default_factory=dict)
+    _reader: GradientReader = field(init=False)
+    _hashed: tuple[tuple[object, ...], int] = ((), 0)  # terms, and their hash
+
+    def __post_init__(self) -> None:
+        self._exchange = Exchange(self.ranks, self.norm)
+
+    @property
+    def shards(self) -> list[GradShard]:
+        """What the plan was made of."""
+        if self._shards is None:
+            self._shards = self._describe()
+        return self._shards
+
+    def describe_by(self, describe: Callable[[], list[GradShard]]) -> None:
+        """Drop the shards, which keep tensors alive, and describe them again when a step needs them."""
+        self._shards, self._describe = None, describe
+
+    @property
+    def shares(self) -> Sequence[Share]:
+        """What this rank counts of each shard of the plan."""
+        return self.plan.shares if self.plan is not None else ()
+
+    @property
+    def listens(self) -> bool:
+        """Whether this rank reads results on the host: if it must, or if they are reduced there anyway."""
+        return self.raises or self.ranks.reduce_device(self._home).type == "cpu"
+
+    # ---- planning
+
+    def prepare(self, read: Reader) -> None:
+        """Read a set of shards and make its plan. Collective: every rank must call it.
+
+        Raises:
+            DistnormError: what `read` raised on any rank, or what `make_plan` found; on every rank.
+        """
+        self.plan = self.overlap = None
+        named: list[tuple[str, Tensor]] = []
+        with self.ranks.together():
+            self._shards, named = read()
+        self._home = next((shard.holder.device for shard in self.shards), self._home)
+        plan = make_plan(self.ranks, self.shards, self.terms, replicas_share=self.norm.replicas_share)
+        check_tied(self.ranks, [name for name, _ in named], self.tied)
+        if self.allow_empty or not self._exchange.can_pack:
+            self._exchange.use_full_form()
+        if not (self.listens and self.ranks.state.is_packed):
+            self.ranks.state.compares_replicas |= plan.has_replicas
+        self._weights, replica_check = {}, None
+        if self.norm.replicas_share:
+            self._weights = dict(presence_weights(plan.shares))
+            if plan.has_replicas:
+                replica_check = ReplicaCheck.of(self.ranks, self.shards, plan.shares)
+        self._checks = ResultChecks(
+            self.ranks, self.norm, self.raises, self.source, plan.shares, replica_check
+        )
+        if self.source is Source.GRADIENT and (self.managers is None or not self.managers.are_of(named)):
+            self.managers = Managers(named)
+        self._reader = self._reader_of(plan.shares)
+        self.plan = plan
+
+    def _reader_of(self, shares: Sequence[Share]) -> GradientReader:
+        return GradientReader(
+            self.ranks,
+            self._exchange,
+            self.norm,
+            shares,
+            self._weights,
+            listens=self.listens,
+            one_coefficient=self.one_coefficient,
+            source=self.source,
+        )
+
+    def prepare_anew(self, read: Reader, payload_length: int = 0) -> None:
+        """Make another plan, after the set of shards changed. Collective.
+
+        A rank can't know alone whether the others saw the change too. So it first takes part in the
+        all-reduce that ranks with a plan are waiting in, with a payload as long as theirs.
+
+        Raises:
+            DisagreementError: the set changed on this rank and not on every other.
+        """
+        decoded = self._poll("plan", {SET: "changed"}, payload_length)
+        self.allow_empty |= self._exchange.can_pack and decoded.values["plan"] < self.ranks.size
+        self.prepare(read)
+
+    def abort(self, error: DistnormError) -> NoReturn:
+        """Raise an error of this rank that came before it could measure, without leaving other ranks waiting.
+
+        Ranks that were about to plan raise it too; ranks with a plan raise that this one has none.
+        """
+        with suppress(DisagreementError):  # which the others raise; here the cause is raised
+            self._poll("plan", {SET: f"aborted: {error}"})
+            self.ranks.raise_together(error)
+        raise error
+
+    # ---- a step
+
+    def read(self, holders: Sequence[Tensor], *, store: bool, payload_length: int = 0) -> Gradients:
+        """This step's gradients. Collective where some are partial, or may be for the first time.
+
+        Args:
+            holders: those of the plan's shards, in its order.
+            store: whether reduced partial gradients are put back where the partial ones were.
+            payload_length: of the payload that ranks may be reducing meanwhile.
+
+        Raises:
+            UnsupportedGradientError: a backward pass is running.
+        """
+        if self.managers is not None:
+            diagnosis.refuse_inside_backward()
+            try:
+                self.managers.refuse_unreduced()
+            except DistnormError as error:
+                return Gradients([None] * len(self.shares), [error])
+        found = self._reader.read_fast(holders)
+        return found or self._reader.read_with_care(self.shards, store, payload_length)
+
+    def reduce(
+        self,
+        gradients: Gradients,
+        payload: Payload | None = None,
+        terms: Mapping[str, object] = NO_TERMS,
+        *,
+        store: bool = True,
+    ) -> tuple[Gradients, ReducedStatistics]:
+        """Measure gradients, in one all-reduce. Collective: every rank must call it.
+
+        Args:
+            gradients: what `read` gave.
+            payload: what else is reduced, by the norm's op, on all ranks alike.
+            terms: what else must be equal on all ranks in this call, such as the threshold.
+            store: as for `read`.
+
+        Returns:
+            The gradients, read once more if ranks had to agree on partial ones first; and what was reduced.
+
+        Raises:
+            DistnormError: a gradient can't be measured, or ranks didn't measure the same; on every rank that
+                listens, before any gradient has changed.
+        """
+        here = {**terms, "plan": self._ident, "raises": self.raises}
+        device = self.ranks.reduce_device(gradients.device)
+        statistic = self.overlap.take(gradients) if self.overlap is not None else None
+        if statistic is None:
+            statistic = gradients.statistic(self.norm, self.shares, device)
+        bits, replicas = self._checks.replica_summand(gradients, device, listens=self.listens)
+        header = self._header(gradients, here, bits)
+        more = 0 if payload is None else payload.local(gradients.tensors, device)
+        reduced = self._exchange(statistic, header, more, replicas)
+        if not self.listens:
+            gradients.raise_problems()
+            return gradients, self._checks.without_suspects(reduced)
+        if not reduced.agreed:
+            decoded = reduced.decode()
+            if decoded.agreed and decoded.values["measure"] == self.ranks.size:
+                reduced = self._checks.compare_bits(reduced, self.shards, gradients)
+            elif decoded.stages == {"agree", "measure"} and decoded.all_raise:
+                self._reader.agree(self.shards, read_with_care(self.shards)[0], gradients.problems)
+                length = 0 if payload is None else payload.length
+                again = self._reader.read_with_care(self.shards, store, length)
+                return self.reduce(again, payload, terms, store=store)
+            else:
+                self._checks.raise_disagreement(reduced, decoded, here, self.shards, gradients)
+        self._checks.check_values(reduced, lambda: self.shards, gradients)
+        return gradients, reduced
+
+    def join_empty(self) -> tuple[Tensor, bool]:
+        """The total norm where this rank was given no tensors, and whether the result is fp64.
+        Collective.
+
+        This rank can't know whether the others plan, so it reads their headers on the host, and does the
+        same.
+        """
+        while True:
+            reduced = self._exchange(None, Header("join", self.listens))
+            decoded = reduced.decode()
+            if decoded.stages == {"plan"}:
+                self.allow_empty = True
+                self.prepare(lambda: ([], []))
+            elif "agree" in decoded.stages:
+                self._reader_of(()).agree([], [], [])
+            elif not decoded.stages:  # nobody has anything
+                return self.norm.finalise(self.norm.zeros(self.ranks.device())), False
+            else:
+                break
+        if self.listens:
+            empty, checks = Gradients([]), ResultChecks(self.ranks, self.norm, self.raises, self.source)
+            if not reduced.agreed:
+                checks.raise_disagreement(reduced, decoded, None, (), empty)
+            checks.check_values(reduced, tuple, empty)
+        return reduced.total_norm, decoded.values["double"] > 0
+
+    # ---- agreement
+
+    @property
+    def _ident(self) -> int:
+        assert self.plan is not None, "prepare() comes first"
+        return self.plan.ident
+
+    def _header(self, gradients: Gradients, here: Mapping[str, object], replica_bits: int) -> Header:
+        if self._hashed[0] != (terms := tuple(here.values())):
+            self._hashed = terms, stable_hash(repr(here))
+        return Header(
+            "measure",
+            self.listens,
+            refused=bool(gradients.problems),
+            is_double=self.plan is not None and self.plan.is_double,
+            presence=gradients.presence(self._weights),
+            terms=self._hashed[1],
+            replica_bits=replica_bits,
+        )
+
+    def _poll(self, stage: Stage, here: Mapping[str, object], payload_length: int = 0) -> DecodedHeader:
+        """Exchange headers without a statistic, and raise if ranks are at different stages of a call."""
+        decoded = self._exchange(None, Header(stage, self.listens), payload_length).decode()
+        diagnosis.raise_disagreement(self.ranks, decoded, here)
+        return decoded

@@ -1,0 +1,1 @@
+"""What else travels in a step's one all-reduce."""

@@ -1,0 +1,29 @@
+"""Integer arrays, copied once to each device that needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distnorm.plan.model_table import Ints
+
+
+class Indices:
+    """Arrays by name, as int64 tensors on any device: the same tensors in every step."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[Hashable, Ints | Sequence[int]] = {}
+        self._copies: dict[tuple[Hashable, torch.device], Tensor] = {}
+
+    def __setitem__(self, name: Hashable, values: Ints | Sequence[int]) -> None:
+        self._arrays[name] = values
+
+    def at(self, name: Hashable, device: torch.device) -> Tensor:
+        """One array on a device."""
+        if (name, device) not in self._copies:
+            array = np.array(self._arrays[name], dtype=np.int64)
+            self._copies[name, device] = torch.from_numpy(array).to(device)
+        return self._copies[name, device]

@@ -1,0 +1,125 @@
+"""Several payloads in one all-reduce, one behind the other; and the payload of the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distnorm import kernels
+from distnorm.errors import DistnormError
+from distnorm.measure.exchange import Payload
+from distnorm.plan.collectives import Ranks
+
+
+class PayloadParts:
+    """Payloads one behind the other."""
+
+    def __init__(self, parts: Sequence[Payload]) -> None:
+        self._parts = tuple(parts)
+
+    @property
+    def length(self) -> int:
+        return sum(part.length for part in self._parts)
+
+    def local(self, gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
+        return torch.cat([part.local(gradients, device) for part in self._parts])
+
+    def split(self, reduced: Tensor) -> list[Tensor]:
+        """What each part was reduced to."""
+        return list(torch.split(reduced, [part.length for part in self._parts]))
+
+
+class LossPayload:
+    """The newest loss: each rank's own, of which the mean over the ranks that have one is wanted.
+
+    Args:
+        ranks: who takes part.
+        op: by which payloads are reduced.
+    """
+
+    def __init__(self, ranks: Ranks, op: str) -> None:
+        self._ranks, self._is_sum = ranks, op == "sum"
+        self._newest: Tensor | float | None = None
+        self._was_given = False
+
+    def note(self, loss: Tensor | float | None) -> None:
+        """Keep its value for the next measurement; the tensor may be overwritten afterwards.
+
+        Raises:
+            DistnormError: it is no single number.
+        """
+        is_one = loss.numel() == 1 if isinstance(loss, Tensor) else isinstance(loss, float | int | None)
+        if not is_one:
+            raise DistnormError(f"loss: expected a 0-d tensor, a number or None, found {loss!r}")
+        self._newest = loss.detach().clone() if isinstance(loss, Tensor) else loss
+
+    @property
+    def length(self) -> int:
+        return 2 if self._is_sum else self._ranks.size
+
+    def local(self, gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
+        """The loss and a one, to be added up; for a maximum a value for each rank, which loses no summand."""
+        fill = 0.0 if self._is_sum else -math.inf
+        values = torch.full((self.length,), fill, dtype=torch.float64, device=device)
+        loss = self._newest
+        if loss is None:
+            return values
+        if isinstance(loss, Tensor):
+            loss = kernels.moved(loss.reshape(()), device, torch.float64)
+            if not self._is_sum:  # a maximum may lose NaN
+                loss = loss.nan_to_num(math.inf, math.inf, math.inf)
+        elif not self._is_sum and not math.isfinite(loss):
+            loss = math.inf
+        values[0 if self._is_sum else self._ranks.rank] = loss
+        if self._is_sum:
+            values[1] = 1.0
+        return values
+
+    def forget(self) -> None:
+        """The step that it was of is over."""
+        self._newest = None
+
+    def mean(self, reduced: Tensor) -> Tensor:
+        """The mean over the ranks that gave one, 0-d fp64; not finite if any of theirs isn't.
+
+        Raises:
+            DistnormError: no rank gave one. On a device only the first step is asked, which waits for it.
+        """
+        if self._is_sum:
+            total, count = reduced
+        else:
+            given = reduced > -math.inf
+            total, count = torch.where(given, reduced, 0.0).sum(), given.sum().double()
+        if self._is_known_to_be_none(count):
+            raise DistnormError(
+                "expected a loss with every step, as a policy uses it; found none on any rank: "
+                "call note(loss=...) before"
+            )
+        mean: Tensor = total / count
+        return mean
+
+    def _is_known_to_be_none(self, count: Tensor) -> bool:
+        if kernels.on_host(count):
+            return float(count.numpy()) == 0
+        if type(count) is not Tensor or self._was_given:  # a dry run's tensors have no values
+            return False
+        self._was_given = True
+        return float(count.item()) == 0
+
+
+def join_payloads(of_policies: PayloadParts | None, snapshot: Payload | None) -> PayloadParts | None:
+    """What a step sends beside its statistic; `None` if that is nothing."""
+    parts = [part for part in (of_policies, snapshot) if part is not None]
+    return PayloadParts(parts) if parts else None
+
+
+def split_payload(
+    reduced: Tensor, of_policies: PayloadParts | None, snapshot: Payload | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The reduced payloads of policies and of a snapshot; `None` where there is none."""
+    length = 0 if of_policies is None else of_policies.length
+    mine = None if of_policies is None or not len(reduced) else reduced[:length]
+    return mine, None if snapshot is None else reduced[length:]

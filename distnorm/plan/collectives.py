@@ -1,0 +1,287 @@
+"""Every collective that the library issues. Without a process group each one is the identity."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from distnorm.errors import DistnormError
+
+_GATHERED = 8 << 20  # characters of text that an error gathers from all ranks together
+_MOST_PLANS = 32  # for each group
+_SHOWN = 8  # different facts that an error lists
+
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX} if dist.is_available() else {}
+
+
+@dataclass
+class GroupState:
+    """State of a process group that is equal on all its members, since they make every plan together.
+
+    Args:
+        device_type: where vectors are reduced; `None` before the first plan.
+        is_packed: whether a consensus header is one number in the all-reduced vector.
+        compares_replicas: whether the vector has an element by which replicas are compared.
+        plans: of lists of tensors, by what was planned. Its size is bounded for each group apart: every
+            member makes the same calls on a group, so all of them evict the same plan.
+    """
+
+    device_type: str | None = None
+    is_packed: bool = True
+    compares_replicas: bool = False
+    plans: OrderedDict[object, Any] = field(default_factory=OrderedDict)
+
+    def recall(self, key: object) -> Any:
+        """What was planned under a key; `None` if that is not known, or no longer."""
+        if key in self.plans:
+            self.plans.move_to_end(key)
+        return self.plans.get(key)
+
+    def remember(self, key: object, planned: object) -> None:
+        """Keep what was planned, in place of what was used least lately."""
+        self.plans[key] = planned
+        if len(self.plans) > _MOST_PLANS:
+            self.plans.popitem(last=False)
+
+
+_states: weakref.WeakKeyDictionary[ProcessGroup, GroupState] = weakref.WeakKeyDictionary()
+_alone = GroupState()
+
+
+class Ranks:
+    """The ranks that take part in a norm.
+
+    In torch's fake process group, where the other ranks don't exist, this rank plans as if it were alone;
+    `all_reduce_` is issued all the same.
+
+    Args:
+        group: a process group; default: the whole world, or this process alone where there is none.
+        alone: whether this process measures alone, whatever groups there are.
+
+    Raises:
+        DistnormError: this process is no member of the group, or the group was destroyed.
+    """
+
+    def __init__(self, group: ProcessGroup | None = None, *, alone: bool = False) -> None:
+        self.is_alone = alone
+        self.is_connected = not alone and dist.is_available() and dist.is_initialized()
+        self.group = group if group is not None or not self.is_connected else dist.group.WORLD
+        is_member = group is None or not self.is_connected or isinstance(group, ProcessGroup)
+        if group is not None and is_member and not (self.is_connected and self.is_current):
+            raise DistnormError(
+                "group: expected a process group of this process, found one that was destroyed"
+            )
+        if not is_member:
+            raise DistnormError("expected a process group that this rank is a member of")
+        self.rank = dist.get_rank(self.group) if self.is_connected else 0
+        self.size = dist.get_world_size(self.group) if self.is_connected else 1
+        self._device_types = self._supported_device_types()
+        self.is_simulated = self.is_connected and dist.get_backend(self.group) == "fake"
+        if self.is_simulated:
+            self.rank, self.size = 0, 1
+
+    def _supported_device_types(self) -> tuple[str, ...]:
+        if not self.is_connected:
+            return ()
+        config = str(dist.get_backend_config(self.group))  # such as "cpu:gloo,cuda:nccl"
+        types = tuple(part.split(":")[0] for part in config.split(","))
+        return tuple(t for t in types if t != "cuda" or torch.cuda.is_available())
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the group still is what it was: not destroyed, nor made after these ranks were."""
+        if self.is_alone or not (dist.is_available() and dist.is_initialized()):
+            return not self.is_connected
+        return self.group in dist.distributed_c10d._world.pg_map
+
+    @property
+    def meets_others(self) -> bool:
+        """Whether an all-reduce is issued at all."""
+        return self.size > 1 or self.is_simulated
+
+    @property
+    def state(self) -> GroupState:
+        """The group's state, equal on all its members."""
+        if self.group is None:
+            return _alone
+        if self.group not in _states:
+            _states[self.group] = GroupState()
+        return _states[self.group]
+
+    def device(self) -> torch.device:
+        """Where the tensors of planning are, and those of the collectives of errors."""
+        if "cpu" in self._device_types or not self._device_types:
+            return torch.device("cpu")
+        return torch.device(self._device_types[0], torch.accelerator.current_device_index())
+
+    def reduce_device(self, preferred: torch.device) -> torch.device:
+        """Where a step's vector is reduced: on every rank the device type that the last plan agreed on.
+
+        Args:
+            preferred: where this rank has its gradients, which alone decides nothing.
+        """
+        if not self.is_connected:
+            return preferred
+        kind = self.state.device_type or self.device().type
+        if preferred.type == kind:
+            return preferred
+        return (
+            torch.device("cpu")
+            if kind == "cpu"
+            else torch.device(kind, torch.accelerator.current_device_index())
+        )
+
+    def agree_on_device(self, devices: Sequence[torch.device]) -> None:
+        """Choose where vectors are reduced: beside the gradients of any rank, if the backend can.
+
+        Collective: every rank must call it, with the devices of its own gradients.
+        """
+        own = {device.type for device in devices}
+        able = [kind for kind in self._device_types if kind != "cpu"]
+        wanted = torch.tensor([kind in own for kind in able], dtype=torch.int64, device=self.device())
+        found = self.all_reduce_(wanted, "max").tolist() if able else []
+        chosen = next((kind for kind, is_wanted in zip(able, found, strict=True) if is_wanted), None)
+        if chosen is not None or self.state.device_type is None:
+            self.state.device_type = chosen or self.device().type
+
+    def all_reduce_(self, tensor: Tensor, op: str) -> Tensor:
+        """Reduce in place over all ranks: ``"sum"`` or ``"max"``."""
+        if self.meets_others:
+            dist.all_reduce(tensor, _OPS[op], self.group)
+        return tensor
+
+    def any(self, *facts: bool) -> list[bool]:
+        """For each fact whether it holds on some rank."""
+        held = torch.tensor([int(fact) for fact in facts], dtype=torch.int64, device=self.device())
+        return [bool(value) for value in self.all_reduce_(held, "max").tolist()]
+
+    def gather(self, fact: Any) -> list[Any]:
+        """Everybody's fact, in the order of ranks: for errors, and for a few bytes at planning."""
+        if self.size == 1:
+            return [fact]
+        facts: list[Any] = [None] * self.size
+        dist.all_gather_object(facts, fact, self.group)
+        return facts
+
+    def shortened(self, text: str, parts: int = 1) -> str:
+        """A text that is one of `parts` that every rank gathers, short enough for the memory of one rank.
+
+        What is cut off is replaced by a hash of the whole, so that unlike texts stay unlike.
+        """
+        most = max(40, _GATHERED // (self.size * parts))
+        if len(text) <= most or self.size == 1:
+            return text
+        return (
+            f"{text[:most]}... ({len(text)} characters, {blake2b(text.encode(), digest_size=8).hexdigest()})"
+        )
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run what may fail on some ranks only: afterwards every rank raises, or none.
+
+        Collective: every rank must enter and leave it. An exception that isn't ours is chained to ours.
+        """
+        error: DistnormError | None = None
+        try:
+            yield
+        except DistnormError as caught:
+            error = caught
+        except Exception as caught:
+            error = DistnormError(f"{type(caught).__name__}: {caught}")
+            error.__cause__ = caught
+        self.raise_together(error)
+
+    def raise_together(self, error: DistnormError | None) -> None:
+        """Raise on every rank if any rank has an error; its kind is that of the lowest such rank.
+
+        Every rank must call it, with its own error or `None`.
+        """
+        if self.size == 1:
+            if error is not None:
+                raise error
+            return
+        if not self.any(error is not None)[0]:
+            return
+        by_message: dict[tuple[type[DistnormError], str], list[int]] = {}
+        mine = None if error is None else (type(error), self.shortened(str(error)))
+        for rank, fact in enumerate(self.gather(mine)):
+            if fact is not None:
+                by_message.setdefault(fact, []).append(rank)
+        (kind, only), ranks = next(iter(by_message.items()))
+        if len(by_message) == 1 and len(ranks) == self.size:
+            raise kind(only) from error
+        facts = [f"on {name_ranks(who)}: {message}" for (_, message), who in by_message.items()]
+        raise kind("; ".join(shown(facts))) from error
+
+    def join(self, keys: Tensor, rows: Tensor, answer: Callable[[Tensor], Tensor]) -> Tensor:
+        """Answer every row by a rank that sees all ranks' rows of the same key: a distributed hash join.
+
+        Args:
+            keys: [n] int64; rows of one key meet on one rank.
+            rows: [n, c] int64.
+            answer: [m, c] -> [m, d], called once, with all rows that met here, by rank and then by
+                their order there.
+
+        Returns:
+            [n, d] int64, the answer to each row. No rank holds more than the rows of its own keys.
+        """
+        if self.size == 1:
+            return answer(rows)
+        device = self.device()
+        owner = keys.remainder(self.size)
+        order = owner.argsort(stable=True)
+        counts = torch.bincount(owner, minlength=self.size)
+        received = torch.empty_like(counts, device=device)
+        dist.all_to_all_single(received, counts.to(device), group=self.group)
+        send, receive = counts.tolist(), received.tolist()
+        met = self._exchange(rows[order].to(device), send, receive)
+        replies = self._exchange(answer(met.cpu()).contiguous().to(device), receive, send).cpu()
+        return torch.empty_like(replies).index_copy_(0, order, replies)
+
+    def _exchange(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        out = rows.new_empty(sum(receive), rows.shape[1])
+        dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.group)
+        return out
+
+
+def shown(facts: Sequence[str]) -> list[str]:
+    """The first few of the facts that ranks report, and how many more there are."""
+    more = len(facts) - _SHOWN
+    return [*facts[:_SHOWN], f"and {more} more"] if more > 0 else list(facts)
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """``rank 3``, or ``ranks [1, 3]``."""
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {list(ranks)}"
+
+
+def reduce_partial_(buffer: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
+    """Add up a buffer of partial gradients in place, over one mesh axis after the other.
+
+    Every rank of every group must call it, with a buffer of the same length and dtype.
+    """
+    for group in groups:
+        dist.all_reduce(buffer, dist.ReduceOp.SUM, group)
+    return buffer
+
+
+def ranks_of(group: ProcessGroup) -> tuple[int, ...]:
+    """The members of a group, by their ranks in the world."""
+    return tuple(dist.get_process_group_ranks(group))
+
+
+def average_bucket(group: ProcessGroup, bucket: Any) -> Any:
+    """What DDP does with a bucket of gradients that has no communication hook: a future of their average."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    return allreduce_hook(group, bucket)

@@ -1,0 +1,101 @@
+"""FSDP2 (`fully_shard`): the sharded parameters behind a module, and whether their gradients are complete.
+
+Outside of its sharded state a module shows other tensors than those that hold the gradients. What a backward
+pass without gradient synchronisation leaves is held by FSDP2 itself and not by any parameter.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from distnorm import kernels
+
+
+def _groups(module: nn.Module) -> Iterator[Any]:
+    """FSDP2's parameter groups of this very module."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not hasattr(fsdp, "FSDPModule") or not isinstance(module, fsdp.FSDPModule):
+        return
+    state: Any = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # before torch 2.12 a module has one group at most
+        groups = [state._fsdp_param_group]
+    yield from (group for group in groups if group is not None)
+
+
+def managed_parameters(module: nn.Module) -> Iterator[Tensor]:
+    """The sharded parameters that FSDP2 manages for this very module."""
+    for group in _groups(module):
+        yield from (managed.sharded_param for managed in group.fsdp_params)
+
+
+def gathered_parameters(module: nn.Module) -> Iterator[Tensor]:
+    """What this very module shows in their place while FSDP2 has them gathered."""
+    for group in _groups(module):
+        for managed in group.fsdp_params:
+            if (gathered := getattr(managed, "_unsharded_param", None)) is not None:
+                yield gathered
+
+
+def sharded_parameters(module: nn.Module) -> Mapping[tuple[int, str], Tensor]:
+    """The sharded parameter for every (id of a module, name of its parameter) that FSDP2 manages inside."""
+    found: dict[tuple[int, str], Tensor] = {}
+    for inner in module.modules():
+        for group in _groups(inner):
+            for managed in group.fsdp_params:
+                info = managed._module_info
+                owners = [(info.module, info.param_name)]
+                owners += zip(info.shared_modules, info.shared_param_names, strict=True)
+                found |= {(id(owner), name): managed.sharded_param for owner, name in owners}
+    return found
+
+
+class UnreducedGradients:
+    """Finds gradients that FSDP2 still holds back.
+
+    Args:
+        modules: those that manage parameters, without the modules inside them.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._groups = [weakref.ref(group) for module in modules for group in _groups(module)]
+        # FSDP2 makes each of these once. Their memory is freed while a group is sharded.
+        self._unsharded: dict[int, list[Tensor]] = {}
+
+    def find(self) -> Iterator[tuple[Tensor, str]]:
+        """Sharded parameters whose gradients are not complete, one of a group, each with the reason."""
+        for at, group in enumerate(ref() for ref in self._groups):
+            if group is None:
+                continue
+            managed: list[Any] = group.fsdp_params
+            if group._partial_reduce_output is not None:
+                yield managed[0].sharded_param, _NOT_ALL_REDUCED
+            unsharded = self._unsharded.get(at)
+            if unsharded is None or len(unsharded) < len(managed):
+                unsharded = [p._unsharded_param for p in managed if hasattr(p, "_unsharded_param")]
+                self._unsharded[at] = unsharded
+            if (first := kernels.first_with_gradient(unsharded)) >= 0:
+                found = next(p for p in managed if getattr(p, "_unsharded_param", None) is unsharded[first])
+                yield found.sharded_param, _NOT_SYNCHRONISED
+            if group.mp_policy.reduce_dtype is not None or group.mp_policy.param_dtype is not None:
+                held_back = (p for p in managed if p.unsharded_accumulated_grad is not None)
+                yield from ((p.sharded_param, _NOT_SYNCHRONISED) for p in held_back)
+
+
+GATHERED = (
+    "expected a parameter as FSDP2 shards it, found the gathered one that the module shows meanwhile, whose "
+    "gradient FSDP2 takes away; pass the module itself, or call its reshard() before parameters()"
+)
+_NOT_ALL_REDUCED = (
+    "expected a gradient that FSDP2 has reduced over all axes, found one that is not all-reduced over "
+    "replicas; call set_requires_all_reduce(True) before the last backward pass"
+)
+_NOT_SYNCHRONISED = (
+    "expected a gradient that FSDP2 has reduced, found what a backward pass without gradient synchronisation "
+    "left; call set_requires_gradient_sync(True) before the last backward pass"
+)

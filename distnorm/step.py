@@ -1,0 +1,297 @@
+"""One step from end to end: gradients, total norm, decision, scaling, monitor. `Step.take` is the walk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distnorm import kernels
+from distnorm.config import Config
+from distnorm.errors import DistnormError, NonFiniteGradientError
+from distnorm.measure.diagnosis import find_not_finite
+from distnorm.measure.exchange import ReducedStatistics, without_norm
+from distnorm.measure.meter import Meter, Reader
+from distnorm.measure.norms import norm
+from distnorm.measure.overlap import Overlap
+from distnorm.monitor.snapshot import LayerSnapshot
+from distnorm.monitor.step_monitor import StepMonitor, monitor_terms
+from distnorm.payload.payload import join_payloads, split_payload
+from distnorm.plan.collectives import Ranks
+from distnorm.policies.deciding import Decider, Outcome
+from distnorm.policies.groups import PolicyGroups
+from distnorm.policies.results import ClipResult
+
+_STATE_VERSION = 2
+
+
+class Step:
+    """The parts of one clipper and its steps, for `GradClipper` and for DeepSpeed's hook.
+
+    Args:
+        config: the configuration in force.
+        ranks: who takes part.
+        tied: groups of names that are one parameter.
+
+    Attributes:
+        groups: the policies.
+        monitor: records steps; `None` where nothing is set under `monitor`.
+        count: number of steps made.
+        last, outcome: the newest step's result, and with its decisions.
+        is_registered_with_join: whether the clipper was given to torch's `Join`, which ends with equal
+            histories.
+
+    Raises:
+        ConfigError: a policy doesn't go with the norm.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, tied: Sequence[tuple[str, ...]]) -> None:
+        self.config, self.tied = config, tied
+        self._norm = norm(config.norm.type)
+        self.count = 0
+        self.last: ClipResult | None = None
+        self.outcome: Outcome | None = None
+        self.is_registered_with_join = False
+        self.monitor = StepMonitor.of(config.monitor, ranks, self._norm)
+        self._take_part(ranks)
+
+    def _take_part(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.groups = PolicyGroups(self.config.clip, self._norm, ranks)
+        self._decider = Decider(self.groups)
+        self._meter = self._meter_of(ranks)
+        self._alone: Meter | None = None
+
+    def _meter_of(self, ranks: Ranks) -> Meter:
+        clip = self.config.clip
+        terms = {
+            "norm.type": self._norm.order,
+            **{f"clip.{key}": value for key, value in clip.model_dump().items()},
+            **monitor_terms(self.config.monitor),
+            "tied": self.tied,
+        }
+        raises = clip.nonfinite in ("raise", "raise_now")
+        one = self.groups.obstacle is None
+        return Meter(ranks, self._norm, terms, self.tied, raises, one_coefficient=one)
+
+    # ---- the walk
+
+    def take(self, holders: Sequence[Tensor], *, scales: bool, loss_scale: float = 1.0) -> Outcome:
+        """Take a step. Collective: every rank must call it.
+
+        Args:
+            holders: what holds the gradients of the planned shards, in their order.
+            scales: whether the gradients are multiplied here.
+            loss_scale: what gradients were multiplied by at backward; results are without it.
+
+        Raises:
+            DistnormError: as `GradClipper.clip`; no gradient has changed then.
+        """
+        number = self.count + 1
+        meter, snapshot = self._meter_now(), self._snapshot(number)
+        payload = join_payloads(self.groups.payload, snapshot)
+        length = 0 if payload is None else payload.length
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            try:
+                gradients = meter.read(holders, store=True, payload_length=length)
+                if self.groups.measures or snapshot is not None:
+                    gradients, reduced = meter.reduce(gradients, payload)
+                else:
+                    gradients.raise_problems()
+                    reduced = without_norm(gradients.device)
+            except NonFiniteGradientError as error:
+                if self.monitor is not None:
+                    self.monitor.failed(number, error)
+                raise
+            finally:  # a loss belongs to one step, even if that raises
+                self.groups.loss.forget()
+            of_policies, of_snapshot = split_payload(reduced.payload, self.groups.payload, snapshot)
+            agreed = reduced.agreed if isinstance(reduced.agreed, Tensor) else None
+            norm = reduced.total_norm if loss_scale == 1 else reduced.total_norm / loss_scale
+            outcome = self._decider.decide(norm, of_policies, agreed)
+            where: Sequence[tuple[str, int]] = ()
+            if self._names_not_finite(reduced, snapshot):
+                where = find_not_finite(meter.ranks, meter.shards, gradients.tensors)
+            if scales:
+                self._decider.apply(outcome, gradients)
+            del gradients
+            self._made(number, outcome)
+            if self.monitor is not None:
+                self.monitor.record(number, outcome.result, of_snapshot, where, loss_scale)
+        return outcome
+
+    def measure(self, holders: Sequence[Tensor]) -> ClipResult:
+        """Measure, and change and count nothing. Collective: every rank must call it."""
+        meter, payload = self._meter_now(), self.groups.payload
+        length = 0 if payload is None else payload.length
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            gradients = meter.read(holders, store=False, payload_length=length)
+            gradients, reduced = meter.reduce(gradients, payload, store=False)
+            return self._decider.measured(
+                reduced.total_norm, reduced.payload if len(reduced.payload) else None
+            )
+
+    def take_not_finite(self, total_norm: float, loss_scale: float) -> Outcome:
+        """Count a step whose measurement raised since its norm is not finite: an engine goes on with it."""
+        number = torch.tensor(
+            total_norm, dtype=torch.float64, device=self.ranks.reduce_device(torch.device("cpu"))
+        )
+        payload = self.groups.payload
+        # The payload can only be a loss here, which doesn't count in such a step.
+        nothing = (
+            None if payload is None else torch.ones(payload.length, dtype=torch.float64, device=number.device)
+        )
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            outcome = self._decider.decide(number / loss_scale, nothing)
+        self._made(self.count + 1, outcome)
+        return outcome
+
+    def _made(self, number: int, outcome: Outcome) -> None:
+        self.count, self.last, self.outcome = number, outcome.result, outcome
+        self._announce_snapshot()
+
+    def _names_not_finite(self, reduced: ReducedStatistics, snapshot: LayerSnapshot | None) -> bool:
+        """Whether to search for the gradients that are not finite: if the norm can be read for free, and no
+        layer statistics will name them."""
+        norm = reduced.total_norm
+        is_asked = self.monitor is not None and snapshot is None and self.groups.measures
+        return is_asked and reduced.agreed is True and kernels.on_host(norm) and not norm.isfinite()
+
+    # ---- planning
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether `plan` succeeded."""
+        return self._meter.plan is not None
+
+    def check_group(self) -> None:
+        """Refuse to go on after the process group was destroyed, or the world was made.
+
+        Raises:
+            DistnormError: it was destroyed, or the world was made after the clipper.
+        """
+        if not self.ranks.is_current:
+            raise DistnormError(
+                "expected the process group that the clipper was made with, found that it was destroyed, or "
+                "that there was none then; call clipper.rebind(group) on every rank that is there now"
+            )
+
+    def plan(self, read: Reader, modules: Sequence[nn.Module], *, anew: bool = False) -> None:
+        """Plan who counts what, and bind policies and monitor to it. Collective: every rank must call it.
+
+        Args:
+            read: gives this rank's shards.
+            modules: those of the target, for `clip.overlap`.
+            anew: whether other ranks may be in the middle of a step.
+        """
+        meter, ranks = self._meter, self.ranks
+        if anew:
+            payload = join_payloads(self.groups.payload, self._snapshot(self.count + 1))
+            meter.prepare_anew(read, 0 if payload is None else payload.length)
+        else:
+            meter.prepare(read)
+        self._alone = None
+        self.groups.bind(ranks, meter.shards, meter.shares)
+        if self.config.clip.overlap and self._norm.kernel is not None:
+            with ranks.together():
+                meter.overlap = Overlap(self._norm, meter.shards, meter.shares, modules)
+        if self.monitor is not None:
+            self.monitor.prepare(meter.shards, meter.shares, meter.overlap)
+        self._announce_snapshot()
+
+    def rebind(self, ranks: Ranks) -> None:
+        """Take part in another group, and keep histories and counts. `plan` must be called next."""
+        state = self.groups.state_dict()
+        self._take_part(ranks)
+        self.groups.load_state_dict(state)
+        if self.monitor is not None:
+            self.monitor.rebind(ranks)
+
+    def _meter_now(self) -> Meter:
+        """The meter for this step: under torch's `Join`, where ranks may be out of data, one of this rank
+        alone."""
+        managers = self._meter.managers
+        if managers is None or not managers.is_joining:
+            return self._meter
+        has_history = self.monitor is not None or self.groups.default.looks_back
+        if self.groups.payload is not None or (has_history and not self.is_registered_with_join):
+            raise DistnormError(
+                "expected under Join one constant threshold, or the clipper among what Join is given, as in "
+                "Join([model, clipper]), and no clip.groups; found policies whose histories would part ways"
+            )
+        if self._alone is None:
+            shards = self._meter.shards
+            self._alone = replace(self._meter_of(Ranks(alone=True)), tied=())  # they were checked before
+            self._alone.prepare(lambda: (shards, [(shard.name, shard.holder) for shard in shards]))
+        return self._alone
+
+    def take_over(self, is_last: bool) -> None:
+        """Take over the state of a rank that made all steps under torch's `Join`. Collective."""
+        states = self.ranks.gather(self.state_dict() if is_last else None)
+        state = next((state for state in states if state is not None), None)
+        if state is not None:
+            self.load_state_dict(state)
+        if self._meter.managers is not None:
+            self._meter.managers.end_join()
+        self._alone = None
+
+    # ---- monitored steps
+
+    def _snapshot(self, number: int) -> LayerSnapshot | None:
+        """The layer snapshot of a step that clips; `None` if it is not a monitored one."""
+        if self.monitor is None or (self._alone is not None and self._meter_now() is self._alone):
+            return None
+        return self.monitor.snapshot(number)
+
+    def _announce_snapshot(self) -> None:
+        """Let the overlap know whether the next step is a monitored one."""
+        if self._meter.overlap is not None:
+            self._meter.overlap.reads_before = self._snapshot(self.count + 1) is not None
+
+    def note(self, loss: Tensor | float | None, tokens: int | None) -> None:
+        """Keep the next step's loss and tokens."""
+        self.groups.loss.note(loss)
+        if self.monitor is not None:
+            self.monitor.note(loss, tokens)
+
+    def close(self) -> None:
+        """See `GradClipper.close`."""
+        if self._meter.overlap is not None:
+            self._meter.overlap.close()
+            self._meter.overlap = None
+        if self.monitor is not None:
+            self.monitor.close()
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `GradClipper.state_dict`."""
+        state = {"version": _STATE_VERSION, "steps": self.count, **self.groups.state_dict()}
+        return state if self.monitor is None else {**state, "monitor": self.monitor.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `GradClipper.load_state_dict`."""
+        version, steps = state.get("version"), state.get("steps")
+        if version not in (1, _STATE_VERSION) or not isinstance(steps, int) or steps < 0:
+            raise DistnormError(f"expected a clipper's state of version 1 or 2, found {dict(state)!r}")
+        if self.monitor is not None:
+            self.monitor.check_state(state.get("monitor"))
+        self.groups.load_state_dict(state if version == _STATE_VERSION else None)
+        self.count = steps
+        if self.monitor is not None:
+            self.monitor.load_state_dict(state.get("monitor"), steps)
+            self._announce_snapshot()
+
+    def describe(self) -> str:
+        """One line for `repr`; nothing is read from a device."""
+        clip = self.config.clip
+        facts = [f"{self.ranks.size} rank{'s' * (self.ranks.size > 1)}", f"norm {self._norm.order:g}"]
+        facts += [f"max_norm {clip.max_norm}", f"policy {clip.policy.name}"]
+        facts += [f"{len(clip.groups)} groups"] if clip.groups else []
+        facts.append(f"{self.count} step{'s' * (self.count != 1)}")
+        if self.last is not None and kernels.on_host(self.last.total_norm):
+            facts.append(f"last norm {float(self.last.total_norm):.6g}")
+        return ", ".join(facts)
