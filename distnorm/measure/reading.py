@@ -18,7 +18,7 @@ from distnorm.measure.partials import Batch, agree_on_partials, is_agreed
 from distnorm.measure.replica_check import compare_replicas
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.plan import Share
-from distnorm.sources.shards import GradShard, Reading, Source
+from distnorm.sources.shards import GradShard, PartialGrad, Reading, Source
 
 
 @dataclass(slots=True)
@@ -55,6 +55,7 @@ class GradientReader:
         """This step's gradients, each checked in full; see `Meter.read`. Collective where some may be
         partial."""
         readings, problems = read_with_care(shards)
+        any_partial = any(isinstance(reading, PartialGrad) for reading in readings)
         if self.source is Source.GRADIENT:
             diagnosis.warn_of_taken_gradients(shards, readings)
         if self._batches is None or not all(is_agreed(self._batches, i, r) for i, r in enumerate(readings)):
@@ -71,8 +72,8 @@ class GradientReader:
         laid_out.lay_out(shards, one_coefficient=self.one_coefficient)
         self._fast_path = None
         # Until ranks have agreed, all of them read with care, or one that does would wait for the others.
-        is_complete = self._batches is not None and not self._batches
-        if is_complete and not laid_out.problems and self.norm.kernel is not None:
+        plain = self._batches is not None and not self._batches and not any_partial and not laid_out.problems
+        if plain and self.norm.kernel is not None:
             presence = gradients.presence(self.weights)
             self._fast_path = FastPath.of(shards, self.shares, laid_out, presence)
         return gradients
