@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
+import distnorm
 from distnorm import kernels
 from distnorm.measure.replica_check import ReplicaCheck, _numbers
 from distnorm.plan.collectives import Ranks
@@ -182,6 +183,41 @@ def test_unreduced_replicas_are_refused_in_whichever_step(ranks, kind, dtype, wh
         assert [name for name, _ in said[: which - 1]] == [""] * (which - 1), said
         assert said[which - 1][0] == "ReplicaError" and "expected the same gradient" in said[which - 1][1]
         assert said[which][0] == ""  # and the next good step is measured
+
+
+def one_element_differs_at_first() -> list[Heard]:
+    """The sample of a step has 64 of these 20,000 elements, but the first step compares all of them."""
+    said = []
+    for place in (1, 777, 4_321, 9_999, 19_998):
+        tensor = nn.Parameter(torch.zeros(20_000))
+        tensor.grad = torch.ones(20_000)
+        tensor.grad[place] += 1000 * rank()
+        said.append(heard(clipper([tensor]).clip))
+    return said
+
+
+def test_the_first_step_compares_every_element_of_replicas(ranks):
+    for said in ranks(2, one_element_differs_at_first, timeout=TIMEOUT):
+        assert [name for name, _ in said] == ["ReplicaError"] * 5
+
+
+def unreduced_after_the_full_form() -> list[Heard]:
+    """A call for which the group's header is not packed any more, with and without replicas of its own."""
+    target, step = plain(torch.float32)
+    clipping, said = clipper(target), []
+    step(False, 1)
+    said.append(heard(clipping.clip))
+    of_one_rank = [torch.ones(3)] if rank() == 0 else []
+    said.append(heard(lambda: distnorm.get_total_norm(of_one_rank)))
+    for number, unreduced in ((2, True), (3, False)):
+        step(unreduced, number)
+        said.append(heard(clipping.clip))
+    return said
+
+
+def test_unreduced_replicas_are_refused_once_the_header_is_not_packed(ranks):
+    for said in ranks(2, unreduced_after_the_full_form, timeout=TIMEOUT):
+        assert [name for name, _ in said] == ["", "", "ReplicaError", ""]
 
 
 def last_bits_differ() -> tuple[list[Heard], int]:

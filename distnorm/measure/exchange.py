@@ -6,8 +6,9 @@ did not, those that read the result exchange their full headers in a second all-
 many times sooner through gloo, which cuts a vector into messages of one element each.
 
 All ranks must use one form, so it is a property of the group: packed, until all ranks together make a plan
-that needs the full one. Likewise a third element, by which replicas are compared but for their last bits
-(see `distnorm.measure.replica_check`), is added once such replicas were found.
+that needs the full one. Likewise a packed vector has a third element, by which replicas are compared but for
+their last bits (see `distnorm.measure.replica_check`), once such replicas were found; the full form always
+has it.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ class Exchange:
     def use_full_form(self) -> None:
         """From now on, on this group. Every rank must call it at the same point."""
         self._ranks.state.is_packed = False
+        self._ranks.state.compares_replicas = True  # only packed headers carry the bits of replicas
 
     def __call__(
         self,

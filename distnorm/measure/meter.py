@@ -121,7 +121,8 @@ class Meter:
         check_tied(self.ranks, [name for name, _ in named], self.tied)
         if self.allow_empty or not self._exchange.can_pack:
             self._exchange.use_full_form()
-        if not (self.listens and self.ranks.state.is_packed):
+        self.ranks.state.has_replicas |= plan.has_replicas
+        if not self.listens:
             self.ranks.state.compares_replicas |= plan.has_replicas
         self._weights, replica_check = {}, None
         if self.norm.replicas_share:

@@ -90,7 +90,7 @@ class GradientReader:
         if agreed is None:  # no rank has a gradient, so what was agreed before still holds
             return
         self._batches = agreed
-        if self.ranks.state.compares_replicas:
+        if self.ranks.state.has_replicas:
             complete = [reading if isinstance(reading, Tensor) else None for reading in readings]
             partial = {i for batch in self._batches for i in batch.layouts}
             compare_replicas(self.ranks, shards, self.shares, complete, apart_from=partial, finite_only=True)

@@ -31,6 +31,7 @@ class GroupState:
     Args:
         device_type: where vectors are reduced; `None` before the first plan.
         is_packed: whether a consensus header is one number in the all-reduced vector.
+        has_replicas: whether some plan has replicas, which are compared whole in the first step.
         compares_replicas: whether the vector has an element by which replicas are compared.
         plans: of lists of tensors, by what was planned. Its size is bounded for each group apart: every
             member makes the same calls on a group, so all of them evict the same plan.
@@ -38,6 +39,7 @@ class GroupState:
 
     device_type: str | None = None
     is_packed: bool = True
+    has_replicas: bool = False
     compares_replicas: bool = False
     plans: OrderedDict[object, Any] = field(default_factory=OrderedDict)
 
