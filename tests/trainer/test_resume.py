@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import shutil
@@ -11,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, StorageMeta
 
 from distnorm import RunError
+from distnorm.trainer.checkpoint import _MetadataUnpickler
 
 from .tiny import contents, rank_count, rows, shipped, trace, train
 
@@ -161,6 +164,27 @@ def test_checkpoint_that_would_run_code_is_refused_on_every_rank(
     assert all("step-2" in failure.message for failure in failures)
     assert not mark.exists()
     assert contents(tmp_path) == before
+
+
+class Attribute:
+    """Pickled as Python up to 3.11.3 pickles a member of an enum."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.owner, self.name)
+
+
+def test_members_of_enums_are_read_as_each_python_writes_them() -> None:
+    def read(written: object) -> object:
+        return _MetadataUnpickler(io.BytesIO(pickle.dumps(written))).load()
+
+    member = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    assert read(member) is member
+    assert read(Attribute(_MEM_FORMAT_ENCODING, member.name)) is member
+    with pytest.raises(pickle.UnpicklingError, match="no part of metadata"):
+        read(Attribute(StorageMeta, "__init__"))
 
 
 def test_object_in_the_place_of_a_tensor_is_refused(tmp_path: Path) -> None:

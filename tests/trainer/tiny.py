@@ -15,12 +15,14 @@ from distnorm import Config, load_config
 from distnorm.trainer import run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+TEXT = Path(__file__).with_name("numbers.txt")
 
 TINY = (
     "clip.max_norm=0.25",
     "train.steps=3",
     "train.dtype=float64",
     "train.device=cpu",
+    f"train.data.path={TEXT}",  # the default text differs from one Python to the next
     "train.model={dim: 32, layers: 2, heads: 4, context: 16, tie_embeddings: true}",
 )
 
