@@ -334,7 +334,8 @@ def _swapped(scene: Scene, i: int, dice: random.Random) -> str | None:
         return None
     a, b = scene.pieces[i].holder, scene.pieces[k].holder
     first, second = a.grad, b.grad
-    if first.dtype is not a.dtype or second.dtype is not b.dtype:  # type: ignore[union-attr]
+    kinds = [(tensor.dtype, tensor.shape) for tensor in (a, b, first, second)]  # type: ignore[union-attr]
+    if kinds[:2] != kinds[2:] or kinds[0] != kinds[1]:  # changed before
         return None
     a.grad = b.grad = None
     a.grad, b.grad = second, first

@@ -58,10 +58,10 @@ def is_readable(tensor: Tensor) -> bool:
         return False
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return False
-    if not tensor.numel():
-        return True
     if tensor._is_zerotensor():
         return False
+    if not tensor.numel():
+        return True
     return tensor.untyped_storage().nbytes() >= (max_place(tensor) + 1) * tensor.element_size()
 
 
@@ -244,6 +244,7 @@ class Truth:
         may_refuse: whether it need not be measured.
         shares, shares_oddly: whether gradients share memory, and not as one tensor.
         is_unequal: whether replicas hold different gradients.
+        differs: whether by more than a few digits, or only some of them hold one.
         trouble: how many ranks found something wrong before.
     """
 
@@ -254,6 +255,7 @@ class Truth:
     shares_oddly: bool
     trouble: float
     is_unequal: bool = False
+    differs: bool = False
 
     def norm(self, order: float, which: Sequence[int] | None = None) -> float:
         chosen = range(len(self.whole)) if which is None else which
@@ -299,12 +301,12 @@ def agree(picture: Picture, trouble: bool, may_refuse: bool) -> Truth:
             truth.must_refuse |= state == UNREADABLE and len(index) > 0
             truth.may_refuse |= state == UNREADABLE
             if states.setdefault(index.tobytes(), state) != state:
-                truth.must_refuse |= len(index) > 0
+                truth.differs |= len(index) > 0
             if state == PRESENT:
                 old = is_there[index]
                 if not np.array_equal(whole[index][old], values[old], equal_nan=True):
                     truth.is_unequal, truth.may_refuse = True, True
-                    truth.must_refuse |= not is_coarse and _differ(whole[index], values)
+                    truth.differs |= not is_coarse and _differ(whole[index], values)
                 whole[index], is_there[index] = values, True
         truth.may_refuse |= len(kinds) > 1
         truth.whole.append(whole[is_there])
