@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 from distnorm import kernels
@@ -75,7 +76,6 @@ class Managers:
         self._unreduced = UnreducedGradients(found)
         gathered = {id(parameter) for module in found for parameter in gathered_parameters(module)}
         self._gathered = [name for key, name in self._names.items() if key in gathered]
-        self._over: list[object] = []
 
     def are_of(self, named: Sequence[tuple[str, Tensor]]) -> bool:
         """Whether these are the parameters that were searched for."""
@@ -93,15 +93,6 @@ class Managers:
             if id(parameter) in self._names:
                 raise UnsupportedGradientError(f"parameter '{self._names[id(parameter)]}': {fact}")
 
-    def end_join(self) -> None:
-        """Take torch's `Join` to be over, whose modules keep what it has set until the next one."""
-        self._over = [module._join_config for module in self._joining()]
-
-    def _joining(self) -> list[DistributedDataParallel]:
-        alive = [module for module in (ref() for ref in self._replicated) if module is not None]
-        enabled = [module for module in alive if module._join_config.enable]
-        return [module for module in enabled if not any(module._join_config is over for over in self._over)]
-
     @property
     def is_joining(self) -> bool:
         """Whether DDP runs under torch's `Join`, where ranks that are out of data make no step.
@@ -109,7 +100,7 @@ class Managers:
         Raises:
             DistnormError: a parameter is not DDP's, so that the norm needs the ranks that are out of data.
         """
-        joining = self._joining()
+        joining = _joining(self._replicated)
         if not joining:
             return False
         rest = self._trained.difference(id(p) for module in joining for p in module.parameters())
@@ -137,8 +128,7 @@ class Replicated:
             DistnormError: it runs under `Join`, and some are none of its: their norm needs the ranks that are
                 out of data.
         """
-        alive = (module for module in (ref() for ref in self._modules) if module is not None)
-        joining = [module for module in alive if module._join_config.enable]
+        joining = _joining(self._modules)
         if not joining:
             return False
         held = {id(tensor) for module in joining for p in module.parameters() for tensor in (p, p.grad)}
@@ -148,6 +138,26 @@ class Replicated:
                 "those themselves, or measure after Join"
             )
         return True
+
+
+_joins: weakref.WeakKeyDictionary[nn.Module, tuple[object, list[weakref.ref[Join]]]]
+_joins = weakref.WeakKeyDictionary()
+
+
+def _joining(modules: Iterable[weakref.ref[DistributedDataParallel]]) -> list[DistributedDataParallel]:
+    """Those that run under torch's `Join`."""
+    return [module for module in (ref() for ref in modules) if module is not None and _is_joining(module)]
+
+
+def _is_joining(module: DistributedDataParallel) -> bool:
+    # A module keeps what `Join` has set after that is over; but the `Join` itself is then gone.
+    config = module._join_config
+    if not config.enable:
+        return False
+    if module not in _joins or _joins[module][0] is not config:
+        found = [join for join in _instances((Join,)) if any(module is one for one in join._joinables)]
+        _joins[module] = config, [weakref.ref(join) for join in found]
+    return any(ref() is not None for ref in _joins[module][1])
 
 
 def _managing(names: Mapping[int, str]) -> list[nn.Module]:
