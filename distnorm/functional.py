@@ -108,7 +108,7 @@ def clip_grads_with_norm_(
         shards = shards_of(named_tensors(parameters), Source.GRADIENT, target=parameters)
         readings, problems = read_with_care(shards)
         gradients = Gradients([r.tensor if isinstance(r, PartialGrad) else r for r in readings], problems)
-        gradients.lay_out(shards, one_coefficient=True)
+        gradients.lay_out(shards, "one")
         gradients.raise_problems()
         total = torch.as_tensor(total_norm)
         total = total.full_tensor() if hasattr(total, "full_tensor") else total

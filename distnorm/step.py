@@ -74,8 +74,7 @@ class Step:
             "tied": self.tied,
         }
         raises = clip.nonfinite in ("raise", "raise_now")
-        one = self.groups.obstacle is None
-        return Meter(ranks, self._norm, terms, self.tied, raises, one_coefficient=one)
+        return Meter(ranks, self._norm, terms, self.tied, raises, self.groups.coefficients)
 
     # ---- the walk
 
@@ -96,8 +95,9 @@ class Step:
         length = 0 if payload is None else payload.length
         with torch.no_grad(), torch._C.DisableTorchFunction():
             try:
-                gradients = meter.read(holders, store=True, payload_length=length)
-                if self.groups.measures or snapshot is not None:
+                meets = self.groups.measures or snapshot is not None
+                gradients = meter.read(holders, store=True, meets=meets, payload_length=length)
+                if meets:
                     gradients, reduced = meter.reduce(gradients, payload)
                 else:
                     gradients.raise_problems()
@@ -234,8 +234,6 @@ class Step:
         state = next((state for state in states if state is not None), None)
         if state is not None:
             self.load_state_dict(state)
-        if self._meter.managers is not None:
-            self._meter.managers.end_join()
         self._alone = None
 
     # ---- monitored steps

@@ -245,6 +245,37 @@ def test_a_refused_gradient_leaves_nobody_waiting(ranks: Callable[..., list[Any]
     assert [(row["step"], row["finite"]) for _, row in found] == [(1, True)] * 4
 
 
+RULES: dict[str, dict[str, Any]] = {
+    "the maximum norm": {"norm": {"type": "inf"}},
+    "groups": {"clip": {"max_norm": 1.0, "groups": [{"params": ["hybrid"], "max_norm": 0.5}]}},
+}
+
+
+def with_a_nan(folder: Path, rules: str, ends: str) -> list[Any]:
+    """The alerts of a step in which one rank has one bad gradient, after good ones."""
+    model, alerts = Model(), []
+    settings = {"clip": {"max_norm": 1.0}, "monitor": {"dir": folder / rules / ends}} | RULES[rules]
+    settings["clip"]["nonfinite"] = "skip"
+    clipper = distnorm.GradClipper(list(model.named.items()), settings)
+    assert clipper.monitor is not None
+    clipper.monitor.on_alert(alerts.append)
+    for step in range(1, 4):
+        model.backward(step)
+        if step == 3 and dist.get_rank() == 1:
+            model.local("sharded")[0, 0] = math.nan if ends == "nan" else math.inf
+        clipper.clip()
+    clipper.close()
+    return [(alert.kind, alert.step, alert.layer, alert.ranks) for alert in alerts]
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("ends", ["nan", "inf"])
+def test_an_alert_names_the_gradient_that_is_not_finite(
+    ranks: Callable[..., list[Any]], tmp_path: Path, rules: str, ends: str
+) -> None:
+    assert ranks(4, with_a_nan, tmp_path, rules, ends)[0] == [("non_finite", 3, "sharded", (1,))]
+
+
 class Late(AsyncHostCopy):
     """Values that take two steps to arrive, as a device's may."""
 

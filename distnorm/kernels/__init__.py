@@ -20,7 +20,7 @@ from distnorm.kernels.finding import Finder, Found
 from distnorm.kernels.memory import SharedMemoryError, is_all_there, memory_of, once
 from distnorm.kernels.modes import outside_graphs, plain_operators
 from distnorm.kernels.native import Kernel, split
-from distnorm.kernels.sampling import sample_of, samples, samples_of
+from distnorm.kernels.sampling import samples, samples_of
 from distnorm.kernels.walking import first_with_gradient, hold_just
 
 __all__ = [
@@ -48,7 +48,6 @@ __all__ = [
     "outside_graphs",
     "plain_operators",
     "row_squares",
-    "sample_of",
     "samples",
     "samples_of",
     "scale_",

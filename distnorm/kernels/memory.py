@@ -27,10 +27,10 @@ class SharedMemoryError(ValueError):
 def is_all_there(tensor: Tensor) -> bool:
     """Whether a tensor's elements are within its storage, which can be freed or made smaller under it.
 
-    Lazy zeros and meta tensors have no memory; of the latter not even empty ones are where they should be.
+    Lazy zeros and meta tensors have no memory, and not even empty ones can be measured or changed.
     """
     if tensor.is_meta or tensor._is_zerotensor():
-        return not (tensor.is_meta or tensor.numel())
+        return False
     return has_memory(tensor, _extent(tensor))
 
 

@@ -57,11 +57,6 @@ def samples_of(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([_added(rows * signs), _added(rows.abs())], dim=1)
 
 
-def sample_of(tensor: Tensor) -> Tensor:
-    """The two sums of one tensor, [2] fp64 on its device: see `samples_of`."""
-    return samples_of([tensor])[0]
-
-
 def _sample(tensor: Tensor) -> list[Tensor]:
     """The elements of a tensor's sample, in at most 4 parts."""
     if tensor.is_complex():

@@ -103,7 +103,7 @@ class FoundGradients(Gradients):
             for found in self._held:
                 found.mark_changed()
 
-    def _views(self) -> list[Tensor | None]:
+    def views(self) -> list[Tensor | None]:
         return self.tensors
 
 

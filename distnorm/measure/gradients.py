@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +14,15 @@ from torch import Tensor
 
 from distnorm import kernels
 from distnorm.errors import DistnormError, UnsupportedGradientError
+from distnorm.measure import partials
 from distnorm.measure.norms import Norm
 from distnorm.measure.replica_check import ReplicaCheck
 from distnorm.plan.plan import Share
 from distnorm.sources.shards import GradShard, PartialGrad, Reading
 
 Ints = npt.NDArray[np.int64]
+Coefficients = Literal["one", "of parameters", "of units"]
+"""Which of a step's gradients, or parts of them, are multiplied by coefficients of their own."""
 
 
 class Gradients:
@@ -82,7 +86,7 @@ class Gradients:
         fit = not kernels.split(tensors)[1] and all(map(Tensor.is_contiguous, tensors))
         return kernels.AddressTable.of(tensors) if fit else None, np.array(list(there), dtype=np.int64)
 
-    def lay_out(self, shards: Sequence[GradShard], *, one_coefficient: bool) -> None:
+    def lay_out(self, shards: Sequence[GradShard], coefficients: Coefficients) -> None:
         """Find views by which each element in memory is multiplied once, even where gradients share memory.
 
         If there are none, that is a problem, noted before any rank has changed a gradient.
@@ -103,11 +107,21 @@ class Gradients:
             names = " and ".join(f"'{shards[positions[at]].name}'" for at in error.positions)
             self.problems.append(refusal(shards[positions[error.positions[0]]], f"{error} ({names})"))
             return
-        if len(self._once) < len(there) and not one_coefficient:
+        if coefficients == "of units":
+            self._refuse_shared_units(shards)
+        if len(self._once) < len(there) and coefficients != "one":
             alone = list(map(id, self._once))
             first = next(i for i, view in there.items() if not _took(alone, id(view)))
             fact = "expected memory of its own, as coefficients are each gradient's own, found shared memory"
             self.problems.append(refusal(shards[first], fact))
+
+    def _refuse_shared_units(self, shards: Sequence[GradShard]) -> None:
+        for shard, tensor, view in zip(shards, self._tensors, self._memory, strict=True):
+            if tensor is None or view is None or len(shard.global_shape) < 2:
+                continue
+            if len(view) != len(tensor):
+                fact = "expected memory of its own for each output unit, whose coefficients differ; clone it"
+                self.problems.append(refusal(shard, fact))
 
     @property
     def is_plain(self) -> bool:
@@ -122,27 +136,28 @@ class Gradients:
 
     def scale_each_(self, coefs: Tensor) -> None:
         """Multiply each by its own of [shards] coefficients, in place."""
-        memory = self._views()
+        memory = self.views()
         there = [i for i, view in enumerate(memory) if view is not None]
         mine = coefs if len(there) == len(memory) else coefs[there]
         kernels.scale_each_([view for view in memory if view is not None], mine)
 
     def clamp_(self, bound: float, members: Sequence[int]) -> None:
         """Put every element of some gradients, by position, within plus and minus a bound."""
-        memory = self._views()
+        memory = self.views()
         kernels.clamp_([view for view in (memory[i] for i in members) if view is not None], bound)
 
     def zero_unless_(self, keep: Tensor) -> None:
         """Set all to zero, NaN and inf too, unless a 0-d bool tensor is true."""
         kernels.zero_unless_(self._parts(), keep)
 
-    def _views(self) -> list[Tensor | None]:
+    def views(self) -> list[Tensor | None]:
+        """What to multiply in place of each gradient: its elements in memory, each once."""
         return self._memory
 
     def _parts(self) -> list[Tensor]:
         if self._once is not None:
             return self._once
-        return [view for view in self._views() if view is not None]
+        return [view for view in self.views() if view is not None]
 
 
 def read_with_care(shards: Sequence[GradShard]) -> tuple[list[Reading], list[DistnormError]]:
@@ -166,6 +181,8 @@ def read_with_care(shards: Sequence[GradShard]) -> tuple[list[Reading], list[Dis
 def _misfit(shard: GradShard, reading: Reading) -> str | None:
     local, expected = reading, shard.shape
     if isinstance(reading, PartialGrad):
+        if fact := partials.misfit(reading):
+            return fact
         local, expected = reading.tensor, shard.wide_shape(reading.wide)
     assert not isinstance(local, PartialGrad)
     if local is None or tuple(local.shape) == expected or not (local.numel() or math.prod(expected)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import NoReturn
 
@@ -21,7 +21,7 @@ from distnorm.errors import DisagreementError, DistnormError
 from distnorm.measure import diagnosis
 from distnorm.measure.diagnosis import SET
 from distnorm.measure.exchange import Exchange, Payload, ReducedStatistics
-from distnorm.measure.gradients import Gradients, read_with_care
+from distnorm.measure.gradients import Coefficients, Gradients
 from distnorm.measure.header import DecodedHeader, Header, Stage, presence_weights
 from distnorm.measure.norms import Norm
 from distnorm.measure.overlap import Overlap
@@ -50,7 +50,7 @@ class Meter:
         terms: settings that must be equal on all ranks, compared whenever a plan is made.
         tied: groups of names that are one parameter.
         raises: whether the norm is read on the host, and raises on every rank if it is not finite.
-        one_coefficient: whether all gradients are multiplied by the same coefficient.
+        coefficients: what has coefficients of its own.
         source: what is measured of the tensors that were given.
         allow_empty: a rank may pass an empty target in some calls.
 
@@ -65,7 +65,7 @@ class Meter:
     terms: Mapping[str, object]
     tied: Tied
     raises: bool
-    one_coefficient: bool = True
+    coefficients: Coefficients = "one"
     source: Source = Source.GRADIENT
     allow_empty: bool = False
     overlap: Overlap | None = None
@@ -145,7 +145,7 @@ class Meter:
             shares,
             self._weights,
             listens=self.listens,
-            one_coefficient=self.one_coefficient,
+            coefficients=self.coefficients,
             source=self.source,
         )
 
@@ -174,12 +174,15 @@ class Meter:
 
     # ---- a step
 
-    def read(self, holders: Sequence[Tensor], *, store: bool, payload_length: int = 0) -> Gradients:
+    def read(
+        self, holders: Sequence[Tensor], *, store: bool, meets: bool = True, payload_length: int = 0
+    ) -> Gradients:
         """This step's gradients. Collective where some are partial, or may be for the first time.
 
         Args:
             holders: those of the plan's shards, in its order.
             store: whether reduced partial gradients are put back where the partial ones were.
+            meets: whether `reduce` follows, in which ranks that read on learn of new partial gradients.
             payload_length: of the payload that ranks may be reducing meanwhile.
 
         Raises:
@@ -192,7 +195,9 @@ class Meter:
             except DistnormError as error:
                 return Gradients([None] * len(self.shares), [error])
         found = self._reader.read_fast(holders)
-        return found or self._reader.read_with_care(self.shards, store, payload_length)
+        return found or self._reader.read_with_care(
+            self.shards, store=store, meets=meets, payload_length=payload_length
+        )
 
     def reduce(
         self,
@@ -211,7 +216,7 @@ class Meter:
             store: as for `read`.
 
         Returns:
-            The gradients, read once more if ranks had to agree on partial ones first; and what was reduced.
+            The gradients, with partial ones on which ranks had to agree first; and what was reduced.
 
         Raises:
             DistnormError: a gradient can't be measured, or ranks didn't measure the same; on every rank that
@@ -234,14 +239,12 @@ class Meter:
             if decoded.agreed and decoded.values["measure"] == self.ranks.size:
                 reduced = self._checks.compare_bits(reduced, self.shards, gradients)
             elif decoded.stages == {"agree", "measure"} and decoded.all_raise:
-                self._reader.agree(self.shards, read_with_care(self.shards)[0], gradients.problems)
-                length = 0 if payload is None else payload.length
-                again = self._reader.read_with_care(self.shards, store, length)
-                return self.reduce(again, payload, terms, store=store)
+                found = self._reader.agree_with_others(self.shards, gradients, store=store)
+                return self.reduce(found, payload, terms, store=store)
             else:
                 self._checks.raise_disagreement(reduced, decoded, here, self.shards, gradients)
         self._checks.check_values(reduced, lambda: self.shards, gradients)
-        return gradients, reduced
+        return gradients, reduced if reduced.agreed is True else replace(reduced, agreed=True)
 
     def join_empty(self) -> tuple[Tensor, bool]:
         """The total norm where this rank was given no tensors, and whether the result is fp64.
@@ -257,7 +260,7 @@ class Meter:
                 self.allow_empty = True
                 self.prepare(lambda: ([], []))
             elif "agree" in decoded.stages:
-                self._reader_of(()).agree([], [], [])
+                self._reader_of(()).agree([], [], [], store=False)
             elif not decoded.stages:  # nobody has anything
                 return self.norm.finalise(self.norm.zeros(self.ranks.device())), False
             else:

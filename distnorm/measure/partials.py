@@ -29,10 +29,7 @@ from distnorm.sources.shards import GradShard, PartialGrad, Reading
 _MISSING, _COMPLETE = 1, 2
 _AXIS_BIT, _MOST_AXES = 2, 16
 _WIDE_BIT = _AXIS_BIT + _MOST_AXES
-_DTYPES = (
-    *(torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex128, torch.complex64),
-    *(torch.float8_e4m3fn, torch.float8_e5m2),
-)
+_DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex128, torch.complex64
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
 """The mesh axes over which a gradient is partial, and those along which it arrives uncut, though its
@@ -81,7 +78,8 @@ class Batch:
             wide = self.layouts[i][1]
             reduced = shards[i].narrowed(slot.view(shape), wide)
             if store and arrived is not None:
-                reduced = reduced.clone() if wide else arrived.tensor.copy_(reduced)
+                is_kept = not wide and _can_be_written(arrived.tensor)
+                reduced = arrived.tensor.copy_(reduced) if is_kept else reduced.clone()
                 shards[i].store(reduced)
             readings[i] = reduced
 
@@ -97,6 +95,23 @@ class Batch:
         slot.copy_(partial.tensor.reshape(-1))
         if partial.op == "avg":
             slot.div_(math.prod(shard.axis_group(axis).size() for axis in partial.axes))
+
+
+def _can_be_written(tensor: Tensor) -> bool:
+    """Whether values can be copied into it, one for each element."""
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return False
+    try:
+        return kernels.memory_of(tensor).numel() == tensor.numel()
+    except ValueError:
+        return False
+
+
+def misfit(arrived: PartialGrad) -> str | None:
+    """Why a partial gradient can't be reduced, if it can't."""
+    if not arrived.axes or arrived.tensor.dtype in _DTYPES:
+        return None
+    return f"expected a dtype that can be added up, found Partial of {arrived.tensor.dtype}"
 
 
 def is_agreed(batches: Sequence[Batch], i: int, reading: Reading) -> bool:
@@ -185,24 +200,24 @@ def _batches(
     """Group what may be partial: what is on some rank, and, in a model that has partial gradients, what
     no rank has a gradient of yet."""
     layouts: dict[int, Layout] = {}
-    for i, (shard, (flags, _)) in enumerate(zip(shards, merged, strict=True)):
+    for i, (shard, (flags, dtype)) in enumerate(zip(shards, merged, strict=True)):
         axes = tuple(axis for axis in shard.mesh_axes if flags >> _AXIS_BIT >> axis & 1)
         wide = tuple(axis for axis in shard.mesh_axes if flags >> _WIDE_BIT >> axis & 1)
         if any_partial and flags == _MISSING and shard.holder.requires_grad:
             axes = shard.replicated_axes
-        if axes and all(shard.wide_shape(wide)):
+        if axes and all(shard.wide_shape(wide)) and dtype < len(_DTYPES):
             layouts[i] = axes, wide
     grouped: dict[object, dict[int, Layout]] = defaultdict(dict)
     groups: dict[object, tuple[ProcessGroup, ...]] = {}
     dtypes: dict[object, torch.dtype] = {}
     for i in sorted(layouts, key=lambda i: shards[i].name):
         over = tuple(shards[i].axis_group(axis) for axis in layouts[i][0])
-        dtype = _DTYPES[merged[i][1]]
+        added = _DTYPES[merged[i][1]]
         # Groups of the same ranks are one, whichever mesh made them.
-        key = tuple(map(ranks_of, over)), dtype, shards[i].local_device.type
+        key = tuple(map(ranks_of, over)), added, shards[i].local_device.type
         grouped[key][i] = layouts[i]
         groups.setdefault(key, over)
-        dtypes[key] = dtype
+        dtypes[key] = added
     return tuple(Batch(members, groups[key], dtypes[key]) for key, members in grouped.items())
 
 

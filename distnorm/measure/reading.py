@@ -11,7 +11,7 @@ from distnorm.errors import DistnormError
 from distnorm.measure import diagnosis
 from distnorm.measure.exchange import Exchange
 from distnorm.measure.fast_path import FastPath
-from distnorm.measure.gradients import Gradients, completed, read_with_care
+from distnorm.measure.gradients import Coefficients, Gradients, completed, read_with_care
 from distnorm.measure.header import Header
 from distnorm.measure.norms import Norm
 from distnorm.measure.partials import Batch, agree_on_partials, is_agreed
@@ -32,7 +32,7 @@ class GradientReader:
         shares: what it counts of each.
         weights: of replicas, by position; see `presence_weights`.
         listens: whether this rank reads results on the host.
-        one_coefficient: whether all gradients are multiplied by the same coefficient.
+        coefficients: what has coefficients of its own.
         source: what is measured.
     """
 
@@ -42,7 +42,7 @@ class GradientReader:
     shares: Sequence[Share]
     weights: dict[int, int]
     listens: bool
-    one_coefficient: bool
+    coefficients: Coefficients
     source: Source
     _batches: tuple[Batch, ...] | None = None
     _fast_path: FastPath | None = None
@@ -51,40 +51,72 @@ class GradientReader:
         """This step's gradients, if they are laid out as those read before; `None` if they need care."""
         return self._fast_path.read(holders) if self._fast_path is not None else None
 
-    def read_with_care(self, shards: Sequence[GradShard], store: bool, payload_length: int) -> Gradients:
+    def read_with_care(
+        self, shards: Sequence[GradShard], *, store: bool, meets: bool, payload_length: int
+    ) -> Gradients:
         """This step's gradients, each checked in full; see `Meter.read`. Collective where some may be
         partial."""
         readings, problems = read_with_care(shards)
-        any_partial = any(isinstance(reading, PartialGrad) for reading in readings)
+        may_be_found = not any(isinstance(reading, PartialGrad) for reading in readings)
         if self.source is Source.GRADIENT:
             diagnosis.warn_of_taken_gradients(shards, readings)
-        if self._batches is None or not all(is_agreed(self._batches, i, r) for i, r in enumerate(readings)):
+        # First what was agreed on before, since that is what the other ranks of these groups do.
+        self._reduce(shards, readings, store)
+        if self._batches is None or (meets and not self._all_agreed(readings)):
             decoded = self.exchange(None, Header("agree", self.listens), payload_length).decode()
             if not decoded.stages <= {"agree", "measure"}:
                 diagnosis.raise_disagreement(self.ranks, decoded, {})
             if decoded.all_raise or not decoded.values["measure"]:
-                self.agree(shards, readings, problems)
-        for batch in self._batches or ():
-            batch.reduce(shards, readings, store=store)
+                self.agree(shards, readings, problems, store=store)
         gradients = completed(shards, readings, problems, store=store)
         # What is only measured may lie in memory as it likes.
         laid_out = gradients if store else Gradients(gradients.tensors, gradients.problems)
-        laid_out.lay_out(shards, one_coefficient=self.one_coefficient)
+        laid_out.lay_out(shards, self.coefficients)
         self._fast_path = None
         # Until ranks have agreed, all of them read with care, or one that does would wait for the others.
-        plain = self._batches is not None and not self._batches and not any_partial and not laid_out.problems
-        if plain and self.norm.kernel is not None:
+        is_settled = self._batches is not None and not self._batches and not laid_out.problems
+        if may_be_found and is_settled and self.norm.kernel is not None:
             presence = gradients.presence(self.weights)
             self._fast_path = FastPath.of(shards, self.shares, laid_out, presence)
         return gradients
 
+    def agree_with_others(
+        self, shards: Sequence[GradShard], gradients: Gradients, *, store: bool
+    ) -> Gradients:
+        """Agree with ranks that have found new partial gradients, which this one had not. Collective.
+
+        Args:
+            shards: this rank's.
+            gradients: what it has read of them; partial ones that were agreed on before are reduced in it.
+            store: as for `read_with_care`.
+
+        Returns:
+            The gradients, with its share of those that were reduced only now.
+        """
+        readings: list[Reading] = list(gradients.tensors)
+        self.agree(shards, readings, gradients.problems, store=store)
+        found = completed(shards, readings, gradients.problems, store=store)
+        if store:
+            found.lay_out(shards, self.coefficients)
+        self._fast_path = None
+        return found
+
+    def _all_agreed(self, readings: Sequence[Reading]) -> bool:
+        return all(is_agreed(self._batches or (), i, reading) for i, reading in enumerate(readings))
+
+    def _reduce(self, shards: Sequence[GradShard], readings: list[Reading], store: bool) -> None:
+        for batch in self._batches or ():
+            batch.reduce(shards, readings, store=store)
+
     def agree(
         self,
         shards: Sequence[GradShard],
-        readings: Sequence[Reading],
+        readings: list[Reading],
         problems: Sequence[DistnormError],
+        *,
+        store: bool,
     ) -> None:
-        """Agree on which gradients are partial, and compare replicas of the others. Collective."""
+        """Agree on which gradients are partial, compare replicas of the others, and reduce. Collective."""
         self.ranks.raise_together(problems[0] if problems else None)
         agreed = agree_on_partials(self.ranks, shards, readings, self._batches or ())
         if agreed is None:  # no rank has a gradient, so what was agreed before still holds
@@ -94,3 +126,4 @@ class GradientReader:
             complete = [reading if isinstance(reading, Tensor) else None for reading in readings]
             partial = {i for batch in self._batches for i in batch.layouts}
             compare_replicas(self.ranks, shards, self.shares, complete, apart_from=partial, finite_only=True)
+        self._reduce(shards, readings, store)

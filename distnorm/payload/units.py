@@ -144,7 +144,7 @@ class UnitStatistics:
         The coefficients are rounded as those of `distnorm.kernels.scale_` are.
 
         Args:
-            gradients: as in `local`.
+            gradients: their views in memory, in the order of `local`, each row with memory of its own.
             coefs: [units], on any device.
         """
         on: dict[tuple[torch.device, torch.dtype], Tensor] = {}

@@ -244,7 +244,7 @@ class Decider:
         for one in decisions:
             group, decision = one.group, one.decision
             if group.units is not None and decision.each is not None:
-                group.units.scale_(gradients.tensors, decision.each)
+                group.units.scale_(gradients.views(), decision.each)
             if decision.clamp is not None:
                 gradients.clamp_(decision.clamp, self._shards_of(group, len(gradients.tensors)))
         zeroing = [one.decision.zero_unless for one in decisions if one.decision.zero_unless is not None]
@@ -256,7 +256,7 @@ class Decider:
         ownership, coefs = self._groups.ownership, []
         assert ownership is not None
         for one in decisions:
-            decision, count = one.decision, len(ownership.names(one.group.index))
+            decision, count = one.decision, ownership.count(one.group.index)
             if not one.multiplies:
                 coefs.append(torch.ones_like(decision.coef).expand(count))
             else:

@@ -37,11 +37,6 @@ class Decision:
     each: Tensor | None = None
     clamp: float | None = None
 
-    @property
-    def zero(self) -> bool:
-        """Whether gradients may be set to zero."""
-        return self.zero_unless is not None
-
     def where(self, agreed: Tensor) -> Decision:
         """This decision where the 0-d bool tensor is true; else one that leaves the gradients alone."""
         each = None if self.each is None else self.each.where(agreed, 1.0)

@@ -14,6 +14,7 @@ from typing import Any
 from distnorm.config import ClipConfig, GroupConfig
 from distnorm.errors import ConfigError, DistnormError
 from distnorm.measure.exchange import Payload
+from distnorm.measure.gradients import Coefficients
 from distnorm.measure.norms import Norm
 from distnorm.payload.parameters import ParameterStatistics
 from distnorm.payload.payload import LossPayload, PayloadParts
@@ -108,6 +109,13 @@ class PolicyGroups:
         """The policy of the parameters in no group."""
         return self.groups[-1].policy
 
+    @property
+    def coefficients(self) -> Coefficients:
+        """What has coefficients of its own."""
+        if any(group.policy.reads == "units" for group in self.groups):
+            return "of units"
+        return "one" if self.obstacle is None else "of parameters"
+
     def _obstacle(self) -> str | None:
         if self.clip.groups:
             return "clip.groups, which have coefficients of their own"
@@ -150,13 +158,9 @@ class PolicyGroups:
         self.payload = PayloadParts(parts) if parts else None
 
     def _bind_policies(self, ranks: Ranks, ownership: Ownership) -> None:
-        error: DistnormError | None = None
-        try:
+        with ranks.together():
             for group in self.groups:
                 group.policy.bind(ownership.names(group.index))
-        except DistnormError as caught:
-            error = caught
-        ranks.raise_together(error)
 
     # ---- what a checkpoint needs
 

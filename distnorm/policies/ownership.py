@@ -34,7 +34,8 @@ class Ownership:
         self._slots = [[slot for slot, owner in enumerate(owners) if owner == group] for group in everybody]
         order = [slot for slots in self._slots for slot in slots]
         place = {slot: i for i, slot in enumerate(order)}
-        self._owners_of_shards = [owners[slot] for slot in table.slots]
+        owners_of_shards = [owners[slot] for slot in table.slots]
+        self._shards = [[i for i, owner in enumerate(owners_of_shards) if owner == g] for g in everybody]
         self._indices = Indices()
         self._indices["numels"] = table.numels
         self._indices["places"] = [place[slot] for slot in table.slots]
@@ -73,6 +74,10 @@ class Ownership:
         """Of a group's parameters, in the table's order."""
         return tuple(self._names[slot] for slot in self._slots[group])
 
+    def count(self, group: int) -> int:
+        """How many parameters a group has."""
+        return len(self._slots[group])
+
     def members(self, group: int, device: torch.device) -> Tensor:
         """The places of a group's parameters in the table."""
         return self._indices.at(group, device)
@@ -87,7 +92,7 @@ class Ownership:
 
     def shards(self, group: int) -> list[int]:
         """Positions, among this rank's shards, of those of a group's parameters."""
-        return [i for i, owner in enumerate(self._owners_of_shards) if owner == group]
+        return self._shards[group]
 
 
 def _few(facts: Sequence[str]) -> str:

@@ -9,12 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from distnorm.kernels import AddressTable, fingerprints, native, sample_of, samples, samples_of, sampling
+from distnorm.kernels import AddressTable, fingerprints, native, samples, samples_of, sampling
 
 COMPILED = native.library()
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 needs_compiler = pytest.mark.skipif(COMPILED is None, reason="there is no C compiler here")
 LARGEST_WHOLE = 1 << 24  # bytes
+
+
+def sample_of(tensor: torch.Tensor) -> torch.Tensor:
+    return samples_of([tensor])[0]
 
 
 def prints(*tensors: Tensor) -> list[int]:

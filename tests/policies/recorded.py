@@ -96,6 +96,8 @@ def plain(decision: Decision) -> dict[str, Any]:
     found = {name: getattr(decision, name) for name in fields}
     numbers = {name: None if value is None else value.tolist() for name, value in found.items()}
     return json.loads(
-        json.dumps({**numbers, "rest": [decision.may_clip, decision.zero, decision.clamp]}),
+        json.dumps(
+            {**numbers, "rest": [decision.may_clip, decision.zero_unless is not None, decision.clamp]}
+        ),
         parse_constant=str,
     )

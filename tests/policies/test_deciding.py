@@ -52,6 +52,9 @@ class HeldGradients:
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         self.tensors = list(tensors)
 
+    def views(self) -> list[Tensor | None]:
+        return self.tensors
+
     def _present(self) -> list[Tensor]:
         return [tensor for tensor in self.tensors if tensor is not None]
 

@@ -48,7 +48,7 @@ def compare(decisions: list[Decision], expected: Expected, nonfinite: str) -> No
             some += coef < 1
         elif nonfinite in MODES:
             assert decision.coef.item() == MODES[nonfinite]
-        assert decision.zero == (nonfinite == "zero")
+        assert (decision.zero_unless is not None) == (nonfinite == "zero")
     assert some > 1, "the series clips"
 
 
@@ -306,7 +306,7 @@ def test_no_max_norm_never_clips(policy: Policy) -> None:
 def test_value_multiplies_nothing() -> None:
     for decision in play(Value(0.25, "zero")):
         assert (decision.coef.item(), decision.threshold.item(), decision.may_clip) == (1.0, INF, False)
-        assert (decision.clamp, decision.zero) == (0.25, False)
+        assert (decision.clamp, decision.zero_unless) == (0.25, None)
     assert play(Value(), [1.0])[0].clamp is None
 
 
@@ -320,12 +320,12 @@ def test_zero_makes_zeros_of_all_and_propagate_lets_the_formula_run(policy: Poli
         again.bind(NAMES)
         decision = play(again, [1.0, bad])[1]
         assert {decision.coef.item(), *([] if decision.each is None else decision.each.tolist())} == allowed
-        assert decision.zero == (nonfinite == "zero")
+        assert (decision.zero_unless is not None) == (nonfinite == "zero")
         assert decision.skip is None or not decision.skip
     propagating = type(policy)(policy._max_norm, "propagate")
     propagating.bind(NAMES)
     decision = play(propagating, [1.0, bad])[1]
-    assert not decision.zero
+    assert decision.zero_unless is None
     if decision.each is None and (isinstance(policy, Percentile) or policy._max_norm == 1.0):
         torch.testing.assert_close(
             decision.coef, constant(fp64(bad), 1.0).coef, equal_nan=True, rtol=0, atol=0

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distnorm
 from tests import oracle
-from tests.refusals import TIMEOUT, clipper, heard
+from tests.refusals import TIMEOUT, Heard, clipper, heard
 
 # ---- clip.overlap: writes that raise no version counter
 
@@ -158,3 +158,28 @@ def test_a_class_with_its_own_multiplication_is_scaled_as_memory():
         plain = parameter.grad.as_subclass(torch.Tensor)
         assert plain.tolist() == pytest.approx([4 / (8 + 1e-6)] * 4, rel=1e-6)
         assert math.isclose(oracle.dense_of([plain]), 1.0, rel_tol=1e-6)
+
+
+# ---- rows that are one row in memory, under coefficients of each row's own
+
+
+def agc_of(gradient: Tensor) -> tuple[Heard, Tensor]:
+    """What adaptive clipping said; and a gradient after that step, or after a good one if it was refused."""
+    weight, other = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3, 4))
+    clip = {"max_norm": None, "policy": {"name": "agc", "lambda": 0.1}}
+    clipping = distnorm.GradClipper([("weight", weight), ("other", other)], {"clip": clip})
+    weight.grad, other.grad = gradient, torch.ones(3, 4)
+    said = heard(clipping.clip)
+    if said[0]:
+        assert torch.equal(other.grad, torch.ones(3, 4)) and torch.equal(weight.grad, torch.ones(3, 4))
+        weight.grad = torch.ones(3, 4)
+        clipping.clip()
+    return said, weight.grad
+
+
+def test_agc_refuses_rows_that_share_memory() -> None:
+    said, after = agc_of(torch.ones(1, 4).expand(3, 4))
+    assert said[0] == "UnsupportedGradientError" and "'weight'" in said[1]
+    assert torch.allclose(after, torch.full((3, 4), 0.1), rtol=1e-6)  # each row's norm is its weight's
+    said, after = agc_of(torch.ones(3, 1).expand(3, 4))
+    assert not said[0] and torch.allclose(after, torch.full((3, 4), 0.1), rtol=1e-6)
