@@ -19,7 +19,6 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from distnorm.plan import model_table as table
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.model_order import merged
-from distnorm.plan.model_table import natural
 from tests.payloads import Model
 
 
@@ -27,26 +26,6 @@ def with_gradient(*shape: int) -> nn.Parameter:
     result = nn.Parameter(torch.ones(shape))
     result.grad = torch.ones(shape)
     return result
-
-
-def test_names_come_in_the_order_that_people_count_in():
-    names = [
-        "blocks.2.w",
-        "blocks.10.w",
-        "blocks.2.b",
-        "a10b2",
-        "a2b10",
-        "10",
-        "9",
-        "tok",
-        "blocks.2",
-        "01",
-        "1",
-    ]
-    assert sorted(names, key=natural) == [
-        *("01", "1", "9", "10", "a2b10", "a10b2"),
-        *("blocks.2", "blocks.2.b", "blocks.2.w", "blocks.10.w", "tok"),
-    ]
 
 
 ORDERS: dict[str, tuple[list[list[str]], list[str]]] = {

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -24,7 +24,6 @@ from distnorm.policies.results import ClipResult
 from distnorm.sources import Target, Tied, named_tensors, read_once
 
 _LOG = logging.getLogger("distnorm")
-T = TypeVar("T")
 
 
 class Hook(Protocol):
@@ -137,33 +136,23 @@ def attach(
     """
     if is_engine(target):
         _refuse_beside_engine(optimizer, pp_mesh)
-        engine_hook = DeepSpeedHook(target, config, group=group, tied=tied)
-        return Handle(engine_hook.clipper, engine_hook)
-    ranks = Ranks(group)
-    target, given = _together(ranks, lambda: _checked(target, optimizer))
+        hook = DeepSpeedHook(target, config, group=group, tied=tied)
+        return Handle(hook.clipper, hook)
+    with (ranks := Ranks(group)).together():
+        target, given = _checked(target, optimizer)
     clipper = GradClipper(target, config, group=group, pp_mesh=pp_mesh, tied=tied)
     return Handle(clipper, _installed(ranks, clipper, given))
 
 
 def _installed(ranks: Ranks, clipper: GradClipper, given: Sequence[Any]) -> OptimizerHook:
     try:
-        hook = _together(ranks, lambda: OptimizerHook(clipper, given))
+        with ranks.together():
+            hook = OptimizerHook(clipper, given)
     except DistnormError:
         clipper.close()
         raise
     hook.install()
     return hook
-
-
-def _together(ranks: Ranks, action: Callable[[], T]) -> T:
-    """What `action` returns; what it raises on one rank is raised on all."""
-    error: DistnormError | None = None
-    try:
-        outcome = action()
-    except DistnormError as caught:
-        error = caught
-    ranks.raise_together(error)
-    return outcome
 
 
 def _checked(target: Target, optimizer: object) -> tuple[Target, list[Any]]:

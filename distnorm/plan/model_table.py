@@ -1,16 +1,14 @@
 """The whole model's parameters, by name, the same list on every rank; and which rank holds what of them.
 
 Made once, and only where something needs more than the total norm: per-layer monitoring, a policy that goes
-by single parameters, a comparison of replicas. Each name is sent once, by
-one of the ranks that hold it, chosen by hash to spread the load. Which rank holds what is sent as numbers,
-and so is each name's place on the lowest rank that holds it, which gives the order of the table
-(`model_order`).
+by single parameters, a comparison of replicas. Each name is sent once, by one of the ranks that hold it,
+chosen by hash to spread the load. Which rank holds what is sent as numbers, and so is each name's place on
+the lowest rank that holds it, which gives the order of the table (`model_order`).
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -30,7 +28,6 @@ Ints = npt.NDArray[np.int64]
 
 MOST_ROWS = 1 << 20
 """Over all ranks. Above, no rank knows what the others hold, and no payload has a value for each of it."""
-_DIGITS = re.compile(r"([0-9]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +99,6 @@ def make_model_table(ranks: Ranks, shards: Sequence[GradShard], shares: Sequence
     return ModelTable(
         names, tuple(shapes[name] for name in names), slots, _rows(ranks, shards, shares, slots)
     )
-
-
-def natural(name: str) -> tuple[list[str | int], str]:
-    """By which names are sorted: digits are numbers."""
-    parts = _DIGITS.split(name)
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
 def _publishers(rows: Tensor) -> Tensor:

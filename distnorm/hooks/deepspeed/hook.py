@@ -68,7 +68,6 @@ class DeepSpeedHook:
         except BaseException:
             self._patches.undo()
             raise
-        self._adapter = adapter
 
     @property
     def optimizers(self) -> list[object]:
@@ -87,31 +86,23 @@ class DeepSpeedHook:
         self._patches.undo()
 
     def _described(self, ranks: Ranks, tied: Tied) -> tuple[Adapter, list[Piece]]:
-        error: DistnormError | None = None
-        try:
+        with ranks.together():
             first = {name: names[0] for names in checked_tied(tied) for name in names}
             names = source.whole_model_names(self._engine)
             names = {key: first.get(name, name) for key, name in names.items()}
             adapter = adapter_class(self._engine)(self._engine, names)
             pieces = adapter.pieces()
-        except DistnormError as caught:
-            error = caught
-        ranks.raise_together(error)
         return adapter, pieces
 
     def _install(self, ranks: Ranks, adapter: Adapter) -> None:
-        error: DistnormError | None = None
         engine, is_pipeline = self._engine, hasattr(type(self._engine), "train_batch")
         outermost = "train_batch" if is_pipeline else "step"
-        try:
+        with ranks.together():
             retire_engines_clipping(engine, self._patches, quiet=ranks.rank != 0)
             adapter.install(self._patches)
             take_step, step = engine._take_model_step, getattr(engine, outermost)
             self._patches.set(engine, "_take_model_step", self._measured(take_step, adapter))
             self._patches.set(engine, outermost, self._raising(step))
-        except DistnormError as caught:
-            error = caught
-        ranks.raise_together(error)
         if adapter.is_between_steps:
             adapter.forget()
 
