@@ -119,14 +119,14 @@ bool find(Gradients &gradients, PyObject *holders, PyObject *specs, const int64_
         if (i + AHEAD < count) fetch(holder[i + AHEAD], OBJECT);
         if (!PyObject_TypeCheck(holder[i], reinterpret_cast<PyTypeObject *>(THPVariableClass))) return false;
         tensors[i] = THPVariable_Unpack(holder[i]).unsafeGetTensorImpl();
-        fetch(tensors[i], TENSOR);
+        fetch(tensors[i], 1);
     }
     for (Py_ssize_t i = 0; i < count; i++) {
         if (i + AHEAD < count) fetch(tensors[i + AHEAD]->autograd_meta(), OBJECT);
         const auto *meta = tensors[i]->autograd_meta();
         if (!meta || !meta->grad().defined()) return false;
         tensors[i] = meta->grad().unsafeGetTensorImpl();
-        fetch(tensors[i], TENSOR);
+        fetch(tensors[i], are_local ? 1 : TENSOR);
     }
     if (are_local && !go_to_locals(tensors, count, specs, dtensor, spec, local)) return false;
     for (Py_ssize_t i = 0; i < count; i++) {
@@ -219,11 +219,15 @@ extern "C" void distnorm_changed(PyObject *capsule) {
 // The position of the first of `tensors`, a list of these, that has a gradient; -1 if none has.
 extern "C" Py_ssize_t distnorm_first_with_gradient(PyObject *tensors) {
     Py_ssize_t count = PyList_GET_SIZE(tensors);
+    auto tensor = [&](Py_ssize_t i) {
+        return THPVariable_Unpack(PyList_GET_ITEM(tensors, i)).unsafeGetTensorImpl();
+    };
     for (Py_ssize_t i = 0; i < count; i++) {
-        if (i + 2 * AHEAD < count) fetch(PyList_GET_ITEM(tensors, i + 2 * AHEAD), OBJECT);
-        if (i + AHEAD < count)
-            fetch(THPVariable_Unpack(PyList_GET_ITEM(tensors, i + AHEAD)).unsafeGetTensorImpl(), TENSOR);
-        if (THPVariable_Unpack(PyList_GET_ITEM(tensors, i)).unsafeGetTensorImpl()->grad().defined()) return i;
+        if (i + 3 * AHEAD < count) fetch(PyList_GET_ITEM(tensors, i + 3 * AHEAD), OBJECT);
+        if (i + 2 * AHEAD < count) fetch(tensor(i + 2 * AHEAD), 1);
+        if (i + AHEAD < count) fetch(tensor(i + AHEAD)->autograd_meta(), OBJECT);
+        const auto *meta = tensor(i)->autograd_meta();
+        if (meta && meta->grad().defined()) return i;
     }
     return -1;
 }

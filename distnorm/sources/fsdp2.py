@@ -64,27 +64,28 @@ class UnreducedGradients:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._groups = [weakref.ref(group) for module in modules for group in _groups(module)]
-        # FSDP2 makes each of these once. Their memory is freed while a group is sharded.
-        self._unsharded: dict[int, list[Tensor]] = {}
+        # FSDP2 makes each of these once, when it is first needed; their memory is freed while it is sharded.
+        self._unsharded: list[Tensor] = []
+        self._knows_all = False
 
     def find(self) -> Iterator[tuple[Tensor, str]]:
-        """Sharded parameters whose gradients are not complete, one of a group, each with the reason."""
-        for at, group in enumerate(ref() for ref in self._groups):
-            if group is None:
-                continue
-            managed: list[Any] = group.fsdp_params
+        """Sharded parameters whose gradients are not complete, each with the reason."""
+        groups = [group for group in (ref() for ref in self._groups) if group is not None]
+        if not self._knows_all:
+            made = [getattr(p, "_unsharded_param", None) for group in groups for p in group.fsdp_params]
+            self._unsharded = [unsharded for unsharded in made if unsharded is not None]
+            self._knows_all = len(self._unsharded) == len(made)
+        for group in groups:
             if group._partial_reduce_output is not None:
-                yield managed[0].sharded_param, _NOT_ALL_REDUCED
-            unsharded = self._unsharded.get(at)
-            if unsharded is None or len(unsharded) < len(managed):
-                unsharded = [p._unsharded_param for p in managed if hasattr(p, "_unsharded_param")]
-                self._unsharded[at] = unsharded
-            if (first := kernels.first_with_gradient(unsharded)) >= 0:
-                found = next(p for p in managed if getattr(p, "_unsharded_param", None) is unsharded[first])
-                yield found.sharded_param, _NOT_SYNCHRONISED
+                yield group.fsdp_params[0].sharded_param, _NOT_ALL_REDUCED
             if group.mp_policy.reduce_dtype is not None or group.mp_policy.param_dtype is not None:
-                held_back = (p for p in managed if p.unsharded_accumulated_grad is not None)
+                held_back = (p for p in group.fsdp_params if p.unsharded_accumulated_grad is not None)
                 yield from ((p.sharded_param, _NOT_SYNCHRONISED) for p in held_back)
+        if kernels.first_with_gradient(self._unsharded) >= 0:
+            for managed in (p for group in groups for p in group.fsdp_params):
+                unsharded = getattr(managed, "_unsharded_param", None)
+                if unsharded is not None and unsharded.grad is not None:
+                    yield managed.sharded_param, _NOT_SYNCHRONISED
 
 
 GATHERED = (
