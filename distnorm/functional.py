@@ -129,7 +129,8 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Clip the gradient of the whole model, held in pieces by many ranks, to a norm.
 
-    Collective: every rank of `group` must call it, whether it has gradients or not.
+    Collective: every rank of `group` must call it, whether it has gradients or not. Of several models that
+    are clipped in turn, each should have a `GradClipper`, which keeps its plan.
 
     Args:
         parameters: one parameter, an iterable of parameters or of (name, parameter) pairs, a module, or

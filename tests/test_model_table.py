@@ -162,8 +162,8 @@ def test_every_rank_knows_all_names_and_who_holds_them(ranks, world):
         assert one["firsts"] == sorted(names)
 
 
-def what_is_gathered() -> tuple[list[int], float]:
-    """How many names each rank published, and how long it took, of 300 that every rank holds."""
+def what_is_gathered() -> list[int]:
+    """How many names each rank published, of 300 that every rank holds."""
     named = [(f"blocks.{i // 6}.w{i % 6}", with_gradient(1)) for i in range(300)]
     model = Model.of(named)
     published = []
@@ -178,18 +178,16 @@ def what_is_gathered() -> tuple[list[int], float]:
         return everybody
 
     Ranks.gather = seen  # type: ignore[method-assign]
-    started = time.perf_counter()
     table.make_model_table(model.ranks, model.shards, model.shares)
     (counts,) = published
-    return counts, time.perf_counter() - started
+    return counts
 
 
 def test_each_name_travels_once_and_the_load_spreads(ranks):
     found = ranks(4, what_is_gathered)
-    for counts, seconds in found:
+    for counts in found:
         assert sum(counts) == 300
         assert max(counts) < 120  # 75 each is even
-        assert seconds < 1.0  # some ms; a machine may be busy
 
 
 def pieces_and_nothing() -> Any:

@@ -37,9 +37,9 @@ class Vocabulary:
         """The schema of one key; None where there is no such key.
 
         Args:
-            path: keys, and ``[0]`` for an item of a list. Where there are several kinds of mapping, told
-                apart by a key of theirs, a kind may stand before one of its keys: then only the keys of that
-                kind are known, and else the keys of all.
+            path: keys, and ``[0]`` for an item of a list. Where there are several kinds of mapping, each
+                with a key of its own that tells which, a kind may stand before one of its keys: then only
+                the keys of that kind are known, and else the keys of all.
         """
         node: JsonSchema | None = self._follow(self._schema)
         for name in path:

@@ -64,7 +64,8 @@ def load(recipe: Recipe, kind: type[ctypes.CDLL] = ctypes.CDLL, *, compiles: boo
     compiler = shlex.split(os.environ.get(recipe.variable) or recipe.compiler)
     found = shutil.which(compiler[0]) if compiler else None
     if found is None:
-        raise CompileError(f"there is no compiler {compiler[0] if compiler else ''!r}")
+        name = compiler[0] if compiler else ""
+        raise CompileError(f"there is no compiler {name!r}; install one, or set {recipe.variable} to yours")
     features = _cpu_features()
     path = _cache() / f"{recipe.source.stem}-{_ident(recipe, compiler, found, features)}.so"
     with suppress(OSError):

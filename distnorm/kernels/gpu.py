@@ -40,7 +40,7 @@ def usable(device: torch.device) -> bool:
         return False
     try:
         if find_spec("triton") is None:
-            raise ImportError("there is no Triton")
+            raise ImportError("there is no Triton; pip install triton")
         _try_out(device)
     except Exception as error:  # whatever an unsuitable Triton raises must not cost a norm
         _LOG.info("gradients on %s are read by torch's operators, not by Triton's kernels: %s", device, error)

@@ -35,7 +35,7 @@ def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def eager(*args: P.args, **kwargs: P.kwargs) -> R:
         compiler = sys.modules.get("torch._dynamo")
-        if compiler is None:  # nobody compiles, and importing it takes a second
+        if compiler is None:  # nobody compiles, and importing it is slow
             return function(*args, **kwargs)
         if not disabled:
             disabled.append(compiler.disable(function))

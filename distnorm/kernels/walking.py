@@ -1,7 +1,7 @@
-"""The compiled C++ that finds where many gradients lie, some ten times sooner than Python's attributes do.
+"""The compiled C++ that finds where many gradients lie, many times sooner than Python's attributes do.
 
 It reads torch's own structures, so it is compiled against the headers of the torch that is installed, once,
-which takes some ten seconds. That is done meanwhile, by one process of a machine; until then, and where it
+which takes seconds. That is done meanwhile, by one process of a machine; until then, and where it
 can't be, attributes do it. ``DISTNORM_NATIVE=0`` switches it off, and ``now`` waits for it.
 """
 

@@ -229,8 +229,8 @@ class Meter:
             statistic = gradients.statistic(self.norm, self.shares, device)
         bits, replicas = self._checks.replica_summand(gradients, device, listens=self.listens)
         header = self._header(gradients, here, bits)
-        more = 0 if payload is None else payload.local(gradients.tensors, device)
-        reduced = self._exchange(statistic, header, more, replicas)
+        summand = 0 if payload is None else payload.local(gradients.tensors, device)
+        reduced = self._exchange(statistic, header, summand, replicas)
         if not self.listens:
             gradients.raise_problems()
             return gradients, self._checks.without_suspects(reduced)

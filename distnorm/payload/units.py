@@ -4,7 +4,7 @@ A unit is an index along dim 0 of a parameter of two or more dims, and all of a 
 value for the gradient and one for the weight of every unit of the model, to which each rank adds the part
 that it holds; replicas of a shard share its rows.
 
-The cost is 16 bytes a unit in the all-reduce: about a thousandth of the gradient's own elements.
+The cost is 16 bytes a unit in the all-reduce, where a unit is a whole row of a matrix.
 """
 
 from __future__ import annotations

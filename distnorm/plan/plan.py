@@ -221,10 +221,10 @@ def raise_named(
     if not ranks.any(bool(facts))[0]:
         return
     by_name: dict[str, dict[str, list[int]]] = {}
-    brief = [
+    shortened = [
         [ranks.shortened(text, 2 * _NAMED_IN_ERRORS) for text in fact] for fact in facts[:_NAMED_IN_ERRORS]
     ]
-    for rank, theirs in enumerate(ranks.gather(brief)):
+    for rank, theirs in enumerate(ranks.gather(shortened)):
         for name, fact in theirs:
             by_name.setdefault(name, {}).setdefault(fact, []).append(rank)
     lines = [

@@ -168,7 +168,7 @@ def _managing(names: Mapping[int, str]) -> list[nn.Module]:
 
 def _instances(kinds: tuple[type, ...]) -> list[Any]:
     # By type: `isinstance` would ask an object's own `__class__`, which may run code of lazy modules.
-    # An object refers to its class, and the collector finds that in a third of the time that a loop takes.
+    # An object refers to its class, and the collector finds that sooner than a loop does.
     found = gc.get_referrers(*_with_subclasses(kinds))
     return [module for module in found if issubclass(type(module), kinds)]
 

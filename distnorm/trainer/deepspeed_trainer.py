@@ -57,7 +57,7 @@ class DeepSpeedTrainer:
         inputs, targets = self.job.batch(step)
         if self.pipelined:
             loss = self.deepspeed.train_batch(self._microbatches(inputs, targets))
-            share = loss.detach().double() / self.job.world.size  # every rank is told the mean
+            share = loss.detach().double() / self.job.world.size  # every rank gets the mean
         else:
             loss = mean_loss(self.deepspeed(inputs), targets)
             self.deepspeed.backward(loss)

@@ -102,7 +102,7 @@ class Engine:
         return losses
 
     def _make_schedule(self) -> Schedule1F1B:
-        """1F1B over this rank's stage; the shapes between stages are told, so nothing is traced."""
+        """1F1B over this rank's stage; the shapes between stages are given, so nothing is traced."""
         train, topology = self.config.train, self.topology
         stages, stage = topology.degree("pp"), topology.index("pp")
         microbatches = train.parallel.microbatches or 2 * stages

@@ -83,7 +83,7 @@ def _watched(config: Config) -> Config:
 
 
 def _one_step(trainer: Trainer, step: int, interrupt: Interrupt) -> tuple[dict[str, Any], bool]:
-    """Make a step on all ranks; the metrics row, and whether any rank was told to stop."""
+    """Make a step on all ranks; the metrics row, and whether any rank got a signal to stop."""
     job = trainer.job
     began = time.perf_counter()
     share, _ = trainer.step(step)

@@ -56,8 +56,8 @@ def check_given(truth: Truth, given: Mapping[int, Given], axes: Lines) -> list[C
     for rank, (value, note) in values.items():
         by_value.setdefault((repr(value), note), []).append(rank)
     if len(by_value) > 1:
-        told = "; ".join(f"{value} on {rank_list(where)}" for (value, _), where in by_value.items())
-        faults.append(f"expected the same norm on every rank, found {told}")
+        found = "; ".join(f"{value} on {rank_list(where)}" for (value, _), where in by_value.items())
+        faults.append(f"expected the same norm on every rank, found {found}")
     for (text, note), where in by_value.items():
         if note:
             faults.append(note)
@@ -71,12 +71,12 @@ def check_agreement(
     outcomes: Iterable[Mapping[int, Outcome]], configs: Mapping[int, str], cannot: bool
 ) -> Check:
     """See that all ranks hold the same bits of the total norm and of the coefficient."""
-    faults = [f"expected one configuration, found {told}"] if (told := _parted(configs)) else []
+    faults = [f"expected one configuration, found {found}"] if (found := _parted(configs)) else []
     for call, by_rank in zip(("measure()", "clip()"), outcomes, strict=False):
         for what, which in (("total norm", 0), ("coefficient", 1)):
-            told = _parted({rank: outcome.bits[which] for rank, outcome in by_rank.items()})
-            if told:
-                faults.append(f"{call}: expected the same bits of the {what} on every rank, found {told}")
+            found = _parted({rank: outcome.bits[which] for rank, outcome in by_rank.items()})
+            if found:
+                faults.append(f"{call}: expected the same bits of the {what} on every rank, found {found}")
     if faults or cannot:
         return Check(
             "agreement", not faults, _listed(faults) or "nothing to compare: there is no finite norm"

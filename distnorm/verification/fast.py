@@ -143,7 +143,7 @@ def _outcome(result: ClipResult) -> Outcome:
 
 
 def refusal_of(outcomes: Mapping[int, Outcome]) -> str:
-    """What the ranks were told, each text once."""
+    """The errors that the ranks got, each text once."""
     by_text: dict[str, list[int]] = {}
     for rank, outcome in outcomes.items():
         if outcome.refusal and not outcome.non_finite:

@@ -20,8 +20,8 @@ def shape_faults(pieces: Sequence[Piece]) -> list[str]:
     for piece in pieces:
         shapes.setdefault(piece.global_shape, []).append(piece.rank)
     if len(shapes) > 1:
-        told = "; ".join(f"{shape} on {rank_list(where)}" for shape, where in shapes.items())
-        return [f"expected one global shape, found {told}"]
+        found = "; ".join(f"{shape} on {rank_list(where)}" for shape, where in shapes.items())
+        return [f"expected one global shape, found {found}"]
     held = [("parameter", p.rank, p.extents, p.shape) for p in pieces]
     held += [("gradient", p.rank, p.gradient.extents, p.gradient.shape) for p in pieces if p.gradient]
     return [
@@ -42,20 +42,20 @@ def coverage_faults(
     for extents in holders:
         for here, _ in boxes(extents):
             times[here] += 1
-    told = "; ".join(f"{show(extents)} on {rank_list(ranks)}" for extents, ranks in holders.items())
+    found = "; ".join(f"{show(extents)} on {rank_list(ranks)}" for extents, ranks in holders.items())
     if len(holders) > _SHOWN_PIECES:
-        told = f"{len(holders)} pieces on {rank_list([rank for _, rank in held])}"
+        found = f"{len(holders)} pieces on {rank_list([rank for _, rank in held])}"
     faults = []
     missing = 0 if missing_allowed else int((times == 0).sum())
     if missing:
         faults.append(
             f"expected {times.numel()} elements of the {what}, found {times.numel() - missing}: "
-            f"{missing} are missing (pieces: {told})"
+            f"{missing} are missing (pieces: {found})"
         )
     if twice := int((times > 1).sum()):
         faults.append(
             f"expected every element of the {what} in one piece, found {twice} of {times.numel()} in several "
-            f"(pieces: {told})"
+            f"(pieces: {found})"
         )
     return faults
 

@@ -93,5 +93,5 @@ def _raise_from(doing: str, failed: dict[int, str]) -> None:
     for rank, text in failed.items():
         by_text.setdefault(text, []).append(rank)
     if by_text:
-        told = "; ".join(f"on {rank_list(where)}: {text}" for text, where in by_text.items())
-        raise DistnormError(f"verify failed while {doing} {told}")
+        found = "; ".join(f"on {rank_list(where)}: {text}" for text, where in by_text.items())
+        raise DistnormError(f"verify failed while {doing} {found}")

@@ -10,6 +10,7 @@ from typing import Any
 from distnorm.errors import DistnormError
 
 _ABSENT = object()
+_CURE = "this version of DeepSpeed can't be hooked; pip install 'deepspeed==0.19.8'"
 
 
 class Patches:
@@ -23,7 +24,7 @@ class Patches:
         if not hasattr(owner, name):
             raise DistnormError(
                 f"expected {type(owner).__module__}.{type(owner).__qualname__} to have '{name}', found none; "
-                "this version of DeepSpeed can't be hooked"
+                f"{_CURE}"
             )
         self.add(owner, name, value)
 
@@ -56,7 +57,7 @@ def rebound(owner: Any, method: str, functions: Mapping[str, Callable[..., Any]]
         if name not in original.__code__.co_names:
             raise DistnormError(
                 f"expected {original.__module__}.{original.__qualname__} to call '{name}', found that it "
-                "does not; this version of DeepSpeed can't be hooked"
+                f"does not; {_CURE}"
             )
     copy = FunctionType(
         original.__code__,
