@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.profiler import ProfilerActivity, profile
 
 import distnorm
+from distnorm.measure.fast_path import FastPath
 from tests import fsdp1_models as models
 from tests import oracle
 from tests.fsdp1_models import each, same_on_all
@@ -298,3 +300,23 @@ def refuse(orig: bool) -> None:
 
 def test_what_cannot_be_measured_is_refused_by_name(ranks):
     ranks(2, each, refuse, EITHER)
+
+
+# ---- without care
+
+
+def fast_steps(strategy: str) -> int:
+    """How many of three steps found their gradients by address."""
+    model, found = models.wrapped(strategy, True), []
+    clips, read = clipper(model), FastPath.read
+    with mock.patch.object(FastPath, "read", lambda *a: (found.append(read(*a)), found[-1])[1]):
+        for step in range(3):
+            model.zero_grad()
+            models.backward(model, step)
+            clips.clip()
+    return sum(each is not None for each in found)
+
+
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"])
+def test_later_steps_are_read_without_care(ranks, strategy):
+    assert ranks(2, fast_steps, strategy) == [2, 2]

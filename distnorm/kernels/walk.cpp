@@ -21,6 +21,12 @@ void fetch(const void *at, int lines) {
     for (int i = 0; i < lines; i++) __builtin_prefetch(static_cast<const char *>(at) + LINE * i);
 }
 
+// Where a tensor keeps its gradient; null if it can have none.
+const at::Tensor *grad_of(const c10::TensorImpl &tensor) {
+    const auto *meta = static_cast<const torch::autograd::AutogradMeta *>(tensor.autograd_meta());
+    return meta ? &meta->grad_ : nullptr;
+}
+
 using Held = c10::intrusive_ptr<c10::TensorImpl, at::UndefinedTensorImpl>;
 
 // What keeps gradients where they were found: the tensors, or, of DTensors, the memory of the local ones. Many
@@ -122,10 +128,10 @@ bool find(Gradients &gradients, PyObject *holders, PyObject *specs, const int64_
         fetch(tensors[i], 1);
     }
     for (Py_ssize_t i = 0; i < count; i++) {
-        if (i + AHEAD < count) fetch(tensors[i + AHEAD]->autograd_meta(), OBJECT);
-        const auto *meta = tensors[i]->autograd_meta();
-        if (!meta || !meta->grad().defined()) return false;
-        tensors[i] = meta->grad().unsafeGetTensorImpl();
+        if (i + AHEAD < count) fetch(grad_of(*tensors[i + AHEAD]), 1);
+        const at::Tensor *grad = grad_of(*tensors[i]);
+        if (!grad || !grad->defined()) return false;
+        tensors[i] = grad->unsafeGetTensorImpl();
         fetch(tensors[i], are_local ? 1 : TENSOR);
     }
     if (are_local && !go_to_locals(tensors, count, specs, dtensor, spec, local)) return false;
@@ -223,11 +229,12 @@ extern "C" Py_ssize_t distnorm_first_with_gradient(PyObject *tensors) {
         return THPVariable_Unpack(PyList_GET_ITEM(tensors, i)).unsafeGetTensorImpl();
     };
     for (Py_ssize_t i = 0; i < count; i++) {
-        if (i + 3 * AHEAD < count) fetch(PyList_GET_ITEM(tensors, i + 3 * AHEAD), OBJECT);
+        if (i + 3 * AHEAD < count)
+            fetch(&reinterpret_cast<THPVariable *>(PyList_GET_ITEM(tensors, i + 3 * AHEAD))->cdata, 1);
         if (i + 2 * AHEAD < count) fetch(tensor(i + 2 * AHEAD), 1);
-        if (i + AHEAD < count) fetch(tensor(i + AHEAD)->autograd_meta(), OBJECT);
-        const auto *meta = tensor(i)->autograd_meta();
-        if (meta && meta->grad().defined()) return i;
+        if (i + AHEAD < count) fetch(grad_of(*tensor(i + AHEAD)), 1);
+        const at::Tensor *grad = grad_of(*tensor(i));
+        if (grad && grad->defined()) return i;
     }
     return -1;
 }

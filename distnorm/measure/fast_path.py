@@ -24,7 +24,7 @@ from distnorm.measure.gradients import Gradients
 from distnorm.measure.norms import Norm
 from distnorm.measure.replica_check import ReplicaCheck
 from distnorm.plan.plan import Share
-from distnorm.sources.shards import GradShard, Source
+from distnorm.sources.shards import Gate, GradShard, Source
 
 _GRAD = attrgetter("grad")
 
@@ -120,11 +120,12 @@ class FastPath:
         self,
         classes: Sequence[_Class],
         absent: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+        gates: Sequence[Gate],
         present: Mapping[int, Tensor],
         shares: Sequence[Share],
         presence: int,
     ) -> None:
-        self._classes, self._absent, self.presence = classes, absent, presence
+        self._classes, self._absent, self._gates, self.presence = classes, absent, gates, presence
         self.count = len(shares)
         self.positions = np.array(list(present), dtype=np.int64)
         self._places = np.full(len(shares), -1, dtype=np.int64)
@@ -167,7 +168,8 @@ class FastPath:
                 return None
             classes.append(_Class(_picker(list(members), len(shards)), finder, place))
             present |= members
-        return cls(classes, _picker(absent, len(shards)), present, shares, presence)
+        gates = {id(gate): gate for shard in shards if (gate := shard.gate) is not None}
+        return cls(classes, _picker(absent, len(shards)), list(gates.values()), present, shares, presence)
 
     def read(self, holders: Sequence[Tensor]) -> FoundGradients | None:
         """This step's gradients; `None` if they must be read with care.
@@ -175,6 +177,8 @@ class FastPath:
         Args:
             holders: of the shards that the path was made of, in their order.
         """
+        if any(gate.refusal() is not None for gate in self._gates):
+            return None
         if not all(map(is_, map(_GRAD, self._absent(holders)), repeat(None))):
             return None
         addresses = np.empty(len(self._whole.numels), dtype=np.int64)

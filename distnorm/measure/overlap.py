@@ -273,7 +273,8 @@ def _remove(handles: Sequence[Any]) -> None:
 
 def _can_be_taken(shard: GradShard) -> bool:
     holder = shard.holder
-    return shard.source is Source.GRADIENT and shard.has_fast_path and holder.requires_grad and holder.is_leaf
+    is_read = shard.source is Source.GRADIENT and shard.has_fast_path and shard.gate is None
+    return is_read and holder.requires_grad and holder.is_leaf
 
 
 def _local(gradient: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -21,17 +21,36 @@ from distnorm.sources.shards import Extent, GradShard, Source, measurable, whole
 _FLAT = "_flat_param"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Unit:
+    """One of FSDP1's units, which decides whether the gradients of its parameters may be read.
+
+    Args:
+        handle: torch's `FlatParamHandle`.
+    """
+
+    handle: Any
+
+    def refusal(self) -> str | None:
+        return _not_resharded(self.handle) or _unreduced(self.handle)
+
+
 @dataclass(frozen=True, slots=True)
 class Home:
     """Where a parameter lies.
 
     Args:
-        handle: torch's `FlatParamHandle`.
+        unit: the unit that manages it.
         index: the original parameter's number in the flat one; `None` for the flat parameter itself.
     """
 
-    handle: Any
+    unit: Unit
     index: int | None
+
+    @property
+    def handle(self) -> Any:
+        """The unit's `FlatParamHandle`."""
+        return self.unit.handle
 
 
 def homes(modules: Iterable[nn.Module]) -> dict[int, Home]:
@@ -57,10 +76,11 @@ def _homes_in(handle: Any) -> dict[int, Home]:
     if unsettled is not None:
         raise UnsupportedGradientError(f"parameter '{plain_name('', flat)}': {unsettled}")
     if not handle._use_orig_params:
-        return {id(flat): Home(handle, None)}
+        return {id(flat): Home(Unit(handle), None)}
     # Asked of the modules, since the handle learns of a parameter that was replaced only in the next forward.
     shown = [info.module._parameters.get(info.param_name) for info in flat._param_infos]
-    return {id(parameter): Home(handle, index) for index, parameter in enumerate(shown)}
+    unit = Unit(handle)
+    return {id(parameter): Home(unit, index) for index, parameter in enumerate(shown)}
 
 
 def holds(tensor: Tensor) -> bool:
@@ -85,7 +105,13 @@ class FlatShard(GradShard):
     differ after `zero_grad`, and where the caller has put another gradient in its place.
     """
 
+    has_fast_path: ClassVar[bool] = True
+
     home: Home
+
+    @property
+    def gate(self) -> Unit:
+        return self.home.unit
 
     @property
     def is_flat(self) -> bool:
@@ -100,9 +126,8 @@ class FlatShard(GradShard):
         value = self.value()
         if value is None:
             return None
-        unfit = _not_resharded(self.home.handle)
-        if unfit is None and self.source is Source.GRADIENT:
-            unfit = _unreduced(self.home.handle)
+        is_gradient = self.source is Source.GRADIENT
+        unfit = self.gate.refusal() if is_gradient else _not_resharded(self.home.handle)
         if unfit is not None:
             raise UnsupportedGradientError(unfit)
         return self._unpadded(measurable(value))

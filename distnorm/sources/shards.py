@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -53,6 +53,13 @@ class Source(Enum):
     """The tensor that was given, be it a gradient, a parameter or an update."""
 
 
+class Gate(Protocol):
+    """What decides in each step whether the gradients of some shards may be read."""
+
+    def refusal(self) -> str | None:
+        """Why they may not be, if they may not."""
+
+
 @dataclass(frozen=True, slots=True)
 class GradShard(ABC):
     """The piece of one parameter's gradient that this rank holds.
@@ -66,8 +73,8 @@ class GradShard(ABC):
         global_shape: shape of the whole parameter.
 
     Attributes:
-        has_fast_path: whether the gradient is the `grad` of the holder and nothing else decides whether it
-            may be read.
+        has_fast_path: whether the gradient is the `grad` of the holder, and nothing but `gate` decides
+            whether it may be read.
     """
 
     has_fast_path: ClassVar[bool] = False
@@ -78,6 +85,11 @@ class GradShard(ABC):
     piece: tuple[Extent, ...]
     shape: tuple[int, ...]
     global_shape: tuple[int, ...]
+
+    @property
+    def gate(self) -> Gate | None:
+        """What decides whether the gradient may be read; `None` where it always may. Many shards share it."""
+        return None
 
     @property
     def local_device(self) -> torch.device:
