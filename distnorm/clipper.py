@@ -99,8 +99,10 @@ class GradClipper(Joinable):
             Where `skipped` is true the optimizer's step must not happen.
 
         Raises:
-            NonFiniteGradientError: the norm is not finite and ``clip.nonfinite`` is ``raise``; gradients
-                are as they were.
+            NonFiniteGradientError: the norm is not finite and ``clip.nonfinite`` is ``raise_now``, or
+                ``raise`` on the CPU; gradients are as they were. On an accelerator ``raise`` waits for
+                nothing: the gradients become zero there, and the next call raises, as it begins, or `flush`,
+                `close` or `state_dict`.
             UnsupportedGradientError: a gradient that can't be measured, such as a sparse one.
             ReplicaError: replicas hold different gradients.
             DisagreementError: ranks measure different sets of parameters.
@@ -155,6 +157,11 @@ class GradClipper(Joinable):
         return self._step.groups
 
     @property
+    def may_skip(self) -> bool:
+        """Whether what `decide` returns may say that the optimizer's step must not happen."""
+        return self._step.may_skip
+
+    @property
     def parameters(self) -> list[Tensor]:
         """The target's tensors, each once."""
         return list(self._inventory.holders)
@@ -175,19 +182,28 @@ class GradClipper(Joinable):
 
         Returns:
             That row, as in metrics.jsonl; `None` before the first step, or without a monitor.
+
+        Raises:
+            NonFiniteGradientError: of the newest step, on an accelerator, where ``clip.nonfinite`` is
+                ``raise``; the row is written before.
         """
-        return None if self._step.monitor is None else self._step.monitor.flush(facts)
+        row = None if self._step.monitor is None else self._step.monitor.flush(facts)
+        self._step.deferred.check_alone()
+        return row
 
     def close(self) -> None:
         """Write the rows that are left, close the monitor's files, and remove the hooks of `clip.overlap`.
-        Not collective."""
+        Not collective. Raises as `flush`, when all is closed."""
         self._step.close()
+        self._step.deferred.check_alone()
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint, on any topology: plain numbers, strings and lists.
 
-        Not collective. Waits for the device where a policy has a history, or there is a monitor.
+        Not collective. Waits for the device where a policy has a history, or there is a monitor. Raises as
+        `flush`.
         """
+        self._step.deferred.check_alone()
         return self._step.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distnorm import kernels, policies
 from distnorm.errors import DistnormError
+from distnorm.measure.empty_rank import join_empty
 from distnorm.measure.gradients import Gradients, read_with_care
 from distnorm.measure.meter import Meter
 from distnorm.measure.norms import norm
@@ -193,7 +194,7 @@ def _measure(
             if not is_gradient:
                 _warn_of_weights(holders)
         except DistnormError as error:
-            Meter(ranks, norm(2), {}, (), raises).abort(error)
+            Meter(ranks, norm(2), {}, (), raises, raises).abort(error)
         if ranks.is_connected and known.is_joining(holders):
             # The ranks that are out of data make no step, and replicas hold all of it.
             ranks = Ranks(alone=True)
@@ -203,10 +204,12 @@ def _measure(
 
         meter = ranks.state.recall(known.key)
         if meter is None or not holders:
-            meter = Meter(ranks, order, terms, tied, raises, source=source, allow_empty=not is_gradient)
+            meter = Meter(
+                ranks, order, terms, tied, raises, raises, source=source, allow_empty=not is_gradient
+            )
             meter.managers = known.managers
             if not holders:  # which plan the others have, it can't know
-                total_norm, is_double = meter.join_empty()
+                total_norm, is_double = join_empty(meter)
                 return _Measured(Gradients([]), total_norm, True, is_double)
             meter.prepare_anew(lambda: (describe(), named_tensors(target)))
             ranks.state.remember(known.key, meter)

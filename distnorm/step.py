@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distnorm import kernels
 from distnorm.config import Config
+from distnorm.deferred import DeferredRaise
 from distnorm.errors import DistnormError, NonFiniteGradientError
 from distnorm.measure.diagnosis import find_not_finite
 from distnorm.measure.exchange import ReducedStatistics, without_norm
@@ -23,7 +24,7 @@ from distnorm.payload.payload import join_payloads, split_payload
 from distnorm.plan.collectives import Ranks
 from distnorm.policies.deciding import Decider, Outcome
 from distnorm.policies.groups import PolicyGroups
-from distnorm.policies.results import ClipResult
+from distnorm.policies.results import ClipResult, describe_steps
 
 _STATE_VERSION = 2
 
@@ -35,12 +36,14 @@ class Step:
         config: the configuration in force.
         ranks: who takes part.
         tied: groups of names that are one parameter.
+        waits: the modes of ``clip.nonfinite`` that read every norm on the host.
 
     Attributes:
         groups: the policies.
         monitor: records steps; `None` where nothing is set under `monitor`.
         count: number of steps made.
         last, outcome: the newest step's result, and with its decisions.
+        deferred: raises what the step before found, where no step waits for its norm.
         is_registered_with_join: whether the clipper was given to torch's `Join`, which ends with equal
             histories.
 
@@ -48,13 +51,18 @@ class Step:
         ConfigError: a policy doesn't go with the norm.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, tied: Sequence[tuple[str, ...]]) -> None:
-        self.config, self.tied = config, tied
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        tied: Sequence[tuple[str, ...]],
+        waits: Collection[str] = ("raise_now",),
+    ) -> None:
+        self.config, self.tied, self._waits = config, tied, waits
         self._norm = norm(config.norm.type)
-        self.count = 0
+        self.count, self.is_registered_with_join = 0, False
         self.last: ClipResult | None = None
         self.outcome: Outcome | None = None
-        self.is_registered_with_join = False
         self.monitor = StepMonitor.of(config.monitor, ranks, self._norm)
         self._take_part(ranks)
 
@@ -63,6 +71,7 @@ class Step:
         self.groups = PolicyGroups(self.config.clip, self._norm, ranks)
         self._decider = Decider(self.groups)
         self._meter = self._meter_of(ranks)
+        self.deferred = DeferredRaise(self._norm.order)
         self._alone: Meter | None = None
 
     def _meter_of(self, ranks: Ranks) -> Meter:
@@ -73,8 +82,8 @@ class Step:
             **monitor_terms(self.config.monitor),
             "tied": self.tied,
         }
-        raises = clip.nonfinite in ("raise", "raise_now")
-        return Meter(ranks, self._norm, terms, self.tied, raises, self.groups.coefficients)
+        raises, waits = clip.nonfinite in ("raise", "raise_now"), clip.nonfinite in self._waits
+        return Meter(ranks, self._norm, terms, self.tied, raises, waits, self.groups.coefficients)
 
     # ---- the walk
 
@@ -89,6 +98,7 @@ class Step:
         Raises:
             DistnormError: as `GradClipper.clip`; no gradient has changed then.
         """
+        self.deferred.check()
         number = self.count + 1
         meter, snapshot = self._meter_now(), self._snapshot(number)
         payload = join_payloads(self.groups.payload, snapshot)
@@ -115,6 +125,8 @@ class Step:
             where: Sequence[tuple[str, int]] = ()
             if self._names_not_finite(reduced, snapshot):
                 where = find_not_finite(meter.ranks, meter.shards, gradients.tensors)
+            if meter.defers and meets:
+                outcome = self.deferred.without_effect(number, meter, gradients, reduced, outcome, scales)
             if scales:
                 self._decider.apply(outcome, gradients)
             del gradients
@@ -130,20 +142,14 @@ class Step:
         with torch.no_grad(), torch._C.DisableTorchFunction():
             gradients = meter.read(holders, store=False, payload_length=length)
             gradients, reduced = meter.reduce(gradients, payload, store=False)
-            return self._decider.measured(
-                reduced.total_norm, reduced.payload if len(reduced.payload) else None
-            )
+            payload_found = reduced.payload if len(reduced.payload) else None
+            return self._decider.measured(reduced.total_norm, payload_found)
 
     def take_not_finite(self, total_norm: float, loss_scale: float) -> Outcome:
         """Count a step whose measurement raised since its norm is not finite: an engine goes on with it."""
-        number = torch.tensor(
-            total_norm, dtype=torch.float64, device=self.ranks.reduce_device(torch.device("cpu"))
-        )
-        payload = self.groups.payload
-        # The payload can only be a loss here, which doesn't count in such a step.
-        nothing = (
-            None if payload is None else torch.ones(payload.length, dtype=torch.float64, device=number.device)
-        )
+        number = kernels.on_device([total_norm], self.ranks.reduce_device(kernels.HOST))[0]
+        payload = self.groups.payload  # it can only be a loss here, which doesn't count in such a step
+        nothing = None if payload is None else torch.ones_like(number).expand(payload.length)
         with torch.no_grad(), torch._C.DisableTorchFunction():
             outcome = self._decider.decide(number / loss_scale, nothing)
         self._made(self.count + 1, outcome)
@@ -159,6 +165,11 @@ class Step:
         norm = reduced.total_norm
         is_asked = self.monitor is not None and snapshot is None and self.groups.measures
         return is_asked and reduced.agreed is True and kernels.on_host(norm) and not norm.isfinite()
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether a step that was not scaled here may say that the optimizer must not step."""
+        return self.groups.may_skip or self._meter.defers
 
     # ---- planning
 
@@ -285,11 +296,5 @@ class Step:
 
     def describe(self) -> str:
         """One line for `repr`; nothing is read from a device."""
-        clip = self.config.clip
-        facts = [f"{self.ranks.size} rank{'s' * (self.ranks.size > 1)}", f"norm {self._norm.order:g}"]
-        facts += [f"max_norm {clip.max_norm}", f"policy {clip.policy.name}"]
-        facts += [f"{len(clip.groups)} groups"] if clip.groups else []
-        facts.append(f"{self.count} step{'s' * (self.count != 1)}")
-        if self.last is not None and kernels.on_host(self.last.total_norm):
-            facts.append(f"last norm {float(self.last.total_norm):.6g}")
-        return ", ".join(facts)
+        size = f"{self.ranks.size} rank{'s' * (self.ranks.size > 1)}"
+        return f"{size}, {describe_steps(self.config.clip, self._norm.order, self.count, self.last)}"

@@ -47,7 +47,7 @@ def as_on_an_accelerator() -> Iterator[None]:
         return [], list(tensors)
 
     with (
-        mock.patch.object(Meter, "listens", property(lambda meter: meter.raises)),
+        mock.patch.object(Meter, "listens", property(lambda meter: meter.waits)),
         mock.patch.object(FastPath, "read", lambda path, holders: None),
         mock.patch.multiple(kernels, on_host=never, split=none_fits),
         mock.patch.object(addresses, "on_host", never),

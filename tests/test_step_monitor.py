@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import distnorm
 from distnorm.config import MonitorConfig
+from distnorm.kernels import AsyncHostCopy
 from distnorm.measure.norms import norm
-from distnorm.monitor.pending_steps import AsyncHostCopy
 from distnorm.monitor.step_monitor import StepMonitor
 from distnorm.plan.collectives import Ranks
 from tests.counting import as_on_an_accelerator, collectives_and_reads

@@ -50,10 +50,10 @@ class ClipConfig(Section):
     )
     nonfinite: Literal["raise", "raise_now", "skip", "zero", "propagate"] = Field(
         "raise",
-        description="What happens where the norm is inf or NaN. raise is an error, which waits "
-        "for the norm on an accelerator today, and later releases may raise there one step later; raise_now "
-        "is an error in the step itself on every device, now and later. skip leaves out the optimizer's "
-        "step. zero sets the gradients to zero. propagate leaves the outcome to the arithmetic.",
+        description="What happens where the norm is inf or NaN. raise is an error: on the CPU in the step "
+        "itself; on an accelerator, which nothing waits for, that step has no effect, and the next one "
+        "raises. raise_now is an error in the step itself on every device, and waits. skip leaves out the "
+        "optimizer's step. zero sets the gradients to zero. propagate leaves the outcome to the arithmetic.",
     )
     apply: Literal["auto", "scale", "optimizer"] = Field(
         "auto",

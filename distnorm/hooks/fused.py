@@ -59,7 +59,7 @@ class HandOver:
     def give(self, optimizer: Optimizer, result: ClipResult) -> None:
         """Let the coming step divide by the coefficient's inverse, unless it has to be skipped."""
         self._given = optimizer
-        skipped = result.skipped.float() if self._clipper.rules.may_skip else None
+        skipped = result.skipped.float() if self._clipper.may_skip else None
         # In the host's memory a coefficient of 1 is read for free.
         is_one = result.clip_coef.is_cpu and result.clip_coef.numpy() == 1
         optimizer.found_inf = skipped  # type: ignore[attr-defined]

@@ -17,6 +17,8 @@ from distnorm.kernels.dispatch import (
 )
 from distnorm.kernels.eager import blocks, clamp_, moved, on_device, zero_unless_
 from distnorm.kernels.finding import Finder, Found
+from distnorm.kernels.host_copy import AsyncHostCopy
+from distnorm.kernels.marks import FiniteMarks
 from distnorm.kernels.memory import SharedMemoryError, is_all_there, memory_of, once
 from distnorm.kernels.modes import outside_graphs, plain_operators
 from distnorm.kernels.native import Kernel, split
@@ -27,7 +29,9 @@ __all__ = [
     "HOST",
     "PLAIN",
     "AddressTable",
+    "AsyncHostCopy",
     "Finder",
+    "FiniteMarks",
     "Found",
     "Kernel",
     "SharedMemoryError",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distnorm.kernels import eager, gpu, native
 from distnorm.kernels.addresses import AddressTable, Ints, on_host
+from distnorm.kernels.marks import FiniteMarks
 
 
 def statistic_at(table: AddressTable, kernel: native.Kernel) -> Tensor:
@@ -44,8 +45,15 @@ def fingerprints(table: AddressTable) -> Ints | None:
     return native.fingerprints(table)
 
 
-def measure(tensors: Sequence[Tensor], kernel: native.Kernel) -> tuple[list[Tensor], Sequence[Tensor]]:
+def measure(
+    tensors: Sequence[Tensor], kernel: native.Kernel, marks: FiniteMarks | None = None
+) -> tuple[list[Tensor], Sequence[Tensor]]:
     """Measure what compiled code can of tensors of one device.
+
+    Args:
+        tensors: whose statistic is asked for.
+        kernel: which one.
+        marks: gets the numbers of those that compiled code reads.
 
     Returns:
         Its statistic, [1] fp64 on that device, or none if there was nothing for it; and the tensors that it
@@ -54,10 +62,12 @@ def measure(tensors: Sequence[Tensor], kernel: native.Kernel) -> tuple[list[Tens
     if tensors and tensors[0].is_cuda:
         fitting, rest = gpu.split(tensors)
         table = gpu.table_of(fitting) if fitting else None
-        return ([], tensors) if table is None else ([gpu.statistic(table, kernel)], rest)
+        return ([], tensors) if table is None else ([gpu.statistic(table, kernel, marks, fitting)], rest)
     fitting, rest = native.split(tensors)
     if not fitting:
         return [], rest
+    if marks is not None:
+        marks.add_largest(fitting)
     return [statistic_at(AddressTable.of(fitting), kernel)], rest
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from distnorm.kernels.addresses import CODES, PLAIN, AddressTable, is_dense
+from distnorm.kernels.marks import FiniteMarks
 from distnorm.kernels.native import Kernel
 
 _LOG = logging.getLogger("distnorm")
@@ -139,8 +140,23 @@ def table_of(tensors: Sequence[Tensor]) -> DeviceTable | None:
     return table
 
 
-def statistic(table: DeviceTable, kernel: Kernel, *, per_tensor: bool = False) -> Tensor:
-    """The statistic of all elements, [1] fp64, or of each tensor's, [tensors]; 0 where there are none."""
+def statistic(
+    table: DeviceTable,
+    kernel: Kernel,
+    marks: FiniteMarks | None = None,
+    tensors: Sequence[Tensor] = (),
+    *,
+    per_tensor: bool = False,
+) -> Tensor:
+    """The statistic of all elements, [1] fp64, or of each tensor's, [tensors]; 0 where there are none.
+
+    Args:
+        table: where they are.
+        kernel: which statistic.
+        marks: gets the numbers of the table's chunks, which cost nothing more.
+        tensors: those of the table, for `marks`.
+        per_tensor: whether each tensor's is asked for.
+    """
     from distnorm.kernels import gpu_code
 
     runs = table.each if per_tensor else table.all
@@ -154,6 +170,8 @@ def statistic(table: DeviceTable, kernel: Kernel, *, per_tensor: bool = False) -
             dtype = gpu_code.DTYPES[code]
             gpu_code.partials[(rows,)](table.rows, first, parts, dtype, int(kernel), _BLOCK)
         gpu_code.totals[(len(out),)](parts, runs, out, int(kernel), _BLOCK)
+    if marks is not None:
+        marks.add(tensors, parts, table.each)
     return out
 
 

@@ -70,11 +70,23 @@ def raise_not_finite(
     Raises:
         NonFiniteGradientError: on every rank.
     """
-    where = find_not_finite(ranks, shards, gradients)
+    raise_named(order, total_norm, find_not_finite(ranks, shards, gradients))
+
+
+def raise_named(
+    order: float, total_norm: float, where: tuple[tuple[str, int], ...], which: str = ""
+) -> NoReturn:
+    """Raise for gradients that were found, as (parameter, rank) pairs. Not collective.
+
+    Raises:
+        NonFiniteGradientError: always; its message begins with `which`.
+    """
     found = [f"'{name}' on rank {rank}" for name, rank in where]
     text = ", ".join(found[:_MOST_NAMED]) or "no single gradient; their norm leaves fp64's range"
     raise NonFiniteGradientError(
-        f"expected a finite total norm of order {order:g}, found {total_norm}: {text}", total_norm, where
+        f"{which}expected a finite total norm of order {order:g}, found {total_norm}: {text}",
+        total_norm,
+        where,
     )
 
 
@@ -87,6 +99,11 @@ def find_not_finite(
         for shard, gradient in zip(shards, gradients, strict=True)
         if gradient is not None and not _widened(gradient).isfinite().all()
     ]
+    return gathered(ranks, mine)
+
+
+def gathered(ranks: Ranks, mine: Sequence[str]) -> tuple[tuple[str, int], ...]:
+    """The first few names of each rank, with that rank. Collective."""
     cut = [ranks.shortened(name, _MOST_NAMED) for name in mine[:_MOST_NAMED]]
     return tuple((name, rank) for rank, names in enumerate(ranks.gather(cut)) for name in names)
 

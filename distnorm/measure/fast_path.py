@@ -89,7 +89,9 @@ class FoundGradients(Gradients):
     def is_empty(self) -> bool:
         return False
 
-    def statistic(self, norm: Norm, shares: Sequence[Share], device: torch.device) -> Tensor:
+    def statistic(
+        self, norm: Norm, shares: Sequence[Share], device: torch.device, *, marks: bool = False
+    ) -> Tensor:
         return kernels.moved(norm.statistic_at(self._tables.counted), device)
 
     def replica_numbers(self, check: ReplicaCheck) -> npt.NDArray[np.float64]:

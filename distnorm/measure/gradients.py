@@ -33,12 +33,16 @@ class Gradients:
     Args:
         tensors: this rank's local gradients, after partial ones were reduced; `None` where there is none.
         problems: what is wrong with gradients that can't be measured.
+
+    Attributes:
+        marks: which of them are not finite, where `statistic` was asked for it.
     """
 
     def __init__(self, tensors: Sequence[Tensor | None], problems: Sequence[DistnormError] = ()) -> None:
         self._tensors, self.problems = list(tensors), list(problems)
         self._memory: list[Tensor | None] = self._tensors
         self._once: list[Tensor] | None = None
+        self.marks: kernels.FiniteMarks | None = None
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -63,15 +67,27 @@ class Gradients:
         """Whether there is none."""
         return all(tensor is None for tensor in self.tensors)
 
-    def statistic(self, norm: Norm, shares: Sequence[Share], device: torch.device) -> Tensor:
-        """The statistic, [width] fp64 on a device, of what this rank counts, wherever it is."""
+    def statistic(
+        self, norm: Norm, shares: Sequence[Share], device: torch.device, *, marks: bool = False
+    ) -> Tensor:
+        """The statistic, [width] fp64 on a device, of what this rank counts, wherever it is.
+
+        Args:
+            norm: which norm.
+            shares: what this rank counts of each.
+            device: of the result.
+            marks: whether `marks` is needed afterwards.
+        """
         by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
-        for gradient, share in zip(self.tensors, shares, strict=True):
+        positions: dict[int, int] = {}
+        for i, (gradient, share) in enumerate(zip(self.tensors, shares, strict=True)):
             if gradient is not None and share.start < share.stop:
                 all_of_it = share.stop - share.start == gradient.numel()
                 counted = gradient if all_of_it else gradient.reshape(-1)[share.start : share.stop]
                 by_device[gradient.device].append(counted)
-        statistics = [kernels.moved(norm.statistic(by_device[d], d), device) for d in by_device]
+                positions[id(counted)] = i
+        self.marks = kernels.FiniteMarks(positions) if marks else None
+        statistics = [kernels.moved(norm.statistic(by_device[d], d, self.marks), device) for d in by_device]
         return norm.reduce(torch.stack(statistics)) if statistics else norm.zeros(device)
 
     def replica_numbers(self, check: ReplicaCheck) -> npt.NDArray[np.float64]:

@@ -49,7 +49,8 @@ class Meter:
         norm: which norm.
         terms: settings that must be equal on all ranks, compared whenever a plan is made.
         tied: groups of names that are one parameter.
-        raises: whether the norm is read on the host, and raises on every rank if it is not finite.
+        raises: whether a norm that is not finite raises, be it in the next step.
+        waits: whether the norm is read on the host, whatever it costs.
         coefficients: what has coefficients of its own.
         source: what is measured of the tensors that were given.
         allow_empty: a rank may pass an empty target in some calls.
@@ -65,13 +66,14 @@ class Meter:
     terms: Mapping[str, object]
     tied: Tied
     raises: bool
+    waits: bool
     coefficients: Coefficients = "one"
     source: Source = Source.GRADIENT
     allow_empty: bool = False
     overlap: Overlap | None = None
     managers: Managers | None = None
     plan: Plan | None = None
-    _home: torch.device = kernels.HOST  # where the first parameter is
+    _home: torch.device = kernels.HOST  # of the first parameter
     _shards: list[GradShard] | None = None
     _describe: Callable[[], list[GradShard]] = list
     _exchange: Exchange = field(init=False)
@@ -101,8 +103,13 @@ class Meter:
 
     @property
     def listens(self) -> bool:
-        """Whether this rank reads results on the host: if it must, or if they are reduced there anyway."""
-        return self.raises or self.ranks.reduce_device(self._home).type == "cpu"
+        """Whether this rank reads results on the host: if it waits, or if they are reduced there anyway."""
+        return self.waits or self.ranks.reduce_device(self._home).type == "cpu"
+
+    @property
+    def defers(self) -> bool:
+        """Whether a norm that is not finite raises when the next step begins."""
+        return self.raises and not self.listens
 
     # ---- planning
 
@@ -222,11 +229,12 @@ class Meter:
             DistnormError: a gradient can't be measured, or ranks didn't measure the same; on every rank that
                 listens, before any gradient has changed.
         """
-        here = {**terms, "plan": self._ident, "raises": self.raises}
+        assert self.plan is not None
+        here = {**terms, "plan": self.plan.ident, "raises": self.raises}
         device = self.ranks.reduce_device(gradients.device)
         statistic = self.overlap.take(gradients) if self.overlap is not None else None
         if statistic is None:
-            statistic = gradients.statistic(self.norm, self.shares, device)
+            statistic = gradients.statistic(self.norm, self.shares, device, marks=self.defers)
         bits, replicas = self._checks.replica_summand(gradients, device, listens=self.listens)
         header = self._header(gradients, here, bits)
         summand = 0 if payload is None else payload.local(gradients.tensors, device)
@@ -246,38 +254,17 @@ class Meter:
         self._checks.check_values(reduced, lambda: self.shards, gradients)
         return gradients, reduced if reduced.agreed is True else replace(reduced, agreed=True)
 
-    def join_empty(self) -> tuple[Tensor, bool]:
-        """The total norm where this rank was given no tensors, and whether the result is fp64.
-        Collective.
+    # ---- a rank that was given nothing
 
-        This rank can't know whether the others plan, so it reads their headers on the host, and does the
-        same.
-        """
-        while True:
-            reduced = self._exchange(None, Header("join", self.listens))
-            decoded = reduced.decode()
-            if decoded.stages == {"plan"}:
-                self.allow_empty = True
-                self.prepare(lambda: ([], []))
-            elif "agree" in decoded.stages:
-                self._reader_of(()).agree([], [], [], store=False)
-            elif not decoded.stages:  # nobody has anything
-                return self.norm.finalise(self.norm.zeros(self.ranks.device())), False
-            else:
-                break
-        if self.listens:
-            empty, checks = Gradients([]), ResultChecks(self.ranks, self.norm, self.raises, self.source)
-            if not reduced.agreed:
-                checks.raise_disagreement(reduced, decoded, None, (), empty)
-            checks.check_values(reduced, tuple, empty)
-        return reduced.total_norm, decoded.values["double"] > 0
+    def join(self) -> ReducedStatistics:
+        """Take part in an all-reduce of the other ranks without a plan and a statistic."""
+        return self._exchange(None, Header("join", self.listens))
+
+    def agree_on_nothing(self) -> None:
+        """Take part where the other ranks agree on partial gradients."""
+        self._reader_of(()).agree([], [], [], store=False)
 
     # ---- agreement
-
-    @property
-    def _ident(self) -> int:
-        assert self.plan is not None, "prepare() comes first"
-        return self.plan.ident
 
     def _header(self, gradients: Gradients, here: Mapping[str, object], replica_bits: int) -> Header:
         if self._hashed[0] != (terms := tuple(here.values())):

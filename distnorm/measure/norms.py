@@ -66,11 +66,21 @@ class Norm(ABC):
         """`finalise` of a statistic that is one number in the host's memory."""
         return float(self.finalise(torch.tensor([statistic], dtype=torch.float64, device="cpu")))
 
-    def statistic(self, tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-        """The statistic, [width] fp64, of tensors of one device; zeros where there are none."""
+    def statistic(
+        self, tensors: Sequence[Tensor], device: torch.device, marks: kernels.FiniteMarks | None = None
+    ) -> Tensor:
+        """The statistic, [width] fp64, of tensors of one device; zeros where there are none.
+
+        Args:
+            tensors: whose statistic is asked for.
+            device: theirs.
+            marks: gets a number for each of the tensors that is not empty.
+        """
         statistics: list[Tensor] = []
         if self.kernel is not None:
-            statistics, tensors = kernels.measure(tensors, self.kernel)
+            statistics, tensors = kernels.measure(tensors, self.kernel, marks)
+        if marks is not None:
+            marks.add_largest(tensors)
         statistics += [self.of_block(block) for block in kernels.blocks(tensors)]
         if len(statistics) == 1:
             return statistics[0]

@@ -8,9 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from distnorm.kernels import AsyncHostCopy
 from distnorm.monitor.monitor import Monitor, callbacks_held
 from distnorm.monitor.snapshot import LayerSnapshot
 from distnorm.payload.noise import NoiseScale
@@ -24,37 +22,6 @@ _FIRST = (
     *("loss", "grad_norm", "clip_coef", "clipped_norm", "threshold", "clipped", "finite", "skipped"),
     "tokens_per_second",
 )
-
-
-class AsyncHostCopy:
-    """A copy of a device's values in the host's memory, which arrives without a wait.
-
-    Args:
-        values: fp64, on any device; nobody may change them afterwards. On CUDA the copy goes to pinned
-            memory, after what the current stream has still to do; elsewhere it is made at once.
-    """
-
-    def __init__(self, values: Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        if values.is_cuda:
-            self._values = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record(torch.cuda.current_stream(values.device))
-        else:
-            self._values = values.cpu()
-
-    @property
-    def has_arrived(self) -> bool:
-        """Whether `values` returns without a wait."""
-        return self._event is None or self._event.query()  # type: ignore[no-untyped-call]
-
-    def values(self) -> Tensor:
-        """The values in the host's memory. Waits for the device."""
-        if self._event is not None:
-            self._event.synchronize()
-            self._event = None
-        return self._values
 
 
 @dataclass(slots=True)

@@ -19,10 +19,11 @@ from torch import Tensor
 from distnorm import kernels
 from distnorm.config import MonitorConfig
 from distnorm.errors import DistnormError, NonFiniteGradientError
+from distnorm.kernels import AsyncHostCopy
 from distnorm.measure.norms import Norm
 from distnorm.measure.overlap import Overlap
 from distnorm.monitor.monitor import Monitor
-from distnorm.monitor.pending_steps import AsyncHostCopy, KeyPath, PendingStep, PendingSteps, Where, first_of
+from distnorm.monitor.pending_steps import KeyPath, PendingStep, PendingSteps, Where, first_of
 from distnorm.monitor.snapshot import LayerSnapshot
 from distnorm.payload.noise import noise_scale_payload
 from distnorm.plan.collectives import Ranks

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from distnorm import kernels
+from distnorm.config import ClipConfig
 from distnorm.policies.decision import Decision
 
 
@@ -89,6 +90,16 @@ def clip_result(total_norm: Tensor, is_finite: Tensor, decision: Decision, skipp
     return ClipResult(
         total_norm, decision.coef, clipped_norm, decision.threshold, is_finite, clipped, skipped
     )
+
+
+def describe_steps(clip: ClipConfig, order: float, count: int, last: ClipResult | None) -> str:
+    """What a clipper does and has done, for its `repr`; nothing is read from a device."""
+    facts = [f"norm {order:g}", f"max_norm {clip.max_norm}", f"policy {clip.policy.name}"]
+    facts += [f"{len(clip.groups)} groups"] if clip.groups else []
+    facts.append(f"{count} step{'s' * (count != 1)}")
+    if last is not None and kernels.on_host(last.total_norm):
+        facts.append(f"last norm {float(last.total_norm):.6g}")
+    return ", ".join(facts)
 
 
 def _tensors(result: ClipResult | GroupResult) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from distnorm.kernels import AddressTable, Kernel, addresses, eager, gpu
+from distnorm.kernels import AddressTable, FiniteMarks, Kernel, addresses, eager, gpu
 from tests import oracle
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda:0")
@@ -138,6 +138,17 @@ def test_every_finite_pattern_of_the_small_dtypes(dtype):
     tensor = tensor[tensor.isfinite()].to(DEVICE)
     for kernel in Kernel:
         assert found([tensor], kernel) == pytest.approx(powers([tensor], kernel), rel=1e-14)
+
+
+@pytest.mark.parametrize("kernel", Kernel)
+def test_tensors_with_a_bad_value_are_marked(kernel):
+    sizes = [0, 5, 3 * CHUNK + 17, 1, CHUNK, 40]
+    tensors = [random(size, DTYPES[i % 4], i) for i, size in enumerate(sizes)]
+    tensors[2][-1], tensors[5][0] = math.nan, -math.inf
+    marks = FiniteMarks({id(tensor): 10 * i for i, tensor in enumerate(tensors)})
+    plain = found(tensors, kernel)
+    marked = gpu.statistic(table(tensors), kernel, marks, tensors)
+    assert marks.bad() == [20, 50] and math.isnan(plain) and math.isnan(float(marked))
 
 
 @pytest.mark.parametrize("kernel", Kernel)

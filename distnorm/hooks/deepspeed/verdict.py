@@ -74,7 +74,7 @@ class EngineClipper:
         with ranks.together():
             self.config = load_config(config)
             _check(self.config)
-            self._step = Step(self.config, ranks, ())
+            self._step = Step(self.config, ranks, (), waits=("raise", "raise_now"))
         self._shards = shards
         self._step.plan(lambda: (shards, [(shard.name, shard.holder) for shard in shards]), ())
 
