@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distnorm
 from distnorm import kernels
-from distnorm.measure.replica_check import ReplicaCheck, _numbers
+from distnorm.measure.replica_check import ReplicaCheck, numbers_of_samples
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.plan import Share
 from distnorm.plan.terms import stable_hash
@@ -67,7 +67,7 @@ def test_2000_random_steps_of_equal_replicas_raise_no_alarm(dtype):
             scales = 10.0 ** torch.randint(-20, 15, (count, 1), generator=generator)
             rows = torch.randn(count, 7, generator=generator) * scales
             own = list(rows.where(torch.rand(count, 7, generator=generator) > 0.2, 0.0).to(dtype).unbind())
-            numbers = _numbers(kernels.samples_of(own)).numpy()
+            numbers = numbers_of_samples(kernels.samples_of(own).numpy())
             value = sum(float(check.weights @ numbers) for check in found)  # as `of_addresses` does
             assert not found[0].is_suspect(value), (replicas, count, value)
             worst, steps = max(worst, abs(value)), steps + 1
@@ -110,7 +110,7 @@ def test_addresses_and_tensors_give_the_same_number():
         table = kernels.AddressTable.of([own[i] for i in (0, 1, 3, 4, 5)])
         there = check.difference(check.numbers_at(table, np.array([0, 1, -1, 2, 3, 4])))
         # The sums are of the same five products, in another order: a rounding of fp64 for each.
-        numbers = _numbers(kernels.samples_of(own)).numpy()
+        numbers = numbers_of_samples(kernels.samples_of(own).numpy())
         rounding = len(own) * 2**-53 * float(np.abs(check.weights) @ np.abs(numbers))
         assert abs(there - float(check.of_tensors([*own[:2], None, *own[3:]], CPU))) <= rounding
 

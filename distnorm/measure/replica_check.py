@@ -18,6 +18,7 @@ import math
 from collections import defaultdict
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +64,7 @@ class ReplicaCheck:
     turns: int
     tolerance: float = _ROUNDING
     _step: int = 0
+    _compared: tuple[Any, Any, Any] = (None, None, None)  # a table, which rows are compared, and these
 
     @classmethod
     def of(cls, ranks: Ranks, shards: Sequence[GradShard], shares: Sequence[Share]) -> ReplicaCheck:
@@ -93,8 +95,12 @@ class ReplicaCheck:
             table: where gradients lie.
             places: [positions] the place of each of ours in the table; -1 where it has no gradient.
         """
-        numbers, there = np.zeros(len(places)), places >= 0
-        numbers[there] = _numbers(kernels.samples(table.rows(places[there]))).numpy()
+        if self._compared[0] is not table:  # it is the same one while no gradient moves
+            there = places >= 0
+            self._compared = table, there, table.rows(places[there])
+        _, there, rows = self._compared
+        numbers = np.zeros(len(places))
+        numbers[there] = numbers_of_samples(kernels.samples(rows).numpy())
         return numbers
 
     def numbers_of(self, gradients: Sequence[Tensor | None]) -> npt.NDArray[np.float64]:
@@ -103,7 +109,7 @@ class ReplicaCheck:
         for k, i in enumerate(self.positions.tolist()):
             gradient = gradients[i]
             if gradient is not None:
-                numbers[k] = float(_numbers(kernels.samples_of([gradient])))
+                numbers[k] = numbers_of_samples(kernels.samples_of([gradient]).cpu().numpy())[0]
         return numbers
 
     def bits(self, numbers: npt.NDArray[np.float64]) -> int:
@@ -127,7 +133,8 @@ class ReplicaCheck:
                 by_device[gradient.device][k] = gradient
         for here, members in by_device.items():
             weights = kernels.on_device(self.weights[list(members)].tolist(), here)
-            numbers = _numbers(kernels.samples_of(list(members.values())))
+            signed, magnitudes = kernels.samples_of(list(members.values())).unbind(dim=1)
+            numbers = torch.where(magnitudes == 0, 0.0, signed / magnitudes + magnitudes.log2())
             total += kernels.moved((weights * numbers).sum(), device)
         return total
 
@@ -152,10 +159,13 @@ def _eps(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps if has_digits else 0.0
 
 
-def _numbers(samples: Tensor) -> Tensor:
+def numbers_of_samples(samples: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """[n, (signed sum, sum of magnitudes)] -> [n] the x of each sample; 0 of zeros."""
-    signed, magnitudes = samples.unbind(dim=1)
-    return torch.where(magnitudes == 0, 0.0, signed / magnitudes + magnitudes.log2())
+    signed, magnitudes = samples.T
+    with np.errstate(all="ignore"):
+        numbers: npt.NDArray[np.float64] = signed / magnitudes + np.log2(magnitudes)
+    numbers[magnitudes == 0] = 0.0
+    return numbers
 
 
 def compare_replicas(
