@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.distributed.device_mesh import DeviceMesh
 
+from distnorm import graphs
 from distnorm.config import Config, load_config
 from distnorm.errors import DistnormError
 from distnorm.kernels import outside_graphs
@@ -83,9 +84,10 @@ class GradClipper(Joinable):
             self._step = Step(self.config, ranks, checked_tied(tied))
             self._target, self._stage = read_once(target), stage_of(pp_mesh)
         self._tied = self._step.tied
+        self.number_in_graphs = graphs.number_of(self)
         self._step.plan(self._read_target, modules_of(self._target))
 
-    @outside_graphs
+    @graphs.in_graphs(graphs.trace_clip)
     def clip(self) -> ClipResult:
         """Measure this step's gradient and clip it, in place, as the policies decide.
 
@@ -109,25 +111,32 @@ class GradClipper(Joinable):
             DistnormError: a policy uses the loss, and no rank gave one; or the process group was
                 destroyed.
         """
-        self._plan_if_changed()
+        self._begin_step()
         return self._step.take(self._inventory.holders, scales=True).result
+
+    def clip_given(self, gradients: Mapping[int, Tensor]) -> Tensor:
+        """What the operator `distnorm::clip` does with the local gradients that a graph hands it."""
+        self._begin_step()
+        result = self._step.take(self._inventory.holders, scales=True, given=gradients).result
+        return torch.stack([getattr(result, name).double() for name in graphs.FIELDS])
 
     @outside_graphs
     def decide(self) -> ClipResult:
         """Do as `clip` does, but leave the gradients for the caller to multiply by the coefficient.
 
         Collective, as `clip` is. Partial DTensor gradients are stored back reduced here too. Where there are
-        many coefficients, the result doesn't hold them.
+        many coefficients, the result doesn't hold them. Where `skipped` is true, neither multiply nor step.
 
         Raises:
             DistnormError: as `clip`.
         """
-        self._plan_if_changed()
+        self._begin_step()
         return self._step.take(self._inventory.holders, scales=False).result
 
     @outside_graphs
     def measure(self) -> ClipResult:
-        """Measure this step's gradient and change nothing. Collective, and raises, as `clip` does."""
+        """Measure this step's gradient and change nothing. Collective, and raises, as `clip` does; but where
+        that raises only in the next step, this returns the norm, inf or NaN."""
         self._plan_if_changed()
         return self._step.measure(self._inventory.holders)
 
@@ -263,6 +272,11 @@ class GradClipper(Joinable):
         named = self._inventory.named
         shards = shards_of(named, Source.GRADIENT, target=self._target, stage=self._stage, tied=self._tied)
         return shards, named
+
+    def _begin_step(self) -> None:
+        # First, as the ranks raise together here, and only some of them may have to plan.
+        self._step.deferred.check()
+        self._plan_if_changed()
 
     def _plan_if_changed(self) -> None:
         self._step.check_group()

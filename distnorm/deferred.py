@@ -1,4 +1,8 @@
-"""A norm that is not finite, raised when the next step begins: the step itself waits for no device."""
+"""A norm that is not finite, raised when the next step begins: no step waits for its own norm.
+
+All ranks raise at the same point, so that none is a step ahead of the others, whatever a caller does about
+the error: a rank that refused a gradient in the step itself refuses it once more then.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distnorm import kernels
-from distnorm.errors import DisagreementError
+from distnorm.errors import DisagreementError, DistnormError
 from distnorm.measure import diagnosis
 from distnorm.measure.exchange import ReducedStatistics
 from distnorm.measure.gradients import Gradients
@@ -19,7 +23,7 @@ from distnorm.plan.collectives import Ranks
 from distnorm.policies.deciding import Outcome
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Unread:
     """A step whose norm is on its way to the host.
 
@@ -28,22 +32,24 @@ class _Unread:
         ranks: who took part.
         found: the norm, and whether the ranks measured the same.
         names: of the gradients, by position.
-        marks: what the measurement left behind of these; `None` where there is nothing.
+        marks: which of these are not finite.
+        was_raised: whether this rank has raised it alone.
     """
 
     number: int
     ranks: Ranks
     found: kernels.AsyncHostCopy
     names: Sequence[str]
-    marks: kernels.FiniteMarks | None
+    marks: kernels.FiniteMarks
+    was_raised: bool = False
 
-    def mine(self) -> list[str]:
+    def bad_names(self) -> list[str]:
         """This rank's gradients that are not finite. Waits for the device."""
-        return [] if self.marks is None else [self.names[position] for position in self.marks.bad()]
+        return [self.names[position] for position in self.marks.bad()]
 
 
 class DeferredRaise:
-    """Lets a step whose norm is not finite pass without effect, and raises when the next begins.
+    """Lets a step whose norm is not finite pass without its gradients, and raises when the next begins.
 
     Args:
         order: of the norm.
@@ -52,36 +58,45 @@ class DeferredRaise:
     def __init__(self, order: float) -> None:
         self._order = order
         self._unread: _Unread | None = None
+        self._refusal: DistnormError | None = None
 
-    def without_effect(
-        self,
-        number: int,
-        meter: Meter,
-        gradients: Gradients,
-        reduced: ReducedStatistics,
-        outcome: Outcome,
-        scales: bool,
+    def forget(self) -> None:
+        """Forget the step before: other state was loaded. Every rank must call it."""
+        self._unread = self._refusal = None
+
+    def refused(self, error: DistnormError) -> None:
+        """Remember that this rank alone has raised in a step that the others have made."""
+        self._refusal = error
+
+    def without_gradients(
+        self, number: int, meter: Meter, gradients: Gradients, reduced: ReducedStatistics, outcome: Outcome
     ) -> Outcome:
-        """Make a step harmless on the device, if its norm is not finite, and remember it. Waits for nothing.
+        """Remember a step, and mark it as skipped where its norm is not finite. Waits for nothing.
 
         Args:
             number: the step's, from 1.
             meter: what measured.
-            gradients: what was measured; they become zero.
+            gradients: what was measured.
             reduced: what the all-reduce gave.
             outcome: what was decided.
-            scales: whether gradients may be changed; else the result says that the step must be skipped.
+
+        Returns:
+            What is done instead: where the norm is not finite, the gradients have to be zeroed by
+            `result.skipped`, unless the optimizer's step is left out.
         """
         norm, agreed, result = reduced.total_norm, reduced.agreed, outcome.result
         if type(norm) is Tensor and not _is_capturing():  # a dry run has no values; replays don't come here
             is_agreed = agreed.double() if isinstance(agreed, Tensor) else torch.full_like(norm, agreed)
             found = kernels.AsyncHostCopy(torch.stack([norm, is_agreed]))
+            marks = gradients.marks or kernels.FiniteMarks.of_largest(gradients.tensors)
             names = [shard.name for shard in meter.shards]
-            self._unread = _Unread(number, meter.ranks, found, names, gradients.marks)
-        if scales:
-            gradients.zero_unless_(result.is_finite)
-            return outcome
-        return replace(outcome, result=replace(result, skipped=result.skipped | ~result.is_finite))
+            self._unread = _Unread(number, meter.ranks, found, names, marks)
+        result = replace(
+            result,
+            clipped_norm=result.clipped_norm.masked_fill(~norm.isfinite(), 0.0),
+            skipped=result.skipped | ~norm.isfinite(),
+        )
+        return replace(outcome, result=result)
 
     def check(self) -> None:
         """Raise if the step before was not finite. Collective: every rank must call it before its next step.
@@ -89,33 +104,45 @@ class DeferredRaise:
         Raises:
             NonFiniteGradientError: on every rank, naming the step, the gradients and their ranks.
             DisagreementError: on every rank that measured: the ranks did not measure the same.
+            DistnormError: on a rank that refused a gradient in that step: the same error.
         """
-        unread, self._unread = self._unread, None
-        if unread is not None and self._is_bad(unread):
-            self._raise(unread, diagnosis.gathered(unread.ranks, unread.mine()))
+        if _is_capturing():
+            return
+        (unread, refusal), self._unread, self._refusal = (self._unread, self._refusal), None, None
+        if refusal is not None:
+            raise refusal
+        with kernels.plain_operators():
+            if unread is not None and self._is_bad(unread):
+                where = diagnosis.gathered(unread.ranks, unread.bad_names())
+                self._raise(unread, where, "no single gradient; their norm leaves fp64's range")
 
     def check_alone(self) -> None:
-        """The same where no other rank may take part: it names this rank's gradients alone, and `check` will
-        raise again."""
+        """The same where no other rank may take part, once; `check` raises again, with all names."""
         unread = self._unread
-        if unread is not None and self._is_bad(unread):
-            self._raise(unread, [(name, unread.ranks.rank) for name in unread.mine()])
+        if unread is None or unread.was_raised or _is_capturing():
+            return
+        with kernels.plain_operators():
+            if self._is_bad(unread):
+                unread.was_raised = True
+                where = [(name, unread.ranks.rank) for name in unread.bad_names()]
+                self._raise(
+                    unread, where, "none of this rank's; the next step's clip() names those of all ranks"
+                )
 
     @staticmethod
     def _is_bad(unread: _Unread) -> bool:
-        if _is_capturing():
-            return False
         norm, agreed = unread.found.values().tolist()
-        if not agreed:  # a rank with a gradient that can't be measured has raised alone, and isn't here
+        if not agreed:
             raise DisagreementError(
-                f"step {unread.number}: expected every rank to measure the same, found that they did not, so "
-                "the step was made without effect; with clip.nonfinite: raise_now the ranks say what differs"
+                f"step {unread.number}: expected every rank to measure the same, and replicas to hold equal "
+                "gradients, found that they did not, so the step was made without gradients; with "
+                "clip.nonfinite: raise_now the ranks say what differs"
             )
         return not norm < float("inf")
 
-    def _raise(self, unread: _Unread, where: Sequence[tuple[str, int]]) -> NoReturn:
+    def _raise(self, unread: _Unread, where: Sequence[tuple[str, int]], otherwise: str) -> NoReturn:
         norm = float(unread.found.values()[0])
-        diagnosis.raise_named(self._order, norm, tuple(where), f"step {unread.number}: ")
+        diagnosis.raise_named(self._order, norm, tuple(where), f"step {unread.number}: ", otherwise)
 
 
 def _is_capturing() -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from distnorm import kernels, policies
+from distnorm import graphs, kernels, policies
 from distnorm.errors import DistnormError
 from distnorm.measure.empty_rank import join_empty
 from distnorm.measure.gradients import Gradients, read_with_care
@@ -35,7 +35,13 @@ from distnorm.sources.shards import GradShard, PartialGrad
 _log = logging.getLogger("distnorm")
 
 
-@kernels.outside_graphs
+@graphs.called_by_operator
+def total_norm_given(tensors: Sequence[Tensor], norm_type: float, error_if_nonfinite: bool) -> Tensor:
+    """What the operator `distnorm::total_norm` does."""
+    return _measure(tensors, Source.TENSOR, norm_type, error_if_nonfinite, None, None, ()).result()
+
+
+@graphs.in_graphs(graphs.trace_total_norm)
 def get_total_norm(
     tensors: Target,
     norm_type: float = 2.0,
@@ -116,7 +122,23 @@ def clip_grads_with_norm_(
         apply(policies.constant(total.double(), threshold), gradients)
 
 
-@kernels.outside_graphs
+@graphs.called_by_operator
+def clip_given(
+    parameters: Sequence[Tensor],
+    gradients: Mapping[int, Tensor],
+    max_norm: float,
+    norm_type: float,
+    error_if_nonfinite: bool,
+) -> Tensor:
+    """What the operator `distnorm::clip_grad_norm_` does."""
+    holders = [parameter.detach() for parameter in parameters]
+    for position, gradient in gradients.items():
+        holders[position] = holders[position].to(gradient.dtype)  # the same tensor, where dtypes are equal
+        holders[position].grad = gradient
+    return _clip(holders, max_norm, norm_type, error_if_nonfinite, None, None, ())
+
+
+@graphs.in_graphs(graphs.trace_clip_grad_norm_)
 def clip_grad_norm_(
     parameters: Target,
     max_norm: float,
@@ -152,9 +174,19 @@ def clip_grad_norm_(
     Example:
         >>> distnorm.clip_grad_norm_(model.parameters(), max_norm=1.0)
     """
-    measured = _measure(
-        parameters, Source.GRADIENT, norm_type, error_if_nonfinite, pp_mesh, group, tied, max_norm
-    )
+    return _clip(parameters, max_norm, norm_type, error_if_nonfinite, pp_mesh, group, tied)
+
+
+def _clip(
+    target: Target,
+    max_norm: float,
+    norm_type: float,
+    raises: bool,
+    pp_mesh: DeviceMesh | None,
+    group: ProcessGroup | None,
+    tied: Tied,
+) -> Tensor:
+    measured = _measure(target, Source.GRADIENT, norm_type, raises, pp_mesh, group, tied, max_norm)
     with torch.no_grad(), torch._C.DisableTorchFunction():
         decision = policies.constant(measured.total_norm, policies.check_max_norm(max_norm))
         if isinstance(measured.agreed, Tensor):  # not read on the host: whether the ranks measured the same

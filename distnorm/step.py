@@ -15,6 +15,7 @@ from distnorm.deferred import DeferredRaise
 from distnorm.errors import DistnormError, NonFiniteGradientError
 from distnorm.measure.diagnosis import find_not_finite
 from distnorm.measure.exchange import ReducedStatistics, without_norm
+from distnorm.measure.gradients import Given
 from distnorm.measure.meter import Meter, Reader
 from distnorm.measure.norms import norm
 from distnorm.measure.overlap import Overlap
@@ -27,6 +28,7 @@ from distnorm.policies.groups import PolicyGroups
 from distnorm.policies.results import ClipResult, describe_steps
 
 _STATE_VERSION = 2
+_WAITING = ("raise_now",)
 
 
 class Step:
@@ -39,10 +41,10 @@ class Step:
         waits: the modes of ``clip.nonfinite`` that read every norm on the host.
 
     Attributes:
-        groups: the policies.
+        groups, decider: the policies, and what asks them.
         monitor: records steps; `None` where nothing is set under `monitor`.
         count: number of steps made.
-        last, outcome: the newest step's result, and with its decisions.
+        last, outcome: of the newest step.
         deferred: raises what the step before found, where no step waits for its norm.
         is_registered_with_join: whether the clipper was given to torch's `Join`, which ends with equal
             histories.
@@ -52,14 +54,9 @@ class Step:
     """
 
     def __init__(
-        self,
-        config: Config,
-        ranks: Ranks,
-        tied: Sequence[tuple[str, ...]],
-        waits: Collection[str] = ("raise_now",),
+        self, config: Config, ranks: Ranks, tied: Sequence[tuple[str, ...]], waits: Collection[str] = _WAITING
     ) -> None:
-        self.config, self.tied, self._waits = config, tied, waits
-        self._norm = norm(config.norm.type)
+        self.config, self.tied, self._waits, self._norm = config, tied, waits, norm(config.norm.type)
         self.count, self.is_registered_with_join = 0, False
         self.last: ClipResult | None = None
         self.outcome: Outcome | None = None
@@ -69,7 +66,7 @@ class Step:
     def _take_part(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.groups = PolicyGroups(self.config.clip, self._norm, ranks)
-        self._decider = Decider(self.groups)
+        self.decider = Decider(self.groups)
         self._meter = self._meter_of(ranks)
         self.deferred = DeferredRaise(self._norm.order)
         self._alone: Meter | None = None
@@ -87,26 +84,29 @@ class Step:
 
     # ---- the walk
 
-    def take(self, holders: Sequence[Tensor], *, scales: bool, loss_scale: float = 1.0) -> Outcome:
+    def take(
+        self, holders: Sequence[Tensor], *, scales: bool, loss_scale: float = 1.0, given: Given = None
+    ) -> Outcome:
         """Take a step. Collective: every rank must call it.
 
         Args:
             holders: what holds the gradients of the planned shards, in their order.
             scales: whether the gradients are multiplied here.
             loss_scale: what gradients were multiplied by at backward; results are without it.
+            given: the gradients, where a graph hands them over.
 
         Raises:
             DistnormError: as `GradClipper.clip`; no gradient has changed then.
         """
-        self.deferred.check()
         number = self.count + 1
-        meter, snapshot = self._meter_now(), self._snapshot(number)
+        meter = self._meter_now()
+        snapshot = None if meter is self._alone else self._snapshot(number)
         payload = join_payloads(self.groups.payload, snapshot)
         length = 0 if payload is None else payload.length
         with torch.no_grad(), torch._C.DisableTorchFunction():
             try:
                 meets = self.groups.measures or snapshot is not None
-                gradients = meter.read(holders, store=True, meets=meets, payload_length=length)
+                gradients = meter.read(holders, given, store=True, meets=meets, payload_length=length)
                 if meets:
                     gradients, reduced = meter.reduce(gradients, payload)
                 else:
@@ -116,21 +116,27 @@ class Step:
                 if self.monitor is not None:
                     self.monitor.failed(number, error)
                 raise
+            except DistnormError as error:
+                if meter.defers:
+                    self.deferred.refused(error)
+                raise
             finally:  # a loss belongs to one step, even if that raises
                 self.groups.loss.forget()
             of_policies, of_snapshot = split_payload(reduced.payload, self.groups.payload, snapshot)
             agreed = reduced.agreed if isinstance(reduced.agreed, Tensor) else None
             norm = reduced.total_norm if loss_scale == 1 else reduced.total_norm / loss_scale
-            outcome = self._decider.decide(norm, of_policies, agreed)
-            where: Sequence[tuple[str, int]] = ()
-            if self._names_not_finite(reduced, snapshot):
-                where = find_not_finite(meter.ranks, meter.shards, gradients.tensors)
-            if meter.defers and meets:
-                outcome = self.deferred.without_effect(number, meter, gradients, reduced, outcome, scales)
+            outcome = self.decider.decide(norm, of_policies, agreed)
+            names_them = snapshot is None and self._names_not_finite(reduced)
+            where = find_not_finite(meter.ranks, meter.shards, gradients.tensors) if names_them else ()
+            defers = meter.defers and meets
+            if defers:
+                outcome = self.deferred.without_gradients(number, meter, gradients, reduced, outcome)
             if scales:
-                self._decider.apply(outcome, gradients)
+                self.decider.apply(outcome, gradients)
+            if scales and defers:
+                gradients.zero_unless_(reduced.total_norm.isfinite())
             del gradients
-            self._made(number, outcome)
+            self.made(number, outcome)
             if self.monitor is not None:
                 self.monitor.record(number, outcome.result, of_snapshot, where, loss_scale)
         return outcome
@@ -142,28 +148,19 @@ class Step:
         with torch.no_grad(), torch._C.DisableTorchFunction():
             gradients = meter.read(holders, store=False, payload_length=length)
             gradients, reduced = meter.reduce(gradients, payload, store=False)
-            payload_found = reduced.payload if len(reduced.payload) else None
-            return self._decider.measured(reduced.total_norm, payload_found)
+            found = reduced.payload if len(reduced.payload) else None
+            return self.decider.measured(reduced.total_norm, found)
 
-    def take_not_finite(self, total_norm: float, loss_scale: float) -> Outcome:
-        """Count a step whose measurement raised since its norm is not finite: an engine goes on with it."""
-        number = kernels.on_device([total_norm], self.ranks.reduce_device(kernels.HOST))[0]
-        payload = self.groups.payload  # it can only be a loss here, which doesn't count in such a step
-        nothing = None if payload is None else torch.ones_like(number).expand(payload.length)
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            outcome = self._decider.decide(number / loss_scale, nothing)
-        self._made(self.count + 1, outcome)
-        return outcome
-
-    def _made(self, number: int, outcome: Outcome) -> None:
+    def made(self, number: int, outcome: Outcome) -> None:
+        """Count a step."""
         self.count, self.last, self.outcome = number, outcome.result, outcome
         self._announce_snapshot()
 
-    def _names_not_finite(self, reduced: ReducedStatistics, snapshot: LayerSnapshot | None) -> bool:
+    def _names_not_finite(self, reduced: ReducedStatistics) -> bool:
         """Whether to search for the gradients that are not finite: if the norm can be read for free, and no
         layer statistics will name them."""
         norm = reduced.total_norm
-        is_asked = self.monitor is not None and snapshot is None and self.groups.measures
+        is_asked = self.monitor is not None and self.groups.measures
         return is_asked and reduced.agreed is True and kernels.on_host(norm) and not norm.isfinite()
 
     @property
@@ -215,6 +212,7 @@ class Step:
 
     def rebind(self, ranks: Ranks) -> None:
         """Take part in another group, and keep histories and counts. `plan` must be called next."""
+        self.deferred.check_alone()
         state = self.groups.state_dict()
         self._take_part(ranks)
         self.groups.load_state_dict(state)
@@ -235,7 +233,8 @@ class Step:
             )
         if self._alone is None:
             shards = self._meter.shards
-            self._alone = replace(self._meter_of(Ranks(alone=True)), tied=())  # they were checked before
+            alone = self._meter_of(Ranks(alone=True))
+            self._alone = replace(alone, tied=(), waits=True)  # no other rank raises with this one later
             self._alone.prepare(lambda: (shards, [(shard.name, shard.holder) for shard in shards]))
         return self._alone
 
@@ -251,9 +250,7 @@ class Step:
 
     def _snapshot(self, number: int) -> LayerSnapshot | None:
         """The layer snapshot of a step that clips; `None` if it is not a monitored one."""
-        if self.monitor is None or (self._alone is not None and self._meter_now() is self._alone):
-            return None
-        return self.monitor.snapshot(number)
+        return None if self.monitor is None else self.monitor.snapshot(number)
 
     def _announce_snapshot(self) -> None:
         """Let the overlap know whether the next step is a monitored one."""
@@ -290,6 +287,7 @@ class Step:
             self.monitor.check_state(state.get("monitor"))
         self.groups.load_state_dict(state if version == _STATE_VERSION else None)
         self.count = steps
+        self.deferred.forget()
         if self.monitor is not None:
             self.monitor.load_state_dict(state.get("monitor"), steps)
             self._announce_snapshot()

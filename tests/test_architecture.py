@@ -21,19 +21,8 @@ PACKAGE = Path(distnorm.__file__).parent
 
 # A file imports only what stands above its room here: a package, or a module beside the packages.
 ORDER = [
-    *(
-        "errors",
-        "config",
-        "kernels",
-        "sources",
-        "plan",
-        "measure",
-        "payload",
-        "policies",
-        "monitor",
-        "deferred",
-        "step",
-    ),
+    *("errors", "config", "kernels", "sources", "plan", "measure", "payload", "policies", "monitor"),
+    *("deferred", "step", "graphs"),
     *("clipper", "functional", "verification", "hooks", "trainer", "bench", "cli", "__main__"),
 ]
 MOST_MODULES, MOST_PACKAGES = 10, 14

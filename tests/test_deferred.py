@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import distnorm
+from distnorm.measure.meter import Meter
 from tests.counting import as_on_an_accelerator, collectives_and_reads
 from tests.refusals import TIMEOUT, Heard, heard
 
@@ -176,7 +180,7 @@ def test_a_bad_step_of_an_optimizer_trains_nothing(fused):
         backward(named, math.nan)
         optimizer.step()
         assert all(torch.equal(p, old) for (_, p), old in zip(named, before, strict=True))
-        assert bool(handle.last.skipped) == fused and not bool(handle.last.is_finite)
+        assert bool(handle.last.skipped) and not bool(handle.last.is_finite)
         backward(named)
         with pytest.raises(distnorm.NonFiniteGradientError, match=r"step 1: .*'sharded' on rank 0"):
             optimizer.step()
@@ -202,3 +206,210 @@ def test_mixed_dtypes_and_strides_are_named_each():
             said = heard(clipper.clip)
         assert said[0] == ("" if bad == "none" else "NonFiniteGradientError")
         assert bad == "none" or f": '{bad}' on rank 0" in said[1]
+
+
+FUSED_WAYS: dict[str, dict[str, Any]] = {
+    "handed over": {},
+    "scaled here": {"apply": "scale"},
+    "groups": {"groups": [{"name": "g", "params": ["copied"], "max_norm": 0.5}]},
+    "per tensor": {"policy": "per_tensor"},
+}
+
+
+@pytest.mark.parametrize("way", FUSED_WAYS)
+def test_fused_optimizers_leave_a_bad_step_out_with_all_their_state(way):
+    named = model()
+    optimizer = torch.optim.AdamW([p for _, p in named], lr=0.1, fused=True)
+    handle = distnorm.attach(named, optimizer, {"clip": {"max_norm": 1.0, **FUSED_WAYS[way]}})
+    with as_on_an_accelerator():
+        for step in range(3):
+            backward(named, math.nan if step == 2 else None)
+            before = [p.detach().clone() for _, p in named]
+            state = {k: v.clone() for s in optimizer.state.values() for k, v in s.items()}
+            optimizer.step()
+    assert all(torch.equal(p, old) for (_, p), old in zip(named, before, strict=True))
+    after = {k: v for s in optimizer.state.values() for k, v in s.items()}
+    assert state and all(torch.equal(after[k], state[k]) for k in state)
+    assert getattr(optimizer, "found_inf", None) is None
+    handle.remove()
+
+
+def two_optimizers(on_accelerator: bool) -> list[Any]:
+    named, found = model(), []
+    optimizers = [torch.optim.SGD([p], lr=0.0625) for _, p in named]
+    handle = distnorm.attach(named, optimizers, RAISE)
+    with as_on_an_accelerator() if on_accelerator else nullcontext():
+        for step in range(5):
+            backward(named, math.nan if step == 1 else None)
+            said = [heard(optimizer.step)[0] for optimizer in optimizers]
+            found.append((said, [round(float(p.grad.abs().max()), 4) for _, p in named]))
+    handle.remove()
+    return found
+
+
+def test_several_optimizers_raise_alike_and_go_on_clipping():
+    good, coef = ["", ""], round(1 / NORM, 4)
+    refused = ["NonFiniteGradientError"] * 2
+    found = two_optimizers(on_accelerator=True)
+    assert [said for said, _ in found] == [good, good, refused, good, good]
+    assert [largest for _, largest in found] == [[coef] * 2, [0.0] * 2, [1.0] * 2, [coef] * 2, [coef] * 2]
+    assert [said for said, _ in two_optimizers(on_accelerator=False)] == [good, refused, good, good, good]
+
+
+# ---- ranks keep step, whatever one of them met
+
+
+def refused_on_one() -> list[Heard]:
+    named, found = model(), []
+    clipper = distnorm.GradClipper(named[:1], {"clip": {"max_norm": 1e9, "nonfinite": "raise"}})
+    with as_on_an_accelerator():
+        for step in range(6):
+            backward(named)
+            local(named[0][1].grad).mul_(10.0**step)
+            if step == 1 and dist.get_rank() == 0:
+                named[0][1].grad._local_tensor = torch.ones(2, 3)
+            found.append(heard(clipper.clip))
+    return found
+
+
+def test_a_gradient_refused_on_one_rank_does_not_shift_the_ranks(ranks):
+    first, second = ranks(2, refused_on_one, timeout=TIMEOUT)
+    assert [kind for kind, _ in first] == [
+        "",
+        "UnsupportedGradientError",
+        "UnsupportedGradientError",
+        "",
+        "",
+        "",
+    ]
+    assert [kind for kind, _ in second] == ["", "", "DisagreementError", "", "", ""]
+    for step in (0, 3, 4, 5):
+        assert first[step][1] == second[step][1] == pytest.approx(math.sqrt(24) * 10**step)
+
+
+def planned_anew_after_a_bad_step() -> list[Heard]:
+    module = nn.Linear(3, 2)
+    clipper, found = distnorm.GradClipper(module, RAISE), []
+    with as_on_an_accelerator():
+        for step in range(4):
+            if step == 2:
+                module.extra = nn.Parameter(torch.ones(2))
+            for p in module.parameters():
+                p.grad = torch.ones_like(p)
+            if step == 1:
+                module.bias.grad[0] = math.nan
+            found.append(heard(clipper.clip))
+    return found
+
+
+def test_a_bad_step_is_raised_before_anybody_plans(ranks):
+    for found in ranks(2, planned_anew_after_a_bad_step, timeout=TIMEOUT):
+        assert [kind for kind, _ in found] == ["", "", "NonFiniteGradientError", ""]
+        assert found[3][1] == pytest.approx(math.sqrt(10))
+
+
+def joined_with_a_bad_last_step() -> list[str]:
+    net = nn.parallel.DistributedDataParallel(nn.Linear(3, 1))
+    clipper, found = distnorm.GradClipper(net, RAISE), []
+    with as_on_an_accelerator(), Join([net, clipper]):
+        for step in range(3 if dist.get_rank() else 1):
+            net.zero_grad()
+            net(torch.full((2, 3), math.nan if step == 2 else 1.0)).sum().backward()
+            found.append(heard(clipper.clip)[0])
+    net.zero_grad()
+    net(torch.ones(2, 3)).sum().backward()
+    with as_on_an_accelerator():
+        found.append(heard(clipper.clip)[0])
+    return found
+
+
+def test_under_join_a_rank_waits_and_raises_at_once(ranks):
+    alone, both = ranks(2, joined_with_a_bad_last_step, timeout=TIMEOUT)
+    assert alone == ["", ""] and both == ["", "", "NonFiniteGradientError", ""]
+
+
+# ---- what is said, and for how long
+
+
+def test_value_with_a_monitored_step_zeroes_what_is_not_finite(tmp_path):
+    named = model()
+    config = {"clip": {"max_norm": 0.5, "policy": "value"}, "monitor": {"dir": tmp_path, "every": 1}}
+    clipper = distnorm.GradClipper(named, config)
+    with as_on_an_accelerator():
+        backward(named, math.nan)
+        clipper.clip()
+        assert all(not p.grad.count_nonzero() for _, p in named)
+        backward(named)
+        assert heard(clipper.clip)[0] == "NonFiniteGradientError"
+
+
+def test_the_fast_path_and_overlap_name_gradients_too(monkeypatch):
+    for overlap in (False, True):
+        named = model()
+        with monkeypatch.context() as patch:
+            patch.setattr(Meter, "listens", property(lambda meter: meter.waits))
+            config = {"clip": {"max_norm": 1.0, "overlap": overlap}}
+            clipper = distnorm.GradClipper(named, config)
+            for step in range(4):
+                for _, p in named:
+                    p.grad = None
+                    (p.sum() * (math.nan if step == 3 and p is named[0][1] else 1.0)).backward()
+                clipper.clip()
+            said = heard(clipper.clip)
+        assert said[0] == "NonFiniteGradientError" and "'sharded' on rank 0" in said[1]
+
+
+def test_a_gradient_of_two_parameters_is_named_by_both():
+    named = [(name, nn.Parameter(torch.ones(3))) for name in "ab"]
+    clipper = distnorm.GradClipper(named, RAISE)
+    with as_on_an_accelerator():
+        named[0][1].grad = named[1][1].grad = torch.tensor([1.0, math.nan, 1.0])
+        clipper.clip()
+        said = heard(clipper.clip)
+    assert "'a' on rank 0, 'b' on rank 0" in said[1]
+
+
+def test_a_call_of_one_rank_raises_once_and_a_loaded_state_forgets():
+    named = model()
+    clipper = distnorm.GradClipper(named, RAISE)
+    state = clipper.state_dict()
+    with as_on_an_accelerator():
+        backward(named, math.nan)
+        clipper.clip()
+        assert [heard(clipper.flush)[0], heard(clipper.state_dict)[0]] == ["NonFiniteGradientError", ""]
+        clipper.load_state_dict(state)
+        backward(named)
+        assert heard(clipper.clip) == ("", pytest.approx(NORM))
+
+
+def test_a_bad_step_before_a_dry_run_is_raised_there():
+    named = model()
+    clipper = distnorm.GradClipper(named, RAISE)
+    with as_on_an_accelerator():
+        backward(named, math.nan)
+        clipper.clip()
+        with FakeTensorMode():
+            assert heard(clipper.clip)[0] == "NonFiniteGradientError"
+        backward(named)
+        assert heard(clipper.clip) == ("", pytest.approx(NORM))
+
+
+def unequal_and_infinite_replicas() -> list[Heard]:
+    with as_on_an_accelerator():
+        named = model()
+        clipper, found = distnorm.GradClipper(named, RAISE), []
+        for step in range(6):
+            backward(named)
+            if step == 1:
+                named[1][1].grad._local_tensor.fill_(math.inf)  # on all ranks alike
+            if step == 3 and dist.get_rank():
+                named[1][1].grad._local_tensor.mul_(3)
+            found.append(heard(clipper.clip))
+    return found
+
+
+def test_replicas_that_are_infinite_are_no_disagreement(ranks):
+    for found in ranks(2, unequal_and_infinite_replicas, timeout=TIMEOUT):
+        kinds = [kind for kind, _ in found]
+        assert kinds == ["", "", "NonFiniteGradientError", "", "DisagreementError", ""]
+        assert "'copied' on rank" in found[2][1]

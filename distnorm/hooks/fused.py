@@ -65,12 +65,26 @@ class HandOver:
         optimizer.found_inf = skipped  # type: ignore[attr-defined]
         optimizer.grad_scale = None if is_one else result.clip_coef.reciprocal().float()  # type: ignore[attr-defined]
 
+    def leave_out(self, optimizer: Optimizer, result: ClipResult) -> bool:
+        """Let the coming step do nothing where the result says so; whether the optimizer can, by itself."""
+        if is_taken(optimizer) or not _is_fused(optimizer):
+            return False
+        self._given = optimizer
+        optimizer.found_inf = result.skipped.float()  # type: ignore[attr-defined]
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        return True
+
     def take_back(self) -> None:
         """Leave the optimizer that was given a coefficient as it was."""
         optimizer, self._given = self._given, None
         if optimizer is not None:
             for name in _ATTRIBUTES:
                 vars(optimizer).pop(name, None)
+
+
+def _is_fused(optimizer: Optimizer) -> bool:
+    supports = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    return supports and all(group.get("fused", False) for group in optimizer.param_groups)
 
 
 def _obstacles(optimizers: Sequence[Optimizer], clipped: Sequence[Tensor]) -> Iterator[str]:

@@ -106,8 +106,13 @@ class OptimizerHook:
             _refuse_bypassing_scaler(optimizer)
             if self._trains_nothing(optimizer):
                 return None
+            self._round.raise_to(optimizer)
             if self._round.is_begun_by([optimizer]):
-                self._clip()
+                try:
+                    self._clip()
+                except DistnormError as error:
+                    self._round.failed(error, [each for each in self.optimizers if each is not optimizer])
+                    raise
             self._round.add(self._steppers[id(optimizer)])
         self._multiply_or_skip(optimizer)
         return None
@@ -161,8 +166,12 @@ class OptimizerHook:
         assert result is not None
         if self._optimizers_multiply:
             self._hand_over.give(optimizer, result)
-        elif self._clipper.rules.may_skip and not fused.skip_too(optimizer, result) and result.skipped:
-            self._hidden.hide(optimizer)  # only a fused optimizer can skip without this read on the host
+        elif not self._clipper.may_skip or fused.skip_too(optimizer, result):
+            pass
+        elif self._hand_over.leave_out(optimizer, result):
+            pass  # only a fused optimizer can skip without a read on the host
+        elif self._clipper.rules.may_skip and result.skipped:
+            self._hidden.hide(optimizer)
 
     def _trains_nothing(self, optimizer: Optimizer) -> bool:
         """Whether this step only makes the optimizer's state: learning rates and gradients are all zero."""
@@ -192,6 +201,19 @@ class _Round:
 
     def __init__(self) -> None:
         self._stepped: set[int] = set()
+        self._error: DistnormError | None = None
+        self._yet_to_raise: set[int] = set()  # optimizers whose step of the failed round is still to come
+
+    def failed(self, error: DistnormError, others: Sequence[Optimizer]) -> None:
+        """Remember an error that the round's other optimizers must raise too: the step is all of theirs."""
+        self._error, self._yet_to_raise = error, set(map(id, others))
+
+    def raise_to(self, optimizer: Optimizer) -> None:
+        """Raise the round's error once to each of its optimizers."""
+        if self._error is not None and id(optimizer) in self._yet_to_raise:
+            self._yet_to_raise.discard(id(optimizer))
+            raise self._error
+        self._error = None
 
     def is_begun_by(self, steppers: Sequence[Optimizer]) -> bool:
         return not self._stepped or any(id(each) in self._stepped for each in steppers)

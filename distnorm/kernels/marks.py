@@ -1,4 +1,7 @@
-"""Which tensors of a measured set are not finite, by numbers that the measurement leaves behind anyway."""
+"""Which tensors of a measured set are not finite, to be asked for later, when they have changed.
+
+Triton's kernels leave the numbers behind that say it; other tensors are read once more.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,31 @@ from distnorm.kernels.eager import _FLOAT8
 
 
 class FiniteMarks:
-    """Numbers of single tensors, finite just where all elements are. Nothing waits for a device but `bad`.
+    """Numbers of single tensors, finite where all elements are, but for squares of fp64 beyond 1e154.
+
+    Nothing waits for a device but `bad`.
 
     Args:
-        positions: of each tensor that may be measured, by its `id`.
+        positions: of each tensor that may be measured, by its `id`; one tensor may have several.
     """
 
-    def __init__(self, positions: Mapping[int, int]) -> None:
+    def __init__(self, positions: Mapping[int, Sequence[int]]) -> None:
         self._positions = positions
-        self._found: list[tuple[list[int], Tensor, Tensor | None]] = []
+        self._found: list[tuple[list[Sequence[int]], Tensor, Tensor | None]] = []
+
+    @classmethod
+    def of_largest(cls, tensors: Sequence[Tensor | None]) -> FiniteMarks:
+        """Of tensors on any devices, in a pass of its own."""
+        positions: dict[int, list[int]] = {}
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for i, tensor in enumerate(tensors):
+            if tensor is not None:
+                positions.setdefault(id(tensor), []).append(i)
+                by_device.setdefault(tensor.device, []).append(tensor)
+        marks = cls(positions)
+        for members in by_device.values():
+            marks.add_largest(members)
+        return marks
 
     def add(self, tensors: Sequence[Tensor], numbers: Tensor, runs: Tensor | None = None) -> None:
         """Keep numbers of tensors.
@@ -43,13 +62,11 @@ class FiniteMarks:
 
     def bad(self) -> list[int]:
         """The positions of tensors that are not finite, ascending. Waits for the device."""
-        found: list[int] = []
+        found: set[int] = set()
         for positions, numbers, runs in self._found:
             is_bad = ~numbers.cpu().isfinite()
-            if runs is None:
-                found += [position for position, bad in zip(positions, is_bad.tolist(), strict=True) if bad]
-                continue
-            for position, (first, last) in zip(positions, runs.tolist(), strict=True):
+            cuts = [(i, i + 1) for i in range(len(positions))] if runs is None else runs.tolist()
+            for held, (first, last) in zip(positions, cuts, strict=True):
                 if is_bad[first:last].any():
-                    found.append(position)
+                    found.update(held)
         return sorted(found)

@@ -74,15 +74,26 @@ def raise_not_finite(
 
 
 def raise_named(
-    order: float, total_norm: float, where: tuple[tuple[str, int], ...], which: str = ""
+    order: float,
+    total_norm: float,
+    where: tuple[tuple[str, int], ...],
+    which: str = "",
+    otherwise: str = "no single gradient; their norm leaves fp64's range",
 ) -> NoReturn:
     """Raise for gradients that were found, as (parameter, rank) pairs. Not collective.
 
+    Args:
+        order: of the norm.
+        total_norm: what it is.
+        where: the gradients.
+        which: what the message begins with.
+        otherwise: what it says in place of the gradients if there are none.
+
     Raises:
-        NonFiniteGradientError: always; its message begins with `which`.
+        NonFiniteGradientError: always.
     """
     found = [f"'{name}' on rank {rank}" for name, rank in where]
-    text = ", ".join(found[:_MOST_NAMED]) or "no single gradient; their norm leaves fp64's range"
+    text = ", ".join(found[:_MOST_NAMED]) or otherwise
     raise NonFiniteGradientError(
         f"{which}expected a finite total norm of order {order:g}, found {total_norm}: {text}",
         total_norm,

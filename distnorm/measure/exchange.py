@@ -26,7 +26,8 @@ from distnorm.measure.header import FIELDS, DecodedHeader, Header, Packing
 from distnorm.measure.norms import Norm
 from distnorm.plan.collectives import Ranks
 
-_NOTHING = torch.empty(0, dtype=torch.float64, device="cpu")
+with kernels.plain_operators():  # the first import may be within a FakeTensorMode
+    _NOTHING = torch.empty(0, dtype=torch.float64, device="cpu")
 _WIDTH = 8  # fp64 values of a statistic in the full form, for orders up to 27 and inf
 
 
@@ -112,6 +113,19 @@ class Exchange:
         """
         device = statistic.device if statistic is not None else torch.device("cpu")
         device = self._ranks.reduce_device(device)
+        if statistic is None and isinstance(payload, int) and not payload:  # no values of the caller's
+            with kernels.plain_operators():
+                return self._reduced(None, header, 0, replicas, device)
+        return self._reduced(statistic, header, payload, replicas, device)
+
+    def _reduced(
+        self,
+        statistic: Tensor | None,
+        header: Header,
+        payload: Tensor | int,
+        replicas: float | Tensor,
+        device: torch.device,
+    ) -> ReducedStatistics:
         if isinstance(payload, int):
             is_nothing = not payload and device.type == "cpu"
             payload = _NOTHING if is_nothing else torch.zeros(payload, dtype=torch.float64, device=device)
@@ -125,7 +139,7 @@ class Exchange:
             return self._packed_on_host(float(statistic.numpy()[0]), header, numbers)
         parts = [kernels.on_device([self._packing.pack(header)], device), statistic]
         parts += [_element(number, device) for number in numbers]
-        vector = self._ranks.all_reduce_(torch.cat([*parts, payload]), "sum")
+        vector = self._ranks.all_reduce_(_joined(parts, payload), "sum")
         agreed = self._packing.agreed(vector[0])
         finalised = self._norm.finalise(vector[1:2]) if self.can_pack else vector[1]
         total_norm = torch.where(agreed, finalised, math.nan)
@@ -166,7 +180,8 @@ class Exchange:
         nonraising = self._packing.nonraising(headers)
         if nonraising:  # they don't read the result, so there is no second exchange
             return DecodedHeader.of_nonraising(nonraising, header)
-        return self._full(None, header, nothing, None).decode()
+        with kernels.plain_operators():
+            return self._full(None, header, nothing, None).decode()
 
     def _full(
         self, statistic: Tensor | None, header: Header, payload: Tensor, replicas: float | Tensor | None
@@ -185,19 +200,28 @@ class Exchange:
         end = sum(map(len, parts))
         if replicas is not None:
             parts.append(_element(replicas, device))
-        vector = self._ranks.all_reduce_(torch.cat([*parts, payload]), norm.op)
+        vector = self._ranks.all_reduce_(_joined(parts, payload), norm.op)
         headers, statistic = vector[: len(FIELDS)], vector[end - norm.width : end]
         agreed = header.agreed(norm.op, self._ranks.size, headers)
         total_norm = torch.where(agreed & (headers[0] == 0), norm.finalise(statistic), math.nan)
         return ReducedStatistics(
             total_norm,
             vector[len(vector) - len(payload) :],
-            lambda: DecodedHeader.of(headers.tolist(), bool(agreed)),
+            lambda: _read_headers(headers, agreed),
             False,
             agreed,
             total_norm,
             None if replicas is None or norm.op != "sum" else vector[end],
         )
+
+
+def _read_headers(headers: Tensor, agreed: Tensor) -> DecodedHeader:
+    with kernels.plain_operators():
+        return DecodedHeader.of(headers.tolist(), bool(agreed))
+
+
+def _joined(parts: list[Tensor], payload: Tensor) -> Tensor:
+    return torch.cat([*parts, payload] if len(payload) else parts)
 
 
 def _element(number: float | Tensor, device: torch.device) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -18,9 +18,12 @@ from distnorm.measure import partials
 from distnorm.measure.norms import Norm
 from distnorm.measure.replica_check import ReplicaCheck
 from distnorm.plan.plan import Share
-from distnorm.sources.shards import GradShard, PartialGrad, Reading
+from distnorm.sources.shards import GradShard, PartialGrad, Reading, measurable
 
 Ints = npt.NDArray[np.int64]
+Given = Mapping[int, Tensor] | None
+"""Local gradients, by position, that a graph hands over in place of those that parameters have."""
+
 Coefficients = Literal["one", "of parameters", "of units"]
 """Which of a step's gradients, or parts of them, are multiplied by coefficients of their own."""
 
@@ -79,13 +82,13 @@ class Gradients:
             marks: whether `marks` is needed afterwards.
         """
         by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
-        positions: dict[int, int] = {}
+        positions: dict[int, list[int]] = defaultdict(list)
         for i, (gradient, share) in enumerate(zip(self.tensors, shares, strict=True)):
             if gradient is not None and share.start < share.stop:
                 all_of_it = share.stop - share.start == gradient.numel()
                 counted = gradient if all_of_it else gradient.reshape(-1)[share.start : share.stop]
                 by_device[gradient.device].append(counted)
-                positions[id(counted)] = i
+                positions[id(counted)].append(i)
         self.marks = kernels.FiniteMarks(positions) if marks else None
         statistics = [kernels.moved(norm.statistic(by_device[d], d, self.marks), device) for d in by_device]
         return norm.reduce(torch.stack(statistics)) if statistics else norm.zeros(device)
@@ -176,14 +179,21 @@ class Gradients:
         return [view for view in self.views() if view is not None]
 
 
-def read_with_care(shards: Sequence[GradShard]) -> tuple[list[Reading], list[DistnormError]]:
-    """Read this step's gradients, each checked; and the errors of those that can't be measured."""
+def read_with_care(
+    shards: Sequence[GradShard], given: Given = None
+) -> tuple[list[Reading], list[DistnormError]]:
+    """Read this step's gradients, each checked; and the errors of those that can't be measured.
+
+    Args:
+        shards: whose gradients.
+        given: what is read in place of the parameters' gradients.
+    """
     readings: list[Reading] = []
     problems: list[DistnormError] = []
-    for shard in shards:
+    for i, shard in enumerate(shards):
         reading: Reading = None
         try:
-            reading = shard.read()
+            reading = shard.read() if given is None else _given(shard, given.get(i))
         except UnsupportedGradientError as error:
             problems.append(refusal(shard, str(error)))
         misfit = _misfit(shard, reading)
@@ -192,6 +202,13 @@ def read_with_care(shards: Sequence[GradShard]) -> tuple[list[Reading], list[Dis
             reading = None
         readings.append(reading)
     return readings, problems
+
+
+def _given(shard: GradShard, gradient: Tensor | None) -> Tensor | None:
+    refused = None if shard.gate is None else shard.gate.refusal()
+    if refused is not None:
+        raise UnsupportedGradientError(refused)
+    return None if gradient is None else measurable(gradient)
 
 
 def _misfit(shard: GradShard, reading: Reading) -> str | None:

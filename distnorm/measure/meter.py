@@ -21,7 +21,7 @@ from distnorm.errors import DisagreementError, DistnormError
 from distnorm.measure import diagnosis
 from distnorm.measure.diagnosis import SET
 from distnorm.measure.exchange import Exchange, Payload, ReducedStatistics
-from distnorm.measure.gradients import Coefficients, Gradients
+from distnorm.measure.gradients import Coefficients, Given, Gradients
 from distnorm.measure.header import DecodedHeader, Header, Stage, presence_weights
 from distnorm.measure.norms import Norm
 from distnorm.measure.overlap import Overlap
@@ -182,12 +182,19 @@ class Meter:
     # ---- a step
 
     def read(
-        self, holders: Sequence[Tensor], *, store: bool, meets: bool = True, payload_length: int = 0
+        self,
+        holders: Sequence[Tensor],
+        given: Given = None,
+        *,
+        store: bool,
+        meets: bool = True,
+        payload_length: int = 0,
     ) -> Gradients:
         """This step's gradients. Collective where some are partial, or may be for the first time.
 
         Args:
             holders: those of the plan's shards, in its order.
+            given: the gradients, where a graph hands them over.
             store: whether reduced partial gradients are put back where the partial ones were.
             meets: whether `reduce` follows, in which ranks that read on learn of new partial gradients.
             payload_length: of the payload that ranks may be reducing meanwhile.
@@ -201,9 +208,9 @@ class Meter:
                 self.managers.refuse_unreduced()
             except DistnormError as error:
                 return Gradients([None] * len(self.shares), [error])
-        found = self._reader.read_fast(holders)
+        found = self._reader.read_fast(holders) if given is None else None
         return found or self._reader.read_with_care(
-            self.shards, store=store, meets=meets, payload_length=payload_length
+            self.shards, given, store=store, meets=meets, payload_length=payload_length
         )
 
     def reduce(
@@ -239,7 +246,7 @@ class Meter:
         header = self._header(gradients, here, bits)
         summand = 0 if payload is None else payload.local(gradients.tensors, device)
         reduced = self._exchange(statistic, header, summand, replicas)
-        if not self.listens:
+        if not self.listens or type(reduced.total_norm) is not Tensor:  # a dry run has no values to read
             gradients.raise_problems()
             return gradients, self._checks.without_suspects(reduced)
         if not reduced.agreed:

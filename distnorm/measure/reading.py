@@ -11,7 +11,7 @@ from distnorm.errors import DistnormError
 from distnorm.measure import diagnosis
 from distnorm.measure.exchange import Exchange
 from distnorm.measure.fast_path import FastPath
-from distnorm.measure.gradients import Coefficients, Gradients, completed, read_with_care
+from distnorm.measure.gradients import Coefficients, Given, Gradients, completed, read_with_care
 from distnorm.measure.header import Header
 from distnorm.measure.norms import Norm
 from distnorm.measure.partials import Batch, agree_on_partials, is_agreed
@@ -52,11 +52,17 @@ class GradientReader:
         return self._fast_path.read(holders) if self._fast_path is not None else None
 
     def read_with_care(
-        self, shards: Sequence[GradShard], *, store: bool, meets: bool, payload_length: int
+        self,
+        shards: Sequence[GradShard],
+        given: Given = None,
+        *,
+        store: bool,
+        meets: bool,
+        payload_length: int,
     ) -> Gradients:
         """This step's gradients, each checked in full; see `Meter.read`. Collective where some may be
         partial."""
-        readings, problems = read_with_care(shards)
+        readings, problems = read_with_care(shards, given)
         may_be_found = not any(isinstance(reading, PartialGrad) for reading in readings)
         if self.source is Source.GRADIENT:
             diagnosis.warn_of_taken_gradients(shards, readings)
@@ -75,7 +81,7 @@ class GradientReader:
         self._fast_path = None
         # Until ranks have agreed, all of them read with care, or one that does would wait for the others.
         is_settled = self._batches is not None and not self._batches and not laid_out.problems
-        if may_be_found and is_settled and self.norm.kernel is not None:
+        if given is None and may_be_found and is_settled and self.norm.kernel is not None:
             presence = gradients.presence(self.weights)
             self._fast_path = FastPath.of(shards, self.shares, laid_out, presence)
         return gradients

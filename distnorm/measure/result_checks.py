@@ -123,6 +123,7 @@ class ResultChecks:
         difference = reduced.replica_difference
         if self.replica_check is None or not isinstance(difference, Tensor):
             return reduced
-        suspect = self.replica_check.exceeds_rounding(difference)
+        # What is not finite has no difference; the norm says it itself.
+        suspect = self.replica_check.exceeds_rounding(difference) & reduced.if_agreed.isfinite()
         agreed = torch.as_tensor(reduced.agreed, device=difference.device) & ~suspect
         return replace(reduced, total_norm=reduced.total_norm.masked_fill(~agreed, math.nan), agreed=agreed)

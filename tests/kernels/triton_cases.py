@@ -145,7 +145,7 @@ def test_tensors_with_a_bad_value_are_marked(kernel):
     sizes = [0, 5, 3 * CHUNK + 17, 1, CHUNK, 40]
     tensors = [random(size, DTYPES[i % 4], i) for i, size in enumerate(sizes)]
     tensors[2][-1], tensors[5][0] = math.nan, -math.inf
-    marks = FiniteMarks({id(tensor): 10 * i for i, tensor in enumerate(tensors)})
+    marks = FiniteMarks({id(tensor): [10 * i] for i, tensor in enumerate(tensors)})
     plain = found(tensors, kernel)
     marked = gpu.statistic(table(tensors), kernel, marks, tensors)
     assert marks.bad() == [20, 50] and math.isnan(plain) and math.isnan(float(marked))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -16,6 +17,7 @@ from distnorm.errors import ConfigError, DistnormError, NonFiniteGradientError
 from distnorm.monitor import Monitor
 from distnorm.plan.collectives import Ranks
 from distnorm.policies import Decision, policy_of
+from distnorm.policies.deciding import Outcome
 from distnorm.policies.groups import PolicyGroups
 from distnorm.policies.results import ClipResult
 from distnorm.sources.shards import GradShard
@@ -146,12 +148,23 @@ class EngineClipper:
             if step.count > before and made is not None:
                 outcome = made
             else:
-                outcome = step.take_not_finite(caught.total_norm, loss_scale)
+                outcome = _make_not_finite(step, caught.total_norm, loss_scale)
         result = outcome.result
         assert outcome.decision is not None
         skips = (is_scaled or self.config.clip.nonfinite in _SKIPPING) and not bool(result.is_finite)
         skips = skips or (step.groups.may_skip and bool(result.skipped))
         return Verdict(result, outcome.decision, loss_scale, skips, error)
+
+
+def _make_not_finite(step: Step, total_norm: float, loss_scale: float) -> Outcome:
+    """Count a step whose measurement raised since its norm is not finite: an engine goes on with it."""
+    number = kernels.on_device([total_norm], step.ranks.reduce_device(kernels.HOST))[0]
+    payload = step.groups.payload  # it can only be a loss here, which doesn't count in such a step
+    nothing = None if payload is None else torch.ones_like(number).expand(payload.length)
+    with torch.no_grad(), torch._C.DisableTorchFunction():
+        outcome = step.decider.decide(number / loss_scale, nothing)
+    step.made(step.count + 1, outcome)
+    return outcome
 
 
 _SKIPPING = ("skip", "raise", "raise_now")
