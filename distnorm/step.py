@@ -103,22 +103,17 @@ class Step:
         snapshot = None if meter is self._alone else self._snapshot(number)
         payload = join_payloads(self.groups.payload, snapshot)
         length = 0 if payload is None else payload.length
+        meets = self.groups.measures or snapshot is not None
         with torch.no_grad(), torch._C.DisableTorchFunction():
             try:
-                meets = self.groups.measures or snapshot is not None
                 gradients = meter.read(holders, given, store=True, meets=meets, payload_length=length)
                 if meets:
                     gradients, reduced = meter.reduce(gradients, payload)
                 else:
                     gradients.raise_problems()
                     reduced = without_norm(gradients.device)
-            except NonFiniteGradientError as error:
-                if self.monitor is not None:
-                    self.monitor.failed(number, error)
-                raise
             except DistnormError as error:
-                if meter.defers:
-                    self.deferred.refused(error)
+                self._failed(number, error, meter)
                 raise
             finally:  # a loss belongs to one step, even if that raises
                 self.groups.loss.forget()
@@ -128,8 +123,7 @@ class Step:
             outcome = self.decider.decide(norm, of_policies, agreed)
             names_them = snapshot is None and self._names_not_finite(reduced)
             where = find_not_finite(meter.ranks, meter.shards, gradients.tensors) if names_them else ()
-            defers = meter.defers and meets
-            if defers:
+            if defers := meter.defers and meets:
                 outcome = self.deferred.without_gradients(number, meter, gradients, reduced, outcome)
             if scales:
                 self.decider.apply(outcome, gradients)
@@ -150,6 +144,12 @@ class Step:
             gradients, reduced = meter.reduce(gradients, payload, store=False)
             found = reduced.payload if len(reduced.payload) else None
             return self.decider.measured(reduced.total_norm, found)
+
+    def _failed(self, number: int, error: DistnormError, meter: Meter) -> None:
+        if isinstance(error, NonFiniteGradientError) and self.monitor is not None:
+            self.monitor.failed(number, error)
+        if meter.defers:
+            self.deferred.refused(error)
 
     def made(self, number: int, outcome: Outcome) -> None:
         """Count a step."""

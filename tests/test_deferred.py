@@ -247,13 +247,14 @@ def two_optimizers(on_accelerator: bool) -> list[Any]:
     return found
 
 
-def test_several_optimizers_raise_alike_and_go_on_clipping():
+def test_several_optimizers_go_on_clipping_after_the_first_has_raised():
     good, coef = ["", ""], round(1 / NORM, 4)
-    refused = ["NonFiniteGradientError"] * 2
     found = two_optimizers(on_accelerator=True)
-    assert [said for said, _ in found] == [good, good, refused, good, good]
-    assert [largest for _, largest in found] == [[coef] * 2, [0.0] * 2, [1.0] * 2, [coef] * 2, [coef] * 2]
-    assert [said for said, _ in two_optimizers(on_accelerator=False)] == [good, refused, good, good, good]
+    # The gradients of the step that begins with the error are good, so the other optimizer steps by them.
+    assert [said for said, _ in found] == [good, good, ["NonFiniteGradientError", ""], good, good]
+    assert [largest for _, largest in found] == [[coef] * 2, [0.0] * 2, [coef] * 2, [coef] * 2, [coef] * 2]
+    both = ["NonFiniteGradientError"] * 2
+    assert [said for said, _ in two_optimizers(on_accelerator=False)] == [good, both, good, good, good]
 
 
 # ---- ranks keep step, whatever one of them met

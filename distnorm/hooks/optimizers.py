@@ -106,12 +106,11 @@ class OptimizerHook:
             _refuse_bypassing_scaler(optimizer)
             if self._trains_nothing(optimizer):
                 return None
-            self._round.raise_to(optimizer)
             if self._round.is_begun_by([optimizer]):
                 try:
                     self._clip()
-                except DistnormError as error:
-                    self._round.failed(error, [each for each in self.optimizers if each is not optimizer])
+                except DistnormError:
+                    self._round.miss(self._steppers[id(optimizer)])
                     raise
             self._round.add(self._steppers[id(optimizer)])
         self._multiply_or_skip(optimizer)
@@ -201,19 +200,10 @@ class _Round:
 
     def __init__(self) -> None:
         self._stepped: set[int] = set()
-        self._error: DistnormError | None = None
-        self._yet_to_raise: set[int] = set()  # optimizers whose step of the failed round is still to come
+        self._missed: set[int] = set()  # those that raised since, whose turn is over too
 
-    def failed(self, error: DistnormError, others: Sequence[Optimizer]) -> None:
-        """Remember an error that the round's other optimizers must raise too: the step is all of theirs."""
-        self._error, self._yet_to_raise = error, set(map(id, others))
-
-    def raise_to(self, optimizer: Optimizer) -> None:
-        """Raise the round's error once to each of its optimizers."""
-        if self._error is not None and id(optimizer) in self._yet_to_raise:
-            self._yet_to_raise.discard(id(optimizer))
-            raise self._error
-        self._error = None
+    def miss(self, steppers: Sequence[Optimizer]) -> None:
+        self._missed.update(map(id, steppers))
 
     def is_begun_by(self, steppers: Sequence[Optimizer]) -> bool:
         return not self._stepped or any(id(each) in self._stepped for each in steppers)
@@ -222,7 +212,8 @@ class _Round:
         self._stepped = set()
 
     def add(self, steppers: Sequence[Optimizer]) -> None:
-        self._stepped.update(map(id, steppers))
+        self._stepped.update(self._missed, map(id, steppers))
+        self._missed = set()
 
 
 class _HiddenGradients:
