@@ -50,11 +50,11 @@ class ClipConfig(Section):
     )
     nonfinite: Literal["raise", "raise_now", "skip", "zero", "propagate"] = Field(
         "raise",
-        description="What happens where the norm is inf or NaN. raise is an error: on the CPU in the step itself; on "
-        "an accelerator, which nothing waits for, the gradients become zero, fused optimizers leave the "
-        "step out, and the next one raises. raise_now is an error in the step itself on every device, and"
-        " waits. skip leaves out the optimizer's step. zero sets the gradients to zero. propagate leaves "
-        "the outcome to the arithmetic.",
+        description="What happens where the norm is inf or NaN. raise is an error: on the CPU in the step"
+        " itself; on an accelerator, which nothing waits for, the gradients become zero, "
+        "fused optimizers leave the step out, and the next one raises. raise_now is an error "
+        "in the step itself on every device, and waits. skip leaves out the optimizer's step."
+        " zero sets the gradients to zero. propagate leaves the outcome to the arithmetic.",
     )
     apply: Literal["auto", "scale", "optimizer"] = Field(
         "auto",
