@@ -116,9 +116,14 @@ class GradClipper(Joinable):
 
     def clip_given(self, gradients: Mapping[int, Tensor]) -> Tensor:
         """What the operator `distnorm::clip` does with the local gradients that a graph hands it."""
+        self._inventory.require_current()
         self._begin_step()
         result = self._step.take(self._inventory.holders, scales=True, given=gradients).result
         return torch.stack([getattr(result, name).double() for name in graphs.FIELDS])
+
+    def keep(self, result: ClipResult) -> None:
+        """Let `last` return this result, within a graph."""
+        self._step.last = result
 
     @outside_graphs
     def decide(self) -> ClipResult:
@@ -140,6 +145,7 @@ class GradClipper(Joinable):
         self._plan_if_changed()
         return self._step.measure(self._inventory.holders)
 
+    @outside_graphs
     def note(self, *, loss: Tensor | float | None = None, tokens: int | None = None) -> None:
         """Give the loss and the tokens of the step that is clipped next. Not collective.
 
@@ -167,7 +173,7 @@ class GradClipper(Joinable):
 
     @property
     def may_skip(self) -> bool:
-        """Whether what `decide` returns may say that the optimizer's step must not happen."""
+        """Whether a result may say that the optimizer's step must not happen."""
         return self._step.may_skip
 
     @property
@@ -178,7 +184,7 @@ class GradClipper(Joinable):
     @property
     def monitor(self) -> Monitor | None:
         """What gets a row of every step and gives alerts; `None` if nothing is set under `monitor`."""
-        return None if self._step.monitor is None else self._step.monitor.monitor
+        return self._step.monitor and self._step.monitor.monitor
 
     def flush(self, **facts: Any) -> dict[str, Any] | None:
         """Write the rows of all steps up to now. Not collective.
@@ -216,7 +222,8 @@ class GradClipper(Joinable):
         return self._step.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`. Not collective. One of version 1 has no policies: theirs begin anew.
+        """Go on from a `state_dict`. Not collective, but every rank has to, or none: an error that was still
+        to be raised is forgotten. A state of version 1 has no policies: theirs begin anew.
 
         Raises:
             DistnormError: the state is of another version, of other policies or groups, or no state of a
@@ -265,8 +272,6 @@ class GradClipper(Joinable):
         """The group of all ranks that take part."""
         return self._step.ranks.group
 
-    # ---- planning
-
     def _read_target(self) -> tuple[list[GradShard], list[tuple[str, Tensor]]]:
         self._inventory = Inventory(self._target)
         named = self._inventory.named
@@ -274,8 +279,7 @@ class GradClipper(Joinable):
         return shards, named
 
     def _begin_step(self) -> None:
-        # First, as the ranks raise together here, and only some of them may have to plan.
-        self._step.deferred.check()
+        self._step.deferred.check()  # first: all ranks raise here, and only some may have to plan
         self._plan_if_changed()
 
     def _plan_if_changed(self) -> None:

@@ -121,9 +121,9 @@ class DeferredRaise:
         unread = self._unread
         if unread is None or unread.was_raised or _is_capturing():
             return
+        unread.was_raised = True
         with kernels.plain_operators():
             if self._is_bad(unread):
-                unread.was_raised = True
                 where = [(name, unread.ranks.rank) for name in unread.bad_names()]
                 self._raise(
                     unread, where, "none of this rank's; the next step's clip() names those of all ranks"

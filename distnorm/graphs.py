@@ -17,6 +17,8 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from distnorm.errors import DistnormError
+from distnorm.kernels import plain_operators
 from distnorm.policies.results import ClipResult
 
 P = ParamSpec("P")
@@ -32,6 +34,11 @@ class Clipper(Protocol):
 
 FIELDS = tuple(field.name for field in fields(ClipResult) if field.name != "groups")
 """Of a result: four numbers, then three flags."""
+
+with plain_operators():
+    _CALLS = torch.zeros((), dtype=torch.int64, device="cpu")
+"""The operators change it, so that none is left out or moved before another: each call is collective, whether
+or not its result is used, and whether or not there are gradients."""
 
 _numbers = count()
 _clippers: weakref.WeakValueDictionary[int, Clipper] = weakref.WeakValueDictionary()
@@ -50,30 +57,41 @@ def called_by_operator(function: Callable[..., Tensor]) -> Callable[..., Tensor]
     return _functions.setdefault(function.__name__, function)
 
 
-@torch.library.custom_op("distnorm::clip", mutates_args=("gradients",))
-def clip(gradients: Sequence[Tensor], positions: Sequence[int], clipper: int, numbers: int) -> Tensor:
+@torch.library.custom_op("distnorm::clip", mutates_args=("gradients", "calls"))
+def clip(
+    gradients: Sequence[Tensor], positions: Sequence[int], clipper: int, numbers: int, calls: Tensor
+) -> Tensor:
     """Clip gradients in place, and return so many numbers, [numbers] fp64."""
-    return _clippers[clipper].clip_given(dict(zip(positions, gradients, strict=True)))
+    calls += 1
+    found = _clippers.get(clipper)
+    if found is None:
+        raise DistnormError("expected the clipper that this graph was made with, found that it is gone")
+    return found.clip_given(dict(zip(positions, gradients, strict=True)))
 
 
 @clip.register_fake
-def _(gradients: Sequence[Tensor], positions: Sequence[int], clipper: int, numbers: int) -> Tensor:
+def _(
+    gradients: Sequence[Tensor], positions: Sequence[int], clipper: int, numbers: int, calls: Tensor
+) -> Tensor:
     return torch.empty(numbers, dtype=torch.float64, device=_device_of(gradients))
 
 
-@torch.library.custom_op("distnorm::total_norm", mutates_args=())
-def total_norm(tensors: Sequence[Tensor], norm_type: float, error_if_nonfinite: bool) -> Tensor:
+@torch.library.custom_op("distnorm::total_norm", mutates_args=("calls",))
+def total_norm(
+    tensors: Sequence[Tensor], norm_type: float, error_if_nonfinite: bool, calls: Tensor
+) -> Tensor:
     """The total norm of the tensors, 0-d."""
+    calls += 1
     found = _functions["total_norm_given"](tensors, norm_type, error_if_nonfinite)
     return found.to(_dtype_of(tensors), copy=True)
 
 
 @total_norm.register_fake
-def _(tensors: Sequence[Tensor], norm_type: float, error_if_nonfinite: bool) -> Tensor:
+def _(tensors: Sequence[Tensor], norm_type: float, error_if_nonfinite: bool, calls: Tensor) -> Tensor:
     return torch.empty((), dtype=_dtype_of(tensors), device=_device_of(tensors))
 
 
-@torch.library.custom_op("distnorm::clip_grad_norm_", mutates_args=("gradients",))
+@torch.library.custom_op("distnorm::clip_grad_norm_", mutates_args=("gradients", "calls"))
 def clip_grad_norm_(
     gradients: Sequence[Tensor],
     positions: Sequence[int],
@@ -81,8 +99,10 @@ def clip_grad_norm_(
     max_norm: float,
     norm_type: float,
     error_if_nonfinite: bool,
+    calls: Tensor,
 ) -> Tensor:
     """Clip gradients of the parameters at these positions in place, and return the norm before, 0-d."""
+    calls += 1
     given = dict(zip(positions, gradients, strict=True))
     found = _functions["clip_given"](parameters, given, max_norm, norm_type, error_if_nonfinite)
     return found.to(_dtype_of(parameters), copy=True)
@@ -96,6 +116,7 @@ def _(
     max_norm: float,
     norm_type: float,
     error_if_nonfinite: bool,
+    calls: Tensor,
 ) -> Tensor:
     return torch.empty((), dtype=_dtype_of(parameters), device=_device_of(parameters))
 
@@ -148,7 +169,9 @@ def listed(target: Any) -> Any:
     """A target's tensors as a list, which is traced, if it is a tensor or an iterable; else the target."""
     if isinstance(target, Tensor):
         return [target]
-    return target if isinstance(target, (nn.Module, dict)) else list(target)
+    if isinstance(target, (nn.Module, dict)):
+        return target
+    return list({id(item): item for item in target}.values())  # each once
 
 
 def are_plain(tensors: Any) -> bool:
@@ -158,8 +181,16 @@ def are_plain(tensors: Any) -> bool:
     return all(isinstance(tensor, Tensor) and not hasattr(tensor, "placements") for tensor in tensors)
 
 
+def are_numbers(*given: Any) -> bool:
+    """Whether these are what a graph may have as arguments; others are converted, or refused, outside."""
+    return all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in given)
+
+
 def gradients_of(parameters: Sequence[Any]) -> tuple[list[Tensor], list[int]] | None:
-    """The local gradients that there are, and their positions; `None` if one is laid out in its own way."""
+    """The local gradients that there are, and their positions; `None` if one is laid out in its own way.
+
+    That is a DTensor which is partial or cut unlike its parameter, or elements that share memory.
+    """
     gradients, positions = [], []
     for position, parameter in enumerate(parameters):
         gradient = parameter.grad
@@ -169,6 +200,9 @@ def gradients_of(parameters: Sequence[Any]) -> tuple[list[Tensor], list[int]] | 
             if gradient.placements != parameter.placements:
                 return None
             gradient = gradient.to_local()
+        gradient = gradient.detach()
+        if 0 in gradient.stride():
+            return None
         gradients.append(gradient)
         positions.append(position)
     return gradients, positions
@@ -184,9 +218,10 @@ def trace_total_norm(
 ) -> Tensor:
     """`get_total_norm` as a graph has it."""
     given = listed(tensors)
-    if more or not are_plain(given):
+    if more or not are_plain(given) or not are_numbers(norm_type):
         return outside(given, norm_type, error_if_nonfinite, foreach, **more)
-    found: Tensor = total_norm(given, norm_type, error_if_nonfinite)
+    values = [tensor.detach() for tensor in given]
+    found: Tensor = total_norm(values, norm_type, error_if_nonfinite, _CALLS)
     return found
 
 
@@ -202,12 +237,12 @@ def trace_clip_grad_norm_(
 ) -> Tensor:
     """`clip_grad_norm_` as a graph has it."""
     given = listed(parameters)
-    found = gradients_of(given) if are_plain(given) else None
+    fits = are_plain(given) and are_numbers(max_norm, norm_type)
+    found = gradients_of(given) if fits else None
     if found is None or pp_mesh is not None or more:
         return outside(given, max_norm, norm_type, error_if_nonfinite, foreach, pp_mesh, **more)
-    norm: Tensor = clip_grad_norm_(
-        *found, [p.detach() for p in given], max_norm, norm_type, error_if_nonfinite
-    )
+    values = [parameter.detach() for parameter in given]
+    norm: Tensor = clip_grad_norm_(*found, values, max_norm, norm_type, error_if_nonfinite, _CALLS)
     return norm
 
 
@@ -216,5 +251,7 @@ def trace_clip(outside: Callable[..., ClipResult], clipper: Any) -> ClipResult:
     found = gradients_of(clipper.parameters)
     if found is None or clipper.config.clip.groups:
         return outside(clipper)
-    numbers = clip(*found, clipper.number_in_graphs, len(FIELDS))
-    return ClipResult(*numbers[:4], *numbers[4:].bool())
+    numbers = clip(*found, clipper.number_in_graphs, len(FIELDS), _CALLS)
+    result = ClipResult(*numbers[:4], *numbers[4:].bool())
+    clipper.keep(result)  # for what the graph reads later
+    return result

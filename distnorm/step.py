@@ -148,7 +148,7 @@ class Step:
     def _failed(self, number: int, error: DistnormError, meter: Meter) -> None:
         if isinstance(error, NonFiniteGradientError) and self.monitor is not None:
             self.monitor.failed(number, error)
-        if meter.defers:
+        if meter.defers and meter.raised_alone:
             self.deferred.refused(error)
 
     def made(self, number: int, outcome: Outcome) -> None:

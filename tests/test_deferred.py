@@ -414,3 +414,59 @@ def test_replicas_that_are_infinite_are_no_disagreement(ranks):
         kinds = [kind for kind, _ in found]
         assert kinds == ["", "", "NonFiniteGradientError", "", "DisagreementError", ""]
         assert "'copied' on rank" in found[2][1]
+
+
+def disagreements_of_one_rank() -> list[str]:
+    named, found = model(), []
+    clipper = distnorm.GradClipper(named, RAISE)
+    with as_on_an_accelerator():
+        backward(named)
+        clipper.clip()
+        backward(named)
+        for _, p in named if dist.get_rank() == 0 else ():
+            p.grad = None
+        clipper.clip()
+        found += [heard(call)[0] for call in (clipper.flush, clipper.flush, clipper.state_dict)]
+        backward(named)
+        found += [heard(clipper.clip)[0] for _ in range(2)]
+    return found
+
+
+def test_a_disagreement_is_raised_once_by_calls_of_one_rank(ranks):
+    expected = ["DisagreementError", "", "", "DisagreementError", ""]
+    assert ranks(2, disagreements_of_one_rank, timeout=TIMEOUT) == [expected] * 2
+
+
+def test_a_gradient_refused_by_all_is_refused_once():
+    named = model()
+    clipper, found = distnorm.GradClipper(named, RAISE), []
+    with as_on_an_accelerator():
+        for step in range(4):
+            backward(named)
+            if step == 2:
+                named[1][1].grad = torch.ones(4).to_sparse()
+            found.append(heard(clipper.clip)[0])
+    assert found == ["", "", "UnsupportedGradientError", ""]
+
+
+def test_several_optimizers_under_a_scaler_go_on_clipping_too():
+    named = [(name, nn.Parameter(torch.zeros(4))) for name in "ab"]
+    optimizers = [torch.optim.SGD([p], lr=0.5) for _, p in named]
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    handle = distnorm.attach(named, optimizers, RAISE)
+    moved = []
+    with as_on_an_accelerator():
+        for step in range(6):
+            for _, p in named:
+                p.grad = torch.ones(4) * scaler.scale(torch.ones(()))
+            if step == 1:
+                named[0][1].grad[0] = math.nan
+            before = [p.detach().clone() for _, p in named]
+            for optimizer in optimizers:
+                heard(lambda optimizer=optimizer: scaler.step(optimizer))
+            scaler.update()
+            change = [(p.detach() - old).abs().max() for (_, p), old in zip(named, before, strict=True)]
+            moved.append(float(max(change)))
+    handle.remove()
+    clipped = pytest.approx(0.5 / math.sqrt(8), rel=1e-5)
+    assert moved == [clipped, 0.0, clipped, clipped, clipped, clipped]

@@ -107,11 +107,7 @@ class OptimizerHook:
             if self._trains_nothing(optimizer):
                 return None
             if self._round.is_begun_by([optimizer]):
-                try:
-                    self._clip()
-                except DistnormError:
-                    self._round.miss(self._steppers[id(optimizer)])
-                    raise
+                self._clip(self._steppers[id(optimizer)])
             self._round.add(self._steppers[id(optimizer)])
         self._multiply_or_skip(optimizer)
         return None
@@ -124,7 +120,7 @@ class OptimizerHook:
         def clipped_closure() -> Any:
             self._hidden.show()
             loss = closure()
-            self._clip()
+            self._clip(self._steppers[id(optimizer)])
             self._multiply_or_skip(optimizer)
             return loss
 
@@ -141,7 +137,7 @@ class OptimizerHook:
         if self._round.is_begun_by(steppers):
             for each in self.optimizers:
                 amp.unscale(scaler, each, [w for w in (*self._known, optimizer) if each in hookable(w)])
-            self._clip(may_hand_over=False)
+            self._clip(steppers, may_hand_over=False)
         self._round.add(steppers)
         self._prepared = set(map(id, steppers))
         assert self._clipper.last is not None
@@ -151,14 +147,18 @@ class OptimizerHook:
         """Forget what was prepared for the scaler's step."""
         self._prepared = set()
 
-    def _clip(self, *, may_hand_over: bool = True) -> None:
+    def _clip(self, steppers: Sequence[Optimizer], *, may_hand_over: bool = True) -> None:
         """Measure and decide; and multiply, unless the optimizers can do so in their own steps."""
         self._round.clear()
         self._optimizers_multiply = may_hand_over and self._hand_over.obstacle() is None
-        if self._optimizers_multiply:
-            self._clipper.decide()
-        else:
-            self._clipper.clip()
+        try:
+            if self._optimizers_multiply:
+                self._clipper.decide()
+            else:
+                self._clipper.clip()
+        except DistnormError:
+            self._round.miss(steppers)
+            raise
 
     def _multiply_or_skip(self, optimizer: Optimizer) -> None:
         result = self._clipper.last

@@ -59,6 +59,7 @@ class Meter:
         overlap: what reads gradients during backward.
         managers: of the parameters whose gradients are measured; `None` for other tensors.
         plan: who counts what; `None` before `prepare`.
+        raised_alone: whether in the newest step this rank raised what the others have not read.
     """
 
     ranks: Ranks
@@ -73,6 +74,7 @@ class Meter:
     overlap: Overlap | None = None
     managers: Managers | None = None
     plan: Plan | None = None
+    raised_alone: bool = False
     _home: torch.device = kernels.HOST  # of the first parameter
     _shards: list[GradShard] | None = None
     _describe: Callable[[], list[GradShard]] = list
@@ -247,6 +249,7 @@ class Meter:
         summand = 0 if payload is None else payload.local(gradients.tensors, device)
         reduced = self._exchange(statistic, header, summand, replicas)
         if not self.listens or type(reduced.total_norm) is not Tensor:  # a dry run has no values to read
+            self.raised_alone = bool(gradients.problems) and self.ranks.size > 1
             gradients.raise_problems()
             return gradients, self._checks.without_suspects(reduced)
         if not reduced.agreed:

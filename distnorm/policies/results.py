@@ -52,8 +52,8 @@ class ClipResult:
         threshold: fp64; the max norm in force, inf where none is; with groups that of all other parameters.
         is_finite: bool; whether the total norm is finite; true where nothing is measured.
         was_clipped: bool; whether the coefficient is below 1.
-        skipped: bool; whether the optimizer's step must not happen: by policy skip_spikes, or by
-            ``clip.nonfinite: skip``.
+        skipped: bool; whether the optimizer's step must not happen: by policy skip_spikes, by
+            ``clip.nonfinite: skip``, or by ``raise`` where that is raised as the next step begins.
         groups: what was found of and done to each of ``clip.groups``, by name.
     """
 

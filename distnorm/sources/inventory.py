@@ -55,6 +55,18 @@ class Inventory:
         same = all(starmap(is_, zip_longest(self._present(), self._given, fillvalue=missing)))
         return same and kernels.hold_just(self._owners, self._owned)
 
+    def require_current(self) -> None:
+        """Refuse to go on where something changed since a graph was compiled.
+
+        Raises:
+            DistnormError: something was added, taken out or replaced.
+        """
+        if not self.is_current:
+            raise DistnormError(
+                "expected the parameters that the graph was compiled with, found that some were added, taken "
+                "out or replaced; call clip() once outside of the compiled function, on every rank"
+            )
+
     def _present(self) -> Iterable[object]:
         return self._items.values() if isinstance(self._items, Mapping) else self._items
 
