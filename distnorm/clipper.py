@@ -184,7 +184,7 @@ class GradClipper(Joinable):
     @property
     def monitor(self) -> Monitor | None:
         """What gets a row of every step and gives alerts; `None` if nothing is set under `monitor`."""
-        return self._step.monitor and self._step.monitor.monitor
+        return None if self._step.monitor is None else self._step.monitor.monitor
 
     def flush(self, **facts: Any) -> dict[str, Any] | None:
         """Write the rows of all steps up to now. Not collective.
