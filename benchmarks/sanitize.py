@@ -200,7 +200,8 @@ def walker(rounds: int, dice: random.Random) -> None:
             if found is not None:
                 found_again += 1
                 held.append((found, [tensor.clone() for tensor in found.tensors()]))
-            for one, values in held[-3:]:  # though their parameters have others by now
+            # Plain ones though their parameters have others by now; local tensors are their parameters' own.
+            for one, values in held[-3:] if not spread else held[-1:] if found is not None else ():
                 tensors = one.tensors()
                 if one.addresses.tolist() == addresses_of(tensors).tolist():  # none was resized meanwhile
                     assert all(torch.equal(t, v) for t, v in zip(tensors, values, strict=True))

@@ -25,7 +25,8 @@ class Found:
 
     Args:
         addresses: [gradients] of the first elements of the (local) tensors.
-        tensors: gives the (local) tensors themselves, in their order.
+        tensors: gives the (local) tensors themselves, in their order; of DTensors those that the parameters
+            have now, which are the same ones until the caller's code runs.
     """
 
     addresses: Ints
