@@ -15,8 +15,9 @@ from benchmarks import planning
 from benchmarks.simulated_rank import TERMS, Piece, most_loaded_rank, piece, plan, simulated
 from distnorm.errors import ConfigError
 from distnorm.hooks.deepspeed.cutting import cuts_inside
-from distnorm.plan.collectives import Ranks, shown
+from distnorm.plan.collectives import Ranks
 from distnorm.plan.plan import make_plan
+from distnorm.plan.wording import shown
 from distnorm.sources import deepspeed as source
 
 Shares = list[tuple[int, ...]]

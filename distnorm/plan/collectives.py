@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distnorm.errors import DistnormError
+from distnorm.plan.wording import name_ranks, shown
 
 _GATHERED = 8 << 20  # characters of text that an error gathers from all ranks together
 _MOST_PLANS = 32  # for each group
-_SHOWN = 8  # different facts that an error lists
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX} if dist.is_available() else {}
 
@@ -77,7 +77,10 @@ class Ranks:
     def __init__(self, group: ProcessGroup | None = None, *, alone: bool = False) -> None:
         self.is_alone = alone
         self.is_connected = not alone and dist.is_available() and dist.is_initialized()
-        self.group = group if group is not None or not self.is_connected else dist.group.WORLD
+        whole = dist.group.WORLD if group is None and self.is_connected else group
+        # Plans are kept by group and know their ranks. Held from there, a destroyed group would never end;
+        # its threads would still be there when the interpreter ends, and abort it.
+        self._group = weakref.ref(whole) if isinstance(whole, ProcessGroup) else None
         is_member = group is None or not self.is_connected or isinstance(group, ProcessGroup)
         if group is not None and is_member and not (self.is_connected and self.is_current):
             raise DistnormError(
@@ -92,6 +95,20 @@ class Ranks:
         if self.is_simulated:
             self.rank, self.size = 0, 1
 
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The process group; `None` where this process is alone.
+
+        Raises:
+            DistnormError: it was destroyed.
+        """
+        if self._group is None:
+            return None
+        found: ProcessGroup | None = self._group()
+        if found is None:
+            raise DistnormError("expected the process group of before, found that it was destroyed")
+        return found
+
     def _supported_device_types(self) -> tuple[str, ...]:
         if not self.is_connected:
             return ()
@@ -104,7 +121,8 @@ class Ranks:
         """Whether the group still is what it was: not destroyed, nor made after these ranks were."""
         if self.is_alone or not (dist.is_available() and dist.is_initialized()):
             return not self.is_connected
-        return self.group in dist.distributed_c10d._world.pg_map
+        group = None if self._group is None else self._group()
+        return group in dist.distributed_c10d._world.pg_map
 
     @property
     def meets_others(self) -> bool:
@@ -254,17 +272,6 @@ class Ranks:
         out = rows.new_empty(sum(receive), rows.shape[1])
         dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.group)
         return out
-
-
-def shown(facts: Sequence[str]) -> list[str]:
-    """The first few of the facts that ranks report, and how many more there are."""
-    more = len(facts) - _SHOWN
-    return [*facts[:_SHOWN], f"and {more} more"] if more > 0 else list(facts)
-
-
-def name_ranks(ranks: Sequence[int]) -> str:
-    """``rank 3``, or ``ranks [1, 3]``."""
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {list(ranks)}"
 
 
 def reduce_partial_(buffer: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from distnorm import kernels
 from distnorm.errors import ConfigError, CoverageError, DistnormError, ReplicaError
-from distnorm.plan.collectives import Ranks, name_ranks, shown
+from distnorm.plan.collectives import Ranks
 from distnorm.plan.terms import agree_on_terms, stable_hash
+from distnorm.plan.wording import name_ranks, shown
 from distnorm.sources.shards import GradShard, Source
 
 _NAMED_IN_ERRORS = 3

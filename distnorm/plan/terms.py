@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 
 from distnorm.errors import DisagreementError
-from distnorm.plan.collectives import Ranks, name_ranks, shown
+from distnorm.plan.collectives import Ranks
+from distnorm.plan.wording import name_ranks, shown
 
 
 def agree_on_terms(ranks: Ranks, terms: Mapping[str, object] | None) -> None:

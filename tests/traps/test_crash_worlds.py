@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import datetime
+import gc
 import io
 import math
 import pickle
 import tempfile
+import weakref
 from typing import Any
 from unittest import mock
 
@@ -204,3 +206,26 @@ def test_all_ranks_in_one_process_are_refused_by_name(ranks):
     (said,) = ranks(1, local_tensors, timeout=TIMEOUT)
     assert "DistnormError" in said
     assert "LocalTensorMode" in said
+
+
+def group_that_ends() -> bool:
+    """Whether a destroyed group is gone, though plans for it were remembered."""
+    group: Any = dist.new_group([0, 1])
+    weight = with_gradient(3.0, 4.0)
+    clipping = distnorm.GradClipper([("w", weight)], {"clip": {"max_norm": 9.0}}, group=group)
+    norms = [
+        float(clipping.clip().total_norm),
+        float(distnorm.clip_grad_norm_([("w", weight)], 9.0, group=group)),
+        float(distnorm.get_total_norm([weight.grad], group=group)),
+    ]
+    assert norms == pytest.approx([5.0] * 3)
+    reference = weakref.ref(group)
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    assert heard(clipping.clip)[0] == "DistnormError"
+    return reference() is None
+
+
+def test_a_destroyed_group_is_not_kept(ranks):
+    assert ranks(2, group_that_ends, timeout=TIMEOUT) == [True, True]
