@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from distnorm.errors import DistnormError
-from distnorm.kernels import plain_operators
+from distnorm.kernels import outside_graphs, plain_operators
 from distnorm.policies.results import ClipResult
 
 P = ParamSpec("P")
@@ -65,7 +65,10 @@ def clip(
     calls += 1
     found = _clippers.get(clipper)
     if found is None:
-        raise DistnormError("expected the clipper that this graph was made with, found that it is gone")
+        raise DistnormError(
+            "expected the clipper that this graph was made with, found that it is gone; keep it as long as the "
+            "graph, or compile again"
+        )
     return found.clip_given(dict(zip(positions, gradients, strict=True)))
 
 
@@ -110,13 +113,7 @@ def clip_grad_norm_(
 
 @clip_grad_norm_.register_fake
 def _(
-    gradients: Sequence[Tensor],
-    positions: Sequence[int],
-    parameters: Sequence[Tensor],
-    max_norm: float,
-    norm_type: float,
-    error_if_nonfinite: bool,
-    calls: Tensor,
+    gradients: Sequence[Tensor], positions: Sequence[int], parameters: Sequence[Tensor], *rest: object
 ) -> Tensor:
     return torch.empty((), dtype=_dtype_of(parameters), device=_device_of(parameters))
 
@@ -138,15 +135,7 @@ def in_graphs(in_graph: Callable[..., R]) -> Callable[[Callable[P, R]], Callable
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        disabled: list[Callable[P, R]] = []
-
-        def outside(*args: P.args, **kwargs: P.kwargs) -> R:
-            compiler = sys.modules.get("torch._dynamo")
-            if compiler is None:  # nobody compiles, and importing it is slow
-                return function(*args, **kwargs)
-            if not disabled:
-                disabled.append(compiler.disable(function))
-            return disabled[0](*args, **kwargs)
+        outside = outside_graphs(function)
 
         @wraps(function)
         def either(*args: P.args, **kwargs: P.kwargs) -> R:
