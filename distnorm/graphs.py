@@ -66,8 +66,8 @@ def clip(
     found = _clippers.get(clipper)
     if found is None:
         raise DistnormError(
-            "expected the clipper that this graph was made with, found that it is gone; keep it as long as the "
-            "graph, or compile again"
+            "expected the clipper that this graph was made with, found that it is gone; keep it as long as "
+            "the graph, or compile again"
         )
     return found.clip_given(dict(zip(positions, gradients, strict=True)))
 
