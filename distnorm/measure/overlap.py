@@ -3,9 +3,9 @@
 A gradient is read when it is final: torch's own accumulation and FSDP2 announce that by post-accumulate
 hooks, DDP by the communication hook of its bucket. Each has one slot, which the next backward overwrites.
 A statistic is used only if its gradient is proved to be the same: the same address, the versions that
-autograd counts, and a fingerprint of its bytes, for writes that autograd doesn't count (`.grad.data`,
-numpy, foreach operators on DTensors, collectives). A fingerprint has every byte of a gradient up to 16 MiB,
-and of larger ones 64 bytes of every KiB. If a single gradient is not the same, all are measured as if nothing
+autograd counts, and a fingerprint of the bytes that this rank counts, for writes that autograd doesn't count
+(`.grad.data`, numpy, foreach operators on DTensors, collectives). A fingerprint has every byte up to 16 MiB,
+and of more 64 bytes of every KiB. If a single gradient is not the same, all are measured as if nothing
 had been taken.
 """
 
@@ -67,6 +67,8 @@ class Overlap:
         self._norm, self._shards, self._shares = norm, shards, shares
         self._statistics = np.zeros(len(shards))
         self._bytes = np.zeros((len(shards), 2), dtype=np.int64)  # address and fingerprint
+        counted = [(share.start, share.stop - share.start) for share in shares]
+        self._counted = np.array(counted, dtype=np.int64).reshape(-1, 2)
         self._versions: dict[int, tuple[int, int]] = {}  # of the slots that hold something
         self._unmarked: set[int] = set()
         index = {id(shard.holder): i for i, shard in enumerate(shards) if _can_be_taken(shard)}
@@ -116,10 +118,14 @@ class Overlap:
             if (gradient := self._shards[i].holder.grad) is not None
         ):
             return False
-        prints = kernels.fingerprints(table)
-        return prints is not None and np.array_equal(
-            self._bytes[places], np.stack([table.starts, prints], axis=1)
-        )
+        prints = self._fingerprints(table, places)
+        found = None if prints is None else np.stack([table.starts, prints], axis=1)
+        return found is not None and np.array_equal(self._bytes[places], found)
+
+    def _fingerprints(self, table: kernels.AddressTable, places: Ints) -> Ints | None:
+        """Of what this rank counts of gradients, by position; the rest is counted, and checked, elsewhere."""
+        starts, numels = self._counted[places].T
+        return kernels.fingerprints(table.part(starts, numels))
 
     def read(self, i: int) -> None:
         """Take the statistic of a gradient that is final."""
@@ -147,9 +153,7 @@ class Overlap:
         if kernels.split([flat])[1]:
             return False
         counted = flat[share.start : share.stop]
-        self._statistics[i] = float(
-            self._norm.statistic([counted], flat.device)
-        )  # compiled code's are one number
+        self._statistics[i] = float(self._norm.statistic([counted], flat.device))
         self._unmarked.add(i)
         return True
 
@@ -158,18 +162,15 @@ class Overlap:
         held = {i: self._shards[i].holder.grad for i in self._unmarked.intersection(which)}
         self._unmarked.difference_update(which)
         locals_ = {i: _local(gradient) for i, gradient in held.items() if gradient is not None}
-        fitting = [
-            i for i, local in locals_.items() if local.is_contiguous() and not kernels.split([local])[1]
-        ]
+        fitting = [i for i, at in locals_.items() if at.is_contiguous() and not kernels.split([at])[1]]
         table = kernels.AddressTable.of([locals_[i] for i in fitting])
-        prints = kernels.fingerprints(table)
+        prints = self._fingerprints(table, np.array(fitting, dtype=np.int64))
         if prints is None:
             return
         for i, address, fingerprint in zip(fitting, table.starts.tolist(), prints.tolist(), strict=True):
             self._bytes[i] = address, fingerprint
-            gradient = held[i]
-            assert gradient is not None
-            self._versions[i] = _versions_of(gradient)
+            if (gradient := held[i]) is not None:
+                self._versions[i] = _versions_of(gradient)
 
 
 class AccumulateHook:
