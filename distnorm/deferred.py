@@ -21,6 +21,7 @@ from distnorm.measure.gradients import Gradients
 from distnorm.measure.meter import Meter
 from distnorm.plan.collectives import Ranks
 from distnorm.policies.deciding import Outcome
+from distnorm.sources.shards import GradShard
 
 
 @dataclass(slots=True)
@@ -31,7 +32,7 @@ class _Unread:
         number: the step's, from 1.
         ranks: who took part.
         found: the norm, and whether the ranks measured the same.
-        names: of the gradients, by position.
+        shards: whose gradients.
         marks: which of these are not finite.
         was_raised: whether this rank has raised it alone.
     """
@@ -39,13 +40,13 @@ class _Unread:
     number: int
     ranks: Ranks
     found: kernels.AsyncHostCopy
-    names: Sequence[str]
+    shards: Sequence[GradShard]
     marks: kernels.FiniteMarks
     was_raised: bool = False
 
     def bad_names(self) -> list[str]:
         """This rank's gradients that are not finite. Waits for the device."""
-        return [self.names[position] for position in self.marks.bad()]
+        return [self.shards[position].name for position in self.marks.bad()]
 
 
 class DeferredRaise:
@@ -71,7 +72,7 @@ class DeferredRaise:
     def without_gradients(
         self, number: int, meter: Meter, gradients: Gradients, reduced: ReducedStatistics, outcome: Outcome
     ) -> Outcome:
-        """Remember a step, and mark it as skipped where its norm is not finite. Waits for nothing.
+        """Remember a step, and say of it that it is skipped where its norm is not finite. Waits for nothing.
 
         Args:
             number: the step's, from 1.
@@ -81,16 +82,15 @@ class DeferredRaise:
             outcome: what was decided.
 
         Returns:
-            What is done instead: where the norm is not finite, the gradients have to be zeroed by
-            `result.skipped`, unless the optimizer's step is left out.
+            What was decided, its result `skipped` where the norm is not finite. The caller zeroes the gradients
+            there, or leaves the step out.
         """
         norm, agreed, result = reduced.total_norm, reduced.agreed, outcome.result
         if type(norm) is Tensor and not _is_capturing():  # a dry run has no values; replays don't come here
             is_agreed = agreed.double() if isinstance(agreed, Tensor) else torch.full_like(norm, agreed)
             found = kernels.AsyncHostCopy(torch.stack([norm, is_agreed]))
             marks = gradients.marks or kernels.FiniteMarks.of_largest(gradients.tensors)
-            names = [shard.name for shard in meter.shards]
-            self._unread = _Unread(number, meter.ranks, found, names, marks)
+            self._unread = _Unread(number, meter.ranks, found, meter.shards, marks)
         result = replace(
             result,
             clipped_norm=result.clipped_norm.masked_fill(~norm.isfinite(), 0.0),
