@@ -82,8 +82,8 @@ class DeferredRaise:
             outcome: what was decided.
 
         Returns:
-            What was decided, its result `skipped` where the norm is not finite. The caller zeroes the gradients
-            there, or leaves the step out.
+            What was decided, its result `skipped` where the norm is not finite. The caller zeroes the
+            gradients there, or leaves the step out.
         """
         norm, agreed, result = reduced.total_norm, reduced.agreed, outcome.result
         if type(norm) is Tensor and not _is_capturing():  # a dry run has no values; replays don't come here
