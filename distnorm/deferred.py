@@ -21,6 +21,7 @@ from distnorm.measure.gradients import Gradients
 from distnorm.measure.meter import Meter
 from distnorm.plan.collectives import Ranks
 from distnorm.policies.deciding import Outcome
+from distnorm.policies.decision import is_finite
 from distnorm.sources.shards import GradShard
 
 
@@ -60,6 +61,7 @@ class DeferredRaise:
         self._order = order
         self._unread: _Unread | None = None
         self._refusal: DistnormError | None = None
+        self._copy: kernels.AsyncHostCopy | None = None
 
     def forget(self) -> None:
         """Forget the step before: other state was loaded. Every rank must call it."""
@@ -88,13 +90,14 @@ class DeferredRaise:
         norm, agreed, result = reduced.total_norm, reduced.agreed, outcome.result
         if type(norm) is Tensor and not _is_capturing():  # a dry run has no values; replays don't come here
             is_agreed = agreed.double() if isinstance(agreed, Tensor) else torch.full_like(norm, agreed)
-            found = kernels.AsyncHostCopy(torch.stack([norm, is_agreed]))
+            found = self._copy = kernels.AsyncHostCopy(torch.stack([norm, is_agreed]), self._copy)
             marks = gradients.marks or kernels.FiniteMarks.of_largest(gradients.tensors)
             self._unread = _Unread(number, meter.ranks, found, meter.shards, marks)
+        is_good = is_finite(norm)
         result = replace(
             result,
-            clipped_norm=result.clipped_norm.masked_fill(~norm.isfinite(), 0.0),
-            skipped=result.skipped | ~norm.isfinite(),
+            clipped_norm=result.clipped_norm.where(is_good, 0.0),
+            skipped=result.skipped | ~is_good,
         )
         return replace(outcome, result=result)
 

@@ -24,6 +24,7 @@ from distnorm.monitor.step_monitor import StepMonitor, monitor_terms
 from distnorm.payload.payload import join_payloads, split_payload
 from distnorm.plan.collectives import Ranks
 from distnorm.policies.deciding import Decider, Outcome
+from distnorm.policies.decision import is_finite
 from distnorm.policies.groups import PolicyGroups
 from distnorm.policies.results import ClipResult, describe_steps
 
@@ -126,9 +127,7 @@ class Step:
             if defers := meter.defers and meets:
                 outcome = self.deferred.without_gradients(number, meter, gradients, reduced, outcome)
             if scales:
-                self.decider.apply(outcome, gradients)
-            if scales and defers:
-                gradients.zero_unless_(reduced.total_norm.isfinite())
+                self.decider.apply(outcome, gradients, is_finite(reduced.total_norm) if defers else None)
             del gradients
             self.made(number, outcome)
             if self.monitor is not None:

@@ -20,8 +20,8 @@ SCRIPT = re.compile(
     r"^### ([^\n]+)\n\n```sh\ntorchrun ([^\n]+)\n```\n\n```python\n(.*?)```", re.MULTILINE | re.DOTALL
 )
 SCRIPTS = {title: (shlex.split(arguments), code) for title, arguments, code in SCRIPT.findall(README)}
-# gloo's threads need the interpreter's lock to let go of tensors; when a script is over they abort, under FSDP1
-# without distnorm too.
+# gloo's threads need the interpreter's lock to let go of tensors; when a script is over they abort, and under
+# FSDP1 so they do without distnorm.
 LETS_GO = """import atexit, os, time
 if "RANK" in os.environ:
     atexit.register(time.sleep, 0.2)

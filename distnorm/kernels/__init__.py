@@ -5,8 +5,11 @@ from __future__ import annotations
 
 from distnorm.kernels.addresses import HOST, PLAIN, AddressTable, addresses_of, on_host
 from distnorm.kernels.dispatch import (
+    Located,
     checksum,
     fingerprints,
+    has_kernel,
+    located,
     measure,
     row_squares,
     scale_,
@@ -34,6 +37,7 @@ __all__ = [
     "FiniteMarks",
     "Found",
     "Kernel",
+    "Located",
     "SharedMemoryError",
     "addresses_of",
     "blocks",
@@ -41,8 +45,10 @@ __all__ = [
     "clamp_",
     "fingerprints",
     "first_with_gradient",
+    "has_kernel",
     "hold_just",
     "is_all_there",
+    "located",
     "measure",
     "memory_of",
     "moved",

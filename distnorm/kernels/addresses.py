@@ -88,16 +88,24 @@ class AddressTable:
         Raises:
             ValueError: there is no memory at an address.
         """
+        self.require_memory()
         held = self.numels > 0
         starts, numels, codes = self.starts[held], self.numels[held], self.codes[held]
-        if not starts.all():
-            raise ValueError("expected tensors with memory, found one whose storage was freed")
         ends = starts + numels * SIZES[codes]
         apart = (starts[1:] != ends[:-1]) | (codes[1:] != codes[:-1])
         first = np.flatnonzero(np.concatenate([[True], apart])[: len(starts)])
         merged = np.add.reduceat(numels, first) if len(first) else numels
         offsets = np.zeros(len(first), dtype=np.int64)
         return AddressTable(self.device, starts[first], merged, codes[first], offsets)
+
+    def require_memory(self) -> None:
+        """Refuse addresses at which there is none.
+
+        Raises:
+            ValueError: one is null, though elements are to be there.
+        """
+        if ((self.starts == 0) & (self.numels > 0)).any():
+            raise ValueError("expected tensors with memory, found one whose storage was freed")
 
     @cached_property
     def overlap(self) -> bool:
@@ -119,13 +127,9 @@ class AddressTable:
         """What is equal for tables of the same rows."""
         return (self.device, self.starts.tobytes(), self.numels.tobytes(), self.codes.tobytes())
 
-    def chunks(self) -> tuple[Ints, Ints, list[tuple[int, int, int]]]:
-        """What gpu_code reads.
-
-        Returns:
-            The chunks, [chunks, 2] address and number of elements, dtype by dtype; first and last chunk of
-            each tensor, [tensors, 2]; and code, first chunk and number of chunks of each dtype.
-        """
+    @cached_property
+    def chunks(self) -> Chunks:
+        """How gpu_code reads the rows, wherever they lie."""
         size = _LEAST_CHUNK
         while size * _CHUNKS < self.total:
             size *= 2
@@ -136,10 +140,33 @@ class AddressTable:
         runs[order] = np.stack([last - count, last], axis=1)
         of = np.repeat(order, count)
         start = (np.arange(len(of)) - runs[of, 0]) * size
-        addresses = self.starts[of] + start * SIZES[self.codes[of]]
-        chunks = np.stack([addresses, np.minimum(self.numels[of] - start, size)], axis=1)
         codes, first, many = np.unique(self.codes[of], return_index=True, return_counts=True)
-        return chunks, runs, list(zip(codes.tolist(), first.tolist(), many.tolist(), strict=True))
+        kinds = list(zip(codes.tolist(), first.tolist(), many.tolist(), strict=True))
+        numels = np.minimum(self.numels[of] - start, size)
+        return Chunks(of, start * SIZES[self.codes[of]], numels, runs, kinds)
+
+
+@dataclass(frozen=True, eq=False)
+class Chunks:
+    """How rows of a table are cut for gpu_code, dtype by dtype. Where they lie changes nothing of it.
+
+    Args:
+        of: [chunks] the row of each.
+        offsets: [chunks] bytes between the start of the row and that of the chunk.
+        numels: [chunks] elements.
+        runs: [rows, 2] from which to which chunk each row goes.
+        kinds: code, first chunk and number of chunks of each dtype.
+    """
+
+    of: Ints
+    offsets: Ints
+    numels: Ints
+    runs: Ints
+    kinds: list[tuple[int, int, int]]
+
+    def at(self, starts: Ints) -> Ints:
+        """[chunks, 2] address and number of elements of each, of rows that start at these addresses."""
+        return np.stack([starts[self.of] + self.offsets, self.numels], axis=1)
 
 
 def addresses_of(tensors: Sequence[Tensor]) -> Ints:

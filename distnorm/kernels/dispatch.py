@@ -11,23 +11,67 @@ from torch import Tensor
 
 from distnorm.kernels import eager, gpu, native
 from distnorm.kernels.addresses import AddressTable, Ints, on_host
+from distnorm.kernels.device_table import DeviceTable, is_capturing, on, table_of
 from distnorm.kernels.marks import FiniteMarks
 
-
-def statistic_at(table: AddressTable, kernel: native.Kernel) -> Tensor:
-    """The statistic of what lies at addresses in the CPU's memory, by compiled code: [1] fp64 on the CPU."""
-    return torch.tensor([native.statistic(table, kernel)], dtype=torch.float64, device="cpu")
+Located = AddressTable | DeviceTable
+"""Where tensors of one device lie, for the compiled code of that device."""
 
 
-def scale_at_(table: AddressTable, coef: Tensor) -> bool:
-    """Multiply what lies at addresses in the CPU's memory, by compiled code, as `scale_` does.
+def has_kernel(tensor: Tensor) -> bool:
+    """Whether compiled code can read and scale this very tensor where it lies."""
+    return not (gpu if gpu.usable(tensor.device) else native).split([tensor])[1]
+
+
+def located(table: AddressTable, before: Located | None = None) -> Located | None:
+    """The rows of a table, for the compiled code of their device.
+
+    Args:
+        table: of tensors that compiled code can read.
+        before: what this returned for the same rows at other addresses, which is not used any more.
 
     Returns:
-        Whether anything was changed. Autograd's version counter is not changed.
+        `None` where a graph is being captured, of which it can't be a part.
+
+    Raises:
+        ValueError: there is no memory at an address.
     """
+    if not gpu.usable(table.device):
+        return table.merged
+    table.require_memory()
+    if is_capturing(table.device):
+        return None
+    if isinstance(before, DeviceTable):
+        return before.moved(table)
+    with on(table.device):
+        return DeviceTable(table, table.device, is_shared=False)
+
+
+def statistic_at(place: Located, kernel: native.Kernel) -> Tensor:
+    """The statistic of what lies there, by compiled code: [1] fp64 on its device, which is not waited for."""
+    if isinstance(place, DeviceTable):
+        return gpu.statistic(place, kernel)
+    return torch.tensor([native.statistic(place, kernel)], dtype=torch.float64, device="cpu")
+
+
+def scale_at_(place: Located, coef: Tensor, keep: Tensor | None = None) -> bool:
+    """Multiply what lies there, by compiled code, as `scale_` does.
+
+    Args:
+        place: where it is.
+        coef: 0-d.
+        keep: 0-d bool; where it is false all becomes zero instead. For a GPU's memory only.
+
+    Returns:
+        Whether anything may have changed. Autograd's version counter is not changed.
+    """
+    if isinstance(place, DeviceTable):
+        gpu.scale_(place, coef, keep)
+        return True
+    assert keep is None
     factor = float(coef)
     if factor != 1:
-        native.scale_(table, factor)
+        native.scale_(place, factor)
     return factor != 1
 
 
@@ -59,9 +103,9 @@ def measure(
         Its statistic, [1] fp64 on that device, or none if there was nothing for it; and the tensors that it
         left.
     """
-    if tensors and tensors[0].is_cuda:
+    if tensors and gpu.usable(tensors[0].device):
         fitting, rest = gpu.split(tensors)
-        table = gpu.table_of(fitting) if fitting else None
+        table = table_of(fitting) if fitting else None
         return ([], tensors) if table is None else ([gpu.statistic(table, kernel, marks, fitting)], rest)
     fitting, rest = native.split(tensors)
     if not fitting:
@@ -157,7 +201,7 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
     for tensor in fitting:
         by_device[tensor.device].append(tensor)
     for members in by_device.values():
-        table = gpu.table_of(members)
+        table = table_of(members)
         if table is None or table.overlap:
             rest += members
         else:

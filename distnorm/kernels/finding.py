@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distnorm.kernels import native, walking
-from distnorm.kernels.addresses import CODES, AddressTable, Ints, addresses_of, has_memory
+from distnorm.kernels.addresses import CODES, HOST, AddressTable, Ints, addresses_of, has_memory
 
 _NO_SLOTS = (None, -1, -1)
 
@@ -50,20 +50,21 @@ class Finder:
             exactly `DTensor`: local tensors are meant then, and addresses are theirs.
 
     Raises:
-        ValueError: a (local) tensor is none that it could find again: of exactly `torch.Tensor`, contiguous
-            in the CPU's memory, and of a dtype that compiled code knows.
+        ValueError: a (local) tensor is none that it could find again: of exactly `torch.Tensor`, contiguous,
+            on one device with the others, and of a dtype that compiled code knows.
     """
 
     def __init__(self, gradients: Sequence[Tensor]) -> None:
         self._kind, self._specs = _kind_of(gradients)
         tensors = [self._local(gradient) for gradient in gradients]
         self._dtypes = [tensor.dtype for tensor in tensors]
-        compiled = native.library()
+        self._device = tensors[0].device if tensors else HOST
+        compiled = native.library() if self._device.type == "cpu" else None
         known = CODES if compiled is None else compiled.code
         for i, tensor in enumerate(tensors):
-            if tensor.dtype not in known or not _fits(tensor, tensor.numel(), tensor.dtype):
+            if tensor.dtype not in known or not _fits(tensor, tensor.numel(), tensor.dtype, self._device):
                 raise ValueError(
-                    "expected (local) gradients that are dense and contiguous in the CPU's memory, found "
+                    f"expected (local) gradients that are dense and contiguous on {self._device}, found "
                     f"gradient {i}: {type(tensor).__name__} of {tensor.dtype} on {tensor.device}"
                 )
         self.table = AddressTable.of(tensors)
@@ -94,7 +95,7 @@ class Finder:
         addresses = np.empty(len(self._numels), dtype=np.int64)
         arrays = (*self._columns, addresses.ctypes.data, self._scratch.ctypes.data)
         listed = holders if isinstance(holders, list | tuple) else list(holders)
-        held = self._compiled.distnorm_find(listed, self._specs, *arrays, *self._slots)
+        held = self._compiled.distnorm_find(listed, self._specs, self._device, *arrays, *self._slots)
         if held is None:
             return None
         if self._specs is None:
@@ -122,7 +123,7 @@ class Finder:
             if spec is not None and not self._has(spec, gradient):
                 return None
             tensor = self._local(gradient)
-            if not _fits(tensor, numel, dtype):
+            if not _fits(tensor, numel, dtype, self._device):
                 return None
             held.append(tensor)
         return Found(addresses_of(held), lambda: list(held), held)
@@ -153,12 +154,13 @@ def _kind_of(gradients: Sequence[Any]) -> tuple[type, list[Any] | None]:
     return kind, None if kind is Tensor else [gradient._spec for gradient in gradients]
 
 
-def _fits(tensor: Tensor, numel: int, dtype: torch.dtype) -> bool:
-    """Whether this is just such a tensor in the CPU's memory, and all of it is there."""
+def _fits(tensor: Tensor, numel: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this is just such a tensor on the device, and all of it is there."""
     return (
         type(tensor) is Tensor
         and tensor.dtype is dtype
-        and tensor.is_cpu
+        and tensor.device == device
+        and not tensor.is_meta
         and tensor.layout is torch.strided
         and tensor.numel() == numel
         and tensor.is_contiguous()

@@ -12,24 +12,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from distnorm.kernels.addresses import CODES, PLAIN, AddressTable, is_dense
+from distnorm.kernels.addresses import CODES, PLAIN, is_dense
+from distnorm.kernels.device_table import DeviceTable, on
 from distnorm.kernels.marks import FiniteMarks
 from distnorm.kernels.native import Kernel
 
 _LOG = logging.getLogger("distnorm")
 _BLOCK = 1024  # elements that a program's 128 threads take at once
-_REMEMBERED = 16  # tables
 
 
 @cache
@@ -55,7 +51,7 @@ def _try_out(device: torch.device) -> None:
 
     rows = torch.zeros(1, 2, dtype=torch.int64, device=device)
     out = torch.empty(1, dtype=torch.float64, device=device)
-    with _on(device):
+    with on(device):
         gpu_code.partials[(1,)](rows, 0, out, gpu_code.DTYPES[0], int(Kernel.SQUARES), _BLOCK)
 
 
@@ -64,80 +60,10 @@ def split(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     fitting: list[Tensor] = []
     rest: list[Tensor] = []
     for tensor in tensors:
-        plain = tensor.dtype in CODES and tensor.is_cuda and type(tensor) in PLAIN
-        fits = plain and usable(tensor.device) and is_dense(tensor)
+        plain = tensor.dtype in CODES and type(tensor) in PLAIN and usable(tensor.device)
+        fits = plain and is_dense(tensor)
         (fitting if fits else rest).append(tensor)
     return fitting, rest
-
-
-@dataclass
-class DeviceTable:
-    """An address table as the kernels read it. It keeps no tensor alive: use it while the tensors are there.
-
-    Args:
-        addresses: what it was made from.
-        device: where it lies, and the tensors.
-    """
-
-    addresses: AddressTable
-    device: torch.device
-    kinds: list[tuple[int, int, int]] = field(init=False)
-    overlap: bool = field(init=False)
-    rows: Tensor = field(init=False)
-    each: Tensor = field(init=False)
-    all: Tensor = field(init=False)
-    _seen: set[int] = field(init=False, default_factory=set)
-    _copied: torch.cuda.Event | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        rows, runs, self.kinds = self.addresses.chunks()
-        self.overlap = self.addresses.overlap
-        flat = torch.from_numpy(np.concatenate([rows, runs, [[0, len(rows)]]]))
-        if self.device.type == "cuda":
-            flat = flat.pin_memory().to(self.device, non_blocking=True)
-            stream = torch.cuda.current_stream(self.device)
-            self._copied = stream.record_event()
-            self._seen.add(stream.cuda_stream)
-        self.rows, self.each, self.all = torch.split(flat, [len(rows), len(runs), 1])
-
-    def ready(self) -> None:
-        """Let the current stream wait for the copy, once, and the memory for the stream."""
-        if self._copied is None:
-            return
-        stream = torch.cuda.current_stream(self.device)
-        if stream.cuda_stream not in self._seen:
-            stream.wait_event(self._copied)
-            self.rows.record_stream(stream)
-            self._seen.add(stream.cuda_stream)
-
-
-_tables: OrderedDict[tuple[object, ...], DeviceTable] = OrderedDict()
-# Graphs read these as long as they live, and nothing announces their end.
-_captured: dict[int, DeviceTable] = {}
-
-
-def table_of(tensors: Sequence[Tensor]) -> DeviceTable | None:
-    """The table of tensors of one device that `split` found fitting, made anew only if they have moved.
-
-    Returns:
-        `None` where a graph is being captured and no step before it had its tensors at these addresses:
-        a copy from the host's memory is no part of a graph.
-    """
-    addresses = AddressTable.of(tensors)
-    device, key = addresses.device, addresses.key
-    table = _tables.get(key)
-    with _on(device):
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            if table is not None:
-                _captured[id(table)] = table
-            return table
-        if table is None:
-            table = _tables[key] = DeviceTable(addresses, device)
-            if len(_tables) > _REMEMBERED:
-                _tables.popitem(last=False)
-        _tables.move_to_end(key)
-        table.ready()
-    return table
 
 
 def statistic(
@@ -163,9 +89,12 @@ def statistic(
     if not table.kinds:
         return torch.zeros(len(runs), dtype=torch.float64, device=table.device)
     # From torch's allocator, which keeps memory for the streams and graphs that use it.
-    parts = torch.empty(len(table.rows), dtype=torch.float64, device=table.device)
+    parts = table.parts
+    if parts is None:
+        parts = torch.empty(len(table.rows), dtype=torch.float64, device=table.device)
     out = torch.empty(len(runs), dtype=torch.float64, device=table.device)
-    with _on(table.device):
+    with on(table.device):
+        table.ready()
         for code, first, rows in table.kinds:
             dtype = gpu_code.DTYPES[code]
             gpu_code.partials[(rows,)](table.rows, first, parts, dtype, int(kernel), _BLOCK)
@@ -175,20 +104,23 @@ def statistic(
     return out
 
 
-def scale_(table: DeviceTable, coef: Tensor) -> None:
+def scale_(table: DeviceTable, coef: Tensor, keep: Tensor | None = None) -> None:
     """Multiply every element in place, with the roundings of `distnorm.kernels.eager.scale_`.
 
     A coefficient of 1 changes nothing: no element is read. Autograd's version counter is not changed: see
     `torch.autograd.graph.increment_version`.
+
+    Args:
+        table: where they are.
+        coef: 0-d, at least 0.
+        keep: 0-d bool; where it is false, every element is set to zero instead, NaN and inf too.
     """
     from distnorm.kernels import gpu_code
 
     factor = coef.to(table.device, torch.float64, non_blocking=True)
-    with _on(table.device):
+    if keep is not None:
+        factor = factor.where(keep.to(table.device, non_blocking=True), gpu_code.ZERO)
+    with on(table.device):
+        table.ready()
         for code, first, rows in table.kinds:
             gpu_code.scale[(rows,)](table.rows, first, factor, gpu_code.DTYPES[code], _BLOCK)
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device. Does nothing for the CPU, where its interpreter runs."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)

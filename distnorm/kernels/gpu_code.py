@@ -15,7 +15,10 @@ from distnorm.kernels.native import Kernel
 
 # By the codes of `AddressTable`. bf16 is converted by its bits: Triton's interpreter can't round.
 DTYPES = (tl.float32, tl.float64, tl.uint16, tl.float16)
+ZERO = -1.0
+"""In place of a coefficient, which is never negative: every element becomes zero."""
 _BF16 = tl.constexpr(tl.uint16)
+_ZERO = tl.constexpr(ZERO)
 _SQUARES = tl.constexpr(int(Kernel.SQUARES))
 _LARGEST = tl.constexpr(int(Kernel.LARGEST))
 _MAGNITUDE = tl.constexpr((1 << 63) - 1)  # all bits of an fp64 number but its sign
@@ -52,17 +55,24 @@ def totals(parts, runs, out, KERNEL: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first"])
 def scale(rows, first, coef, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """Multiply each chunk from row `first` on, of one dtype, by an fp64 coefficient, unless that is 1."""
+    """Multiply each chunk from row `first` on, of one dtype, by an fp64 coefficient, unless that is 1; or set
+    it to zero, if that is `ZERO`."""
     wide = tl.load(coef)
     if wide != 1.0:
         row = first + tl.program_id(0)
         address = tl.load(rows + row * 2)
         count = tl.load(rows + row * 2 + 1).to(tl.int32)
-        factor = wide.to(tl.float32 if DTYPE.primitive_bitwidth < 64 else tl.float64)
-        if address % 16 == 0:
-            _multiply(_aligned(address, DTYPE), count, factor, DTYPE, BLOCK)
+        if wide == _ZERO:
+            if address % 16 == 0:
+                _clear(_aligned(address, DTYPE), count, DTYPE, BLOCK)
+            else:
+                _clear(address.to(tl.pointer_type(DTYPE)), count, DTYPE, BLOCK // 2)
         else:
-            _multiply(address.to(tl.pointer_type(DTYPE)), count, factor, DTYPE, BLOCK // 2)
+            factor = wide.to(tl.float32 if DTYPE.primitive_bitwidth < 64 else tl.float64)
+            if address % 16 == 0:
+                _multiply(_aligned(address, DTYPE), count, factor, DTYPE, BLOCK)
+            else:
+                _multiply(address.to(tl.pointer_type(DTYPE)), count, factor, DTYPE, BLOCK // 2)
 
 
 @triton.jit
@@ -143,3 +153,10 @@ def _multiply(start, count, factor, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
         inside = whole + lanes < count
         values = tl.load(start + whole + lanes, mask=inside, other=0)
         tl.store(start + whole + lanes, _rounded(_widened(values) * factor, DTYPE), mask=inside)
+
+
+@triton.jit
+def _clear(start, count, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    for at in range(0, count, BLOCK):
+        tl.store(start + at + lanes, tl.zeros([BLOCK], DTYPE), mask=at + lanes < count)

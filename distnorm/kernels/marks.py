@@ -6,10 +6,12 @@ Triton's kernels leave the numbers behind that say it; other tensors are read on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from distnorm.kernels.device_table import DeviceTable
 from distnorm.kernels.eager import _FLOAT8
 
 
@@ -22,9 +24,9 @@ class FiniteMarks:
         positions: of each tensor that may be measured, by its `id`; one tensor may have several.
     """
 
-    def __init__(self, positions: Mapping[int, Sequence[int]]) -> None:
+    def __init__(self, positions: Mapping[int, Sequence[int]] = MappingProxyType({})) -> None:
         self._positions = positions
-        self._found: list[tuple[list[Sequence[int]], Tensor, Tensor | None]] = []
+        self._found: list[tuple[Sequence[Sequence[int]], Tensor, Tensor | None]] = []
 
     @classmethod
     def of_largest(cls, tensors: Sequence[Tensor | None]) -> FiniteMarks:
@@ -40,6 +42,14 @@ class FiniteMarks:
             marks.add_largest(members)
         return marks
 
+    @classmethod
+    def of_table(cls, table: DeviceTable, positions: Sequence[Sequence[int]]) -> FiniteMarks:
+        """Of the rows of a table, by what its newest statistic has left; positions are those of each row."""
+        assert table.parts is not None
+        marks = cls()
+        marks.add_at(positions, table.parts, table.each)
+        return marks
+
     def add(self, tensors: Sequence[Tensor], numbers: Tensor, runs: Tensor | None = None) -> None:
         """Keep numbers of tensors.
 
@@ -48,7 +58,11 @@ class FiniteMarks:
             numbers: [tensors] on any device; or with `runs`, of parts of the tensors.
             runs: [tensors, 2] int64: from which to which number the parts of each tensor go.
         """
-        self._found.append(([self._positions[id(tensor)] for tensor in tensors], numbers, runs))
+        self.add_at([self._positions[id(tensor)] for tensor in tensors], numbers, runs)
+
+    def add_at(self, positions: Sequence[Sequence[int]], numbers: Tensor, runs: Tensor | None = None) -> None:
+        """The same of tensors that are known by their positions."""
+        self._found.append((positions, numbers, runs))
 
     def add_largest(self, tensors: Sequence[Tensor]) -> None:
         """Measure the largest magnitude of each of the tensors of one device, in a pass of its own."""

@@ -3,6 +3,7 @@
 // A gradient is some ten cache lines away from its parameter, each of which names the next. So it goes level
 // by level over all parameters, and fetches the lines of the next level on the way.
 
+#include <torch/csrc/Device.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <c10/core/impl/COW.h>
@@ -54,11 +55,11 @@ bool is_exactly(const c10::TensorImpl &tensor, PyObject *type, bool may_be_none)
     return is;
 }
 
-// Whether this is just the tensor in the CPU's memory that is expected, and all of it is there. Pointers are
-// const throughout: to ask for another would copy what is to be copied on write.
-bool is_as_expected(const c10::TensorImpl &tensor, int64_t numel, c10::ScalarType dtype) {
+// Whether this is just the tensor that is expected, and all of it is there. Pointers are const throughout: to
+// ask for another would copy what is to be copied on write.
+bool is_as_expected(const c10::TensorImpl &tensor, int64_t numel, c10::ScalarType dtype, c10::Device device) {
     if (tensor.numel() != numel || tensor.dtype() != dtype || tensor.layout() != c10::kStrided ||
-        tensor.device_type() != c10::kCPU || tensor.is_python_dispatch() || tensor.is_neg() ||
+        tensor.device() != device || tensor.is_python_dispatch() || tensor.is_neg() ||
         tensor.is_conj() || const_cast<c10::TensorImpl &>(tensor).is_inference() || !tensor.is_contiguous())
         return false;
     const c10::Storage &storage = tensor.storage();
@@ -113,8 +114,8 @@ void hold(Gradients &gradients, c10::TensorImpl &tensor, bool is_local) {
     }
 }
 
-bool find(Gradients &gradients, PyObject *holders, PyObject *specs, const int64_t *numels,
-          const int32_t *codes, int64_t *out, void **scratch, PyObject *dtensor, Py_ssize_t spec,
+bool find(Gradients &gradients, PyObject *holders, PyObject *specs, c10::Device device,
+          const int64_t *numels, const int32_t *codes, int64_t *out, void **scratch, PyObject *dtensor, Py_ssize_t spec,
           Py_ssize_t local) {
     static const c10::ScalarType DTYPES[] = {c10::kFloat, c10::kDouble, c10::kBFloat16, c10::kHalf};
     Py_ssize_t count = PySequence_Fast_GET_SIZE(holders);
@@ -140,7 +141,7 @@ bool find(Gradients &gradients, PyObject *holders, PyObject *specs, const int64_
             fetch(tensors[i + AHEAD]->unsafe_storage().unsafeGetStorageImpl(), OBJECT);
         c10::TensorImpl &gradient = *tensors[i];
         if (!are_local && !is_exactly(gradient, THPVariableClass, true)) return false;
-        if (!is_as_expected(gradient, numels[i], DTYPES[codes[i]])) return false;
+        if (!is_as_expected(gradient, numels[i], DTYPES[codes[i]], device)) return false;
         out[i] = reinterpret_cast<int64_t>(gradient.data());
         hold(gradients, gradient, are_local);
     }
@@ -185,16 +186,17 @@ extern "C" Py_ssize_t distnorm_slot(PyObject *type, const char *name) {
     return offset;
 }
 
-// Addresses of the gradients of `holders`, a list or tuple of tensors, into `out`. With `specs`, a list, the
+// Addresses of the gradients on `device` of `holders`, a list or tuple of tensors, into `out`. With `specs`, a list, the
 // gradients are of the class `dtensor`, hold such objects at `spec`, and their local tensors at `local`,
 // which are meant then. Returns a capsule that holds the (local) gradients, or None if one is not as expected.
-extern "C" PyObject *distnorm_find(PyObject *holders, PyObject *specs, const int64_t *numels,
-                                   const int32_t *codes, int64_t *out, void **scratch, PyObject *dtensor,
-                                   Py_ssize_t spec, Py_ssize_t local) {
+extern "C" PyObject *distnorm_find(PyObject *holders, PyObject *specs, PyObject *device,
+                                   const int64_t *numels, const int32_t *codes, int64_t *out, void **scratch,
+                                   PyObject *dtensor, Py_ssize_t spec, Py_ssize_t local) {
     try {
+        c10::Device expected = reinterpret_cast<THPDevice *>(device)->device;
         auto gradients = std::make_unique<Gradients>();
         if (specs == Py_None) gradients->tensors.reserve(PySequence_Fast_GET_SIZE(holders));
-        if (find(*gradients, holders, specs, numels, codes, out, scratch, dtensor, spec, local)) {
+        if (find(*gradients, holders, specs, expected, numels, codes, out, scratch, dtensor, spec, local)) {
             PyObject *capsule = PyCapsule_New(gradients.get(), CAPSULE, let_go);
             if (capsule) gradients.release();
             return capsule;

@@ -1,10 +1,10 @@
 """The fast path: gradients laid out as in the step before are found, measured and scaled by their addresses.
 
 To read every gradient with care costs microseconds, which thousands of small ones turn into the price of
-a step. After a careful reading that found only whole, contiguous gradients in the CPU's memory, the next
-steps check of each one only what can change: whether it is there, its class, dtype, size, layout, and whether
-its storage still holds it. Compiled code then gets spans of memory, where neighbours in one flat buffer are
-one span.
+a step. After a careful reading that found only whole, contiguous gradients on one device, the next steps
+check of each one only what can change: whether it is there, its class, dtype, size, layout, and whether its
+storage still holds it. The device's compiled code then gets their addresses, which it already has if none
+has moved.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class _Class:
 
 @dataclass(slots=True)
 class _Tables:
-    """Where gradients lie, whole and by what this rank counts of them."""
+    """Where gradients lie, whole and by what this rank counts of them, also for compiled code."""
 
     addresses: Ints
     whole: kernels.AddressTable
-    all: kernels.AddressTable
-    counted: kernels.AddressTable
+    all: kernels.Located
+    counted: kernels.Located
 
 
 class FoundGradients(Gradients):
@@ -81,7 +81,11 @@ class FoundGradients(Gradients):
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu")
+        return self._tables.whole.device
+
+    @property
+    def _are_on_host(self) -> bool:
+        return isinstance(self._tables.all, kernels.AddressTable)
 
     def presence(self, weights: Mapping[int, int]) -> int:
         return self._path.presence
@@ -92,18 +96,31 @@ class FoundGradients(Gradients):
     def statistic(
         self, norm: Norm, shares: Sequence[Share], device: torch.device, *, marks: bool = False
     ) -> Tensor:
-        return kernels.moved(norm.statistic_at(self._tables.counted), device)
+        statistic = norm.statistic_at(self._tables.counted)
+        if marks and not isinstance(self._tables.counted, kernels.AddressTable):
+            self.marks = kernels.FiniteMarks.of_table(self._tables.counted, self._path.each_position)
+        return kernels.moved(statistic, device)
 
     def replica_numbers(self, check: ReplicaCheck) -> npt.NDArray[np.float64]:
+        if not self._are_on_host:
+            return super().replica_numbers(check)
         return check.numbers_at(self._tables.whole, self._path.places(check))
 
-    def addresses(self) -> tuple[kernels.AddressTable, Ints]:
-        return self._tables.whole, self._path.positions
+    def addresses(self) -> tuple[kernels.AddressTable | None, Ints]:
+        return self._tables.whole if self._are_on_host else None, self._path.positions
 
-    def scale_(self, coef: Tensor) -> None:
-        if kernels.scale_at_(self._tables.all, coef):
+    def scale_(self, coef: Tensor, keep: Tensor | None = None) -> None:
+        if self._are_on_host and keep is not None:
+            super().scale_(coef, keep)
+        elif kernels.scale_at_(self._tables.all, coef, keep):
             for found in self._held:
                 found.mark_changed()
+
+    def zero_unless_(self, keep: Tensor) -> None:
+        if self._are_on_host:
+            super().zero_unless_(keep)
+        else:
+            self.scale_(torch.ones_like(keep, dtype=torch.float64), keep)
 
     def views(self) -> list[Tensor | None]:
         return self.tensors
@@ -115,6 +132,7 @@ class FastPath:
     Attributes:
         presence: the sum of the weights of those that had a gradient.
         positions: of these among all shards, in the order of the table.
+        each_position: the same, each alone.
         count: of all shards.
     """
 
@@ -130,6 +148,7 @@ class FastPath:
         self._classes, self._absent, self._gates, self.presence = classes, absent, gates, presence
         self.count = len(shares)
         self.positions = np.array(list(present), dtype=np.int64)
+        self.each_position = [(i,) for i in present]
         self._places = np.full(len(shares), -1, dtype=np.int64)
         self._places[self.positions] = np.arange(len(present))
         self._of_check: tuple[ReplicaCheck, Ints] | None = None
@@ -137,6 +156,7 @@ class FastPath:
         starts, stops = np.array(counted, dtype=np.int64).reshape(-1, 2).T
         self._whole = kernels.AddressTable.of(list(present.values()))
         self._counted = self._whole.part(starts, stops - starts)
+        self._counts_all = np.array_equal(self._counted.numels, self._whole.numels)
         self._tables: _Tables | None = None
 
     @classmethod
@@ -151,11 +171,12 @@ class FastPath:
         for i, (shard, tensor) in enumerate(zip(shards, gradients.tensors, strict=True)):
             if tensor is None:
                 absent.append(i)
-            elif tensor.is_contiguous() and not kernels.split([tensor])[1]:
+            elif tensor.is_contiguous() and kernels.has_kernel(tensor):
                 by_class.setdefault(type(shard.holder.grad), {})[i] = tensor
             else:
                 return None
-        if not by_class:
+        there = [tensor for tensor in gradients.tensors if tensor is not None]
+        if not there or any(tensor.device != there[0].device for tensor in there):
             return None
         classes: list[_Class] = []
         present: dict[int, Tensor] = {}
@@ -192,11 +213,24 @@ class FastPath:
             addresses[kind.place] = found.addresses
             held.append(found)
         if self._tables is None or not np.array_equal(addresses, self._tables.addresses):
-            whole = self._whole.at(addresses)
-            if whole.overlap:
+            tables = self._tables_at(addresses)
+            if tables is None:
                 return None
-            self._tables = _Tables(addresses, whole, whole.merged, self._counted.at(addresses).merged)
+            self._tables = tables
         return FoundGradients(self, self._tables, held)
+
+    def _tables_at(self, addresses: Ints) -> _Tables | None:
+        whole = self._whole.at(addresses)
+        if whole.overlap:
+            return None
+        before, self._tables = self._tables, None
+        every = kernels.located(whole, before.all if before is not None else None)
+        if every is None:
+            return None
+        if self._counts_all:
+            return _Tables(addresses, whole, every, every)
+        counted = kernels.located(self._counted.at(addresses), before.counted if before is not None else None)
+        return None if counted is None else _Tables(addresses, whole, every, counted)
 
     def places(self, check: ReplicaCheck) -> Ints:
         """The place in the table of each gradient that is compared; -1 where there is none."""

@@ -149,9 +149,12 @@ class Gradients:
         there = sum(tensor is not None for tensor in self._tensors)
         return same and (self._once is None or len(self._once) == there)
 
-    def scale_(self, coef: Tensor) -> None:
-        """Multiply all by a 0-d coefficient, in place, each element in memory once."""
+    def scale_(self, coef: Tensor, keep: Tensor | None = None) -> None:
+        """Multiply all by a 0-d coefficient, in place, each element in memory once; or set all to zero,
+        unless the 0-d bool tensor `keep` is true."""
         kernels.scale_(self._parts(), coef)
+        if keep is not None:
+            self.zero_unless_(keep)
 
     def scale_each_(self, coefs: Tensor) -> None:
         """Multiply each by its own of [shards] coefficients, in place."""

@@ -91,10 +91,10 @@ class Norm(ABC):
         assert self.width == 1
         return self.finalise(self.of_block(norms.clone()) if norms.numel() else self.zeros(norms.device))
 
-    def statistic_at(self, table: kernels.AddressTable) -> Tensor:
-        """The statistic, [width] fp64, of the CPU's memory; only where there is a `kernel`."""
+    def statistic_at(self, place: kernels.Located) -> Tensor:
+        """The statistic, [width] fp64, of what lies there; only where there is a `kernel`."""
         assert self.kernel is not None
-        return kernels.statistic_at(table, self.kernel)
+        return kernels.statistic_at(place, self.kernel)
 
     def zeros(self, device: torch.device) -> Tensor:
         """The statistic of nothing."""

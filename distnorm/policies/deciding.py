@@ -233,10 +233,11 @@ class Decider:
 
     # ---- gradients
 
-    def apply(self, outcome: Outcome, gradients: Gradients) -> None:
-        """Clip the local gradients in place, without a host read."""
+    def apply(self, outcome: Outcome, gradients: Gradients, keep: Tensor | None = None) -> None:
+        """Clip the local gradients in place, without a host read; or set them to zero, unless the 0-d bool
+        tensor `keep` is true."""
         if outcome.decision is not None:
-            apply(outcome.decision, gradients)
+            apply(outcome.decision, gradients, keep)
             return
         decisions = outcome.groups
         if any(one.multiplies for one in decisions):
@@ -247,7 +248,8 @@ class Decider:
                 group.units.scale_(gradients.views(), decision.each)
             if decision.clamp is not None:
                 gradients.clamp_(decision.clamp, self._shards_of(group, len(gradients.tensors)))
-        zeroing = [one.decision.zero_unless for one in decisions if one.decision.zero_unless is not None]
+        asked = [keep, *(one.decision.zero_unless for one in decisions)]
+        zeroing = [condition for condition in asked if condition is not None]
         if zeroing:
             gradients.zero_unless_(reduce(torch.logical_and, zeroing))
 
@@ -269,9 +271,12 @@ class Decider:
         return range(count) if ownership is None else ownership.shards(group.index)
 
 
-def apply(decision: Decision, gradients: Gradients) -> None:
-    """Multiply the local gradients by one coefficient, in place, without a host read."""
-    if decision.may_clip:
-        gradients.scale_(decision.coef)
+def apply(decision: Decision, gradients: Gradients, keep: Tensor | None = None) -> None:
+    """Multiply the local gradients by one coefficient, in place, without a host read; or set them to zero,
+    unless the 0-d bool tensor `keep` is true."""
     if decision.zero_unless is not None:
-        gradients.zero_unless_(decision.zero_unless)
+        keep = decision.zero_unless if keep is None else keep & decision.zero_unless
+    if decision.may_clip:
+        gradients.scale_(decision.coef, keep)
+    elif keep is not None:
+        gradients.zero_unless_(keep)

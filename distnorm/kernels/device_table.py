@@ -1,0 +1,178 @@
+"""Address tables in a GPU's memory, as gpu_code reads them.
+
+To send one from the host takes a copy of memory that the device can read by itself ("pinned"), which nobody
+waits for. Such memory is dear to allocate, so a few buffers of it take turns.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distnorm.kernels.addresses import AddressTable, Chunks, Ints
+
+_REMEMBERED = 16  # tables
+
+
+@dataclass(slots=True)
+class _Pinned:
+    """A buffer whose contents may be on their way to the device."""
+
+    values: Tensor
+    sent: torch.cuda.Event | None = None
+
+    def is_free(self, count: int) -> bool:
+        if len(self.values) < count:
+            return False
+        return self.sent is None or bool(self.sent.query())  # type: ignore[no-untyped-call]
+
+
+class PinnedRing:
+    """Pinned buffers that take turns. Another is made only while the device is behind with all of them."""
+
+    def __init__(self) -> None:
+        self._buffers: list[_Pinned] = []
+
+    def send(self, values: Ints, to: Tensor) -> None:
+        """Copy int64 numbers over those of a tensor of the same shape, in the order of its current stream."""
+        if to.device.type != "cuda":
+            to.copy_(torch.from_numpy(values))
+            return
+        buffer = self._free(values.size)
+        staged = buffer.values[: values.size].view(values.shape)
+        staged.numpy()[...] = values
+        to.copy_(staged, non_blocking=True)
+        buffer.sent = torch.cuda.current_stream(to.device).record_event()
+
+    def _free(self, count: int) -> _Pinned:
+        free = next((buffer for buffer in self._buffers if buffer.is_free(count)), None)
+        if free is None:
+            # One that was too small for what is sent now is let go as soon as it has arrived.
+            self._buffers = [buffer for buffer in self._buffers if not buffer.is_free(0)]
+            free = _Pinned(torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=True))
+            self._buffers.append(free)
+        return free
+
+
+_ring = PinnedRing()
+
+
+@dataclass(eq=False)
+class DeviceTable:
+    """An address table as gpu_code reads it. It keeps no tensor alive: use it while the tensors are there.
+
+    Args:
+        addresses: what it was made from.
+        device: where it lies, and the tensors.
+        is_shared: whether several callers may use it at the same time; else it has memory to work in.
+
+    Attributes:
+        kinds: code, first chunk and number of chunks of each dtype.
+        rows: [chunks, 2] int64 address and number of elements.
+        each, all: [rows or 1, 2] int64 from which to which chunk each row goes, or all together.
+        parts: [chunks] fp64 to work in; `None` where the table is shared.
+        overlap: whether some element is in two rows.
+    """
+
+    addresses: AddressTable
+    device: torch.device
+    is_shared: bool = True
+    kinds: list[tuple[int, int, int]] = field(init=False)
+    rows: Tensor = field(init=False)
+    each: Tensor = field(init=False)
+    all: Tensor = field(init=False)
+    parts: Tensor | None = field(init=False, default=None)
+    _chunks: Chunks = field(init=False)
+    _stream: torch.cuda.Stream | None = field(init=False, default=None)
+    _is_captured: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        chunks = self._chunks = self.addresses.chunks
+        self.kinds = chunks.kinds
+        rows = chunks.at(self.addresses.starts)
+        flat = np.concatenate([rows, chunks.runs, [[0, len(rows)]]])
+        on_device = torch.empty(flat.shape, dtype=torch.int64, device=self.device)
+        _ring.send(flat, on_device)
+        self.rows, self.each, self.all = torch.split(on_device, [len(rows), len(chunks.runs), 1])
+        if not self.is_shared:
+            self.parts = torch.empty(len(rows), dtype=torch.float64, device=self.device)
+        if self.device.type == "cuda":
+            self._stream = torch.cuda.current_stream(self.device)
+
+    @property
+    def overlap(self) -> bool:
+        """Whether some element is in two rows."""
+        return self.addresses.overlap
+
+    def ready(self) -> None:
+        """Before each use: let the current stream wait for what that of the last use has still to do with it.
+
+        In a graph that is being captured it stays as it is for ever: the graph reads it as long as that
+        lives, and nothing announces its end.
+        """
+        if self._stream is None:
+            return
+        if is_capturing(self.device):
+            self._is_captured, _captured[id(self)] = True, self
+            return
+        stream = torch.cuda.current_stream(self.device)
+        if stream.cuda_stream != self._stream.cuda_stream:
+            stream.wait_stream(self._stream)
+            self.rows.record_stream(stream)
+            if self.parts is not None:
+                self.parts.record_stream(stream)
+            self._stream = stream
+
+    def moved(self, addresses: AddressTable) -> DeviceTable:
+        """The table of the same rows at other addresses, for the one caller of this one.
+
+        It is written over this one, by one copy that nobody waits for, unless a graph reads this one.
+        """
+        with on(self.device):
+            if self._is_captured:
+                return DeviceTable(addresses, self.device, is_shared=False)
+            self.ready()
+            self.addresses = addresses
+            _ring.send(self._chunks.at(addresses.starts), self.rows)
+        return self
+
+
+_tables: OrderedDict[tuple[object, ...], DeviceTable] = OrderedDict()
+_captured: dict[int, DeviceTable] = {}
+
+
+def table_of(tensors: Sequence[Tensor]) -> DeviceTable | None:
+    """The table of dense tensors of one device, made anew only if they have moved.
+
+    Returns:
+        `None` where a graph is being captured and no step before it had its tensors at these addresses:
+        a copy from the host's memory is no part of a graph.
+    """
+    addresses = AddressTable.of(tensors)
+    device, key = addresses.device, addresses.key
+    table = _tables.get(key)
+    if is_capturing(device):
+        return table
+    if table is None:
+        with on(device):
+            table = _tables[key] = DeviceTable(addresses, device)
+        if len(_tables) > _REMEMBERED:
+            _tables.popitem(last=False)
+    _tables.move_to_end(key)
+    return table
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of the device, if that is CUDA's, captures a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device. Does nothing for the CPU, where its interpreter runs."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)
