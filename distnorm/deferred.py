@@ -7,7 +7,7 @@ the error: a rank that refused a gradient in the step itself refuses it once mor
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
@@ -16,12 +16,9 @@ from torch import Tensor
 from distnorm import kernels
 from distnorm.errors import DisagreementError, DistnormError
 from distnorm.measure import diagnosis
-from distnorm.measure.exchange import ReducedStatistics
 from distnorm.measure.gradients import Gradients
 from distnorm.measure.meter import Meter
 from distnorm.plan.collectives import Ranks
-from distnorm.policies.deciding import Outcome
-from distnorm.policies.decision import is_finite
 from distnorm.sources.shards import GradShard
 
 
@@ -71,35 +68,26 @@ class DeferredRaise:
         """Remember that this rank alone has raised in a step that the others have made."""
         self._refusal = error
 
-    def without_gradients(
-        self, number: int, meter: Meter, gradients: Gradients, reduced: ReducedStatistics, outcome: Outcome
-    ) -> Outcome:
-        """Remember a step, and say of it that it is skipped where its norm is not finite. Waits for nothing.
+    @staticmethod
+    def marks_of(gradients: Gradients) -> kernels.FiniteMarks:
+        """Which of a step's gradients are not finite, before any of them is changed. Waits for nothing."""
+        return gradients.marks or kernels.FiniteMarks.of_largest(gradients.tensors)
+
+    def remember(
+        self, number: int, meter: Meter, found: Tensor | None, marks: kernels.FiniteMarks | None
+    ) -> None:
+        """Remember a step whose error is raised later; `None` for others. Waits for nothing.
 
         Args:
             number: the step's, from 1.
             meter: what measured.
-            gradients: what was measured.
-            reduced: what the all-reduce gave.
-            outcome: what was decided.
-
-        Returns:
-            What was decided, its result `skipped` where the norm is not finite. The caller zeroes the
-            gradients there, or leaves the step out.
+            found: fp64 [2] the norm, and whether the ranks measured the same.
+            marks: which of the gradients are not finite.
         """
-        norm, agreed, result = reduced.total_norm, reduced.agreed, outcome.result
-        if type(norm) is Tensor and not _is_capturing():  # a dry run has no values; replays don't come here
-            is_agreed = agreed.double() if isinstance(agreed, Tensor) else torch.full_like(norm, agreed)
-            found = self._copy = kernels.AsyncHostCopy(torch.stack([norm, is_agreed]), self._copy)
-            marks = gradients.marks or kernels.FiniteMarks.of_largest(gradients.tensors)
-            self._unread = _Unread(number, meter.ranks, found, meter.shards, marks)
-        is_good = is_finite(norm)
-        result = replace(
-            result,
-            clipped_norm=result.clipped_norm.where(is_good, 0.0),
-            skipped=result.skipped | ~is_good,
-        )
-        return replace(outcome, result=result)
+        # A dry run has no values; replays of a graph don't come here.
+        if found is not None and marks is not None and type(found) is Tensor and not _is_capturing():
+            self._copy = kernels.AsyncHostCopy(found, self._copy)
+            self._unread = _Unread(number, meter.ranks, self._copy, meter.shards, marks)
 
     def check(self) -> None:
         """Raise if the step before was not finite. Collective: every rank must call it before its next step.
@@ -114,10 +102,11 @@ class DeferredRaise:
         (unread, refusal), self._unread, self._refusal = (self._unread, self._refusal), None, None
         if refusal is not None:
             raise refusal
+        if unread is None or self._is_good(unread):
+            return
         with kernels.plain_operators():
-            if unread is not None and self._is_bad(unread):
-                where = diagnosis.gathered(unread.ranks, unread.bad_names())
-                self._raise(unread, where, "no single gradient; their norm leaves fp64's range")
+            where = diagnosis.gathered(unread.ranks, unread.bad_names())
+            self._raise(unread, where, "no single gradient; their norm leaves fp64's range")
 
     def check_alone(self) -> None:
         """The same where no other rank may take part, once; `check` raises again, with all names."""
@@ -125,23 +114,22 @@ class DeferredRaise:
         if unread is None or unread.was_raised or _is_capturing():
             return
         unread.was_raised = True
+        if self._is_good(unread):
+            return
         with kernels.plain_operators():
-            if self._is_bad(unread):
-                where = [(name, unread.ranks.rank) for name in unread.bad_names()]
-                self._raise(
-                    unread, where, "none of this rank's; the next step's clip() names those of all ranks"
-                )
+            where = [(name, unread.ranks.rank) for name in unread.bad_names()]
+            self._raise(unread, where, "none of this rank's; the next step's clip() names those of all ranks")
 
     @staticmethod
-    def _is_bad(unread: _Unread) -> bool:
-        norm, agreed = unread.found.values().tolist()
+    def _is_good(unread: _Unread) -> bool:
+        norm, agreed = unread.found.values().numpy()  # takes no operator, in whatever mode the caller is
         if not agreed:
             raise DisagreementError(
                 f"step {unread.number}: expected every rank to measure the same, and replicas to hold equal "
                 "gradients, found that they did not, so the step was made without gradients; with "
                 "clip.nonfinite: raise_now the ranks say what differs"
             )
-        return not norm < float("inf")
+        return bool(norm < float("inf"))
 
     def _raise(self, unread: _Unread, where: Sequence[tuple[str, int]], otherwise: str) -> NoReturn:
         norm = float(unread.found.values()[0])

@@ -14,17 +14,17 @@ from distnorm.config import Config
 from distnorm.deferred import DeferredRaise
 from distnorm.errors import DistnormError, NonFiniteGradientError
 from distnorm.measure.diagnosis import find_not_finite
-from distnorm.measure.exchange import ReducedStatistics, without_norm
 from distnorm.measure.gradients import Given
 from distnorm.measure.meter import Meter, Reader
 from distnorm.measure.norms import norm
 from distnorm.measure.overlap import Overlap
+from distnorm.measure.reduced import ReducedStatistics, UnreadStatistics, without_norm
 from distnorm.monitor.snapshot import LayerSnapshot
 from distnorm.monitor.step_monitor import StepMonitor, monitor_terms
 from distnorm.payload.payload import join_payloads, split_payload
 from distnorm.plan.collectives import Ranks
-from distnorm.policies.deciding import Decider, Outcome
-from distnorm.policies.decision import is_finite
+from distnorm.policies.clipping import Clipping
+from distnorm.policies.deciding import Outcome
 from distnorm.policies.groups import PolicyGroups
 from distnorm.policies.results import ClipResult, describe_steps
 
@@ -67,7 +67,8 @@ class Step:
     def _take_part(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.groups = PolicyGroups(self.config.clip, self._norm, ranks)
-        self.decider = Decider(self.groups)
+        self._clipping = Clipping(self.groups, self._norm.order)
+        self.decider = self._clipping.decider
         self._meter = self._meter_of(ranks)
         self.deferred = DeferredRaise(self._norm.order)
         self._alone: Meter | None = None
@@ -119,16 +120,15 @@ class Step:
             finally:  # a loss belongs to one step, even if that raises
                 self.groups.loss.forget()
             of_policies, of_snapshot = split_payload(reduced.payload, self.groups.payload, snapshot)
-            agreed = reduced.agreed if isinstance(reduced.agreed, Tensor) else None
-            norm = reduced.total_norm if loss_scale == 1 else reduced.total_norm / loss_scale
-            outcome = self.decider.decide(norm, of_policies, agreed)
             names_them = snapshot is None and self._names_not_finite(reduced)
             where = find_not_finite(meter.ranks, meter.shards, gradients.tensors) if names_them else ()
-            if defers := meter.defers and meets:
-                outcome = self.deferred.without_gradients(number, meter, gradients, reduced, outcome)
-            if scales:
-                self.decider.apply(outcome, gradients, is_finite(reduced.total_norm) if defers else None)
+            defers = meter.defers and meets
+            marks = self.deferred.marks_of(gradients) if defers else None
+            outcome = self._clipping(
+                gradients, reduced, of_policies, scales=scales, defers=defers, loss_scale=loss_scale
+            )
             del gradients
+            self.deferred.remember(number, meter, outcome.found, marks)
             self.made(number, outcome)
             if self.monitor is not None:
                 self.monitor.record(number, outcome.result, of_snapshot, where, loss_scale)
@@ -155,12 +155,13 @@ class Step:
         self.count, self.last, self.outcome = number, outcome.result, outcome
         self._announce_snapshot()
 
-    def _names_not_finite(self, reduced: ReducedStatistics) -> bool:
+    def _names_not_finite(self, reduced: ReducedStatistics | UnreadStatistics) -> bool:
         """Whether to search for the gradients that are not finite: if the norm can be read for free, and no
         layer statistics will name them."""
+        if self.monitor is None or not self.groups.measures or isinstance(reduced, UnreadStatistics):
+            return False
         norm = reduced.total_norm
-        is_asked = self.monitor is not None and self.groups.measures
-        return is_asked and reduced.agreed is True and kernels.on_host(norm) and not norm.isfinite()
+        return reduced.agreed is True and kernels.on_host(norm) and not bool(norm.isfinite())
 
     @property
     def may_skip(self) -> bool:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from unittest import mock
 
+import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from distnorm import kernels
-from distnorm.kernels import addresses, dispatch, eager, native
+from distnorm.kernels import addresses, dispatch, eager, gpu, native
 from distnorm.measure.fast_path import FastPath
 from distnorm.measure.meter import Meter
 
@@ -33,6 +34,22 @@ def collectives_and_reads(call: Callable[[], object]) -> tuple[dict[str, int], d
     counted = Counter({event.key: event.count for event in profiler.key_averages()})
     collectives = {key: n for key, n in counted.items() if key.startswith(("c10d::", "_c10d_functional::"))}
     return collectives, {key: n for key, n in counted.items() if key in HOST_READS}
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """The same, where Triton's kernels take that memory: in its interpreter, or none at all."""
+
+    def usable(device: torch.device) -> bool:
+        return device.type == "cpu"
+
+    read = FastPath.read
+    with (
+        as_on_an_accelerator(),
+        mock.patch.object(FastPath, "read", read),
+        mock.patch.object(gpu, "usable", usable),
+    ):
+        yield
 
 
 @contextmanager

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distnorm
-from distnorm.measure.exchange import Exchange, ReducedStatistics
+from distnorm.measure.exchange import Exchange
 from distnorm.measure.header import FIELDS, Header, Packing, Stage
 from distnorm.measure.norms import norm
+from distnorm.measure.reduced import ReducedStatistics
 from distnorm.plan.collectives import Ranks
 from tests.refusals import TIMEOUT, Heard, heard, rank, with_gradient
 

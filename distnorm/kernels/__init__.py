@@ -9,6 +9,7 @@ from distnorm.kernels.dispatch import (
     checksum,
     fingerprints,
     has_kernel,
+    headed_statistic_at,
     located,
     measure,
     row_squares,
@@ -20,6 +21,8 @@ from distnorm.kernels.dispatch import (
 )
 from distnorm.kernels.eager import blocks, clamp_, moved, on_device, zero_unless_
 from distnorm.kernels.finding import Finder, Found
+from distnorm.kernels.gpu_clip import Clipped, ClipTerms
+from distnorm.kernels.gpu_clip import clip_ as clip_at_
 from distnorm.kernels.host_copy import AsyncHostCopy
 from distnorm.kernels.marks import FiniteMarks
 from distnorm.kernels.memory import SharedMemoryError, is_all_there, memory_of, once
@@ -33,6 +36,8 @@ __all__ = [
     "PLAIN",
     "AddressTable",
     "AsyncHostCopy",
+    "ClipTerms",
+    "Clipped",
     "Finder",
     "FiniteMarks",
     "Found",
@@ -43,9 +48,11 @@ __all__ = [
     "blocks",
     "checksum",
     "clamp_",
+    "clip_at_",
     "fingerprints",
     "first_with_gradient",
     "has_kernel",
+    "headed_statistic_at",
     "hold_just",
     "is_all_there",
     "located",

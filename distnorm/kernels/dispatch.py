@@ -54,6 +54,11 @@ def statistic_at(place: Located, kernel: native.Kernel) -> Tensor:
     return torch.tensor([native.statistic(place, kernel)], dtype=torch.float64, device="cpu")
 
 
+def headed_statistic_at(place: DeviceTable, kernel: native.Kernel, header: int) -> Tensor:
+    """A header below 2**53 and the statistic of what lies on a GPU, [2] fp64 there, not waited for."""
+    return gpu.statistic(place, kernel, header=header)
+
+
 def scale_at_(place: Located, coef: Tensor, keep: Tensor | None = None) -> bool:
     """Multiply what lies there, by compiled code, as `scale_` does.
 

@@ -25,7 +25,8 @@ from distnorm.kernels.marks import FiniteMarks
 from distnorm.kernels.native import Kernel
 
 _LOG = logging.getLogger("distnorm")
-_BLOCK = 1024  # elements that a program's 128 threads take at once
+BLOCK = 1024
+"""Elements that a program's 128 threads take at once."""
 
 
 @cache
@@ -52,7 +53,7 @@ def _try_out(device: torch.device) -> None:
     rows = torch.zeros(1, 2, dtype=torch.int64, device=device)
     out = torch.empty(1, dtype=torch.float64, device=device)
     with on(device):
-        gpu_code.partials[(1,)](rows, 0, out, gpu_code.DTYPES[0], int(Kernel.SQUARES), _BLOCK)
+        gpu_code.partials[(1,)](rows, 0, out, gpu_code.DTYPES[0], int(Kernel.SQUARES), BLOCK)
 
 
 def split(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -73,6 +74,7 @@ def statistic(
     tensors: Sequence[Tensor] = (),
     *,
     per_tensor: bool = False,
+    header: int | None = None,
 ) -> Tensor:
     """The statistic of all elements, [1] fp64, or of each tensor's, [tensors]; 0 where there are none.
 
@@ -82,6 +84,7 @@ def statistic(
         marks: gets the numbers of the table's chunks, which cost nothing more.
         tensors: those of the table, for `marks`.
         per_tensor: whether each tensor's is asked for.
+        header: a whole number below 2**53 that the result begins with, before the statistic: [2] then.
     """
     from distnorm.kernels import gpu_code
 
@@ -92,16 +95,17 @@ def statistic(
     parts = table.parts
     if parts is None:
         parts = torch.empty(len(table.rows), dtype=torch.float64, device=table.device)
-    out = torch.empty(len(runs), dtype=torch.float64, device=table.device)
+    found = torch.empty(len(runs) + (header is not None), dtype=torch.float64, device=table.device)
+    out = found if header is None else found[1:]
     with on(table.device):
         table.ready()
         for code, first, rows in table.kinds:
             dtype = gpu_code.DTYPES[code]
-            gpu_code.partials[(rows,)](table.rows, first, parts, dtype, int(kernel), _BLOCK)
-        gpu_code.totals[(len(out),)](parts, runs, out, int(kernel), _BLOCK)
+            gpu_code.partials[(rows,)](table.rows, first, parts, dtype, int(kernel), BLOCK)
+        gpu_code.totals[(len(out),)](parts, runs, out, header or 0, header is not None, int(kernel), BLOCK)
     if marks is not None:
         marks.add(tensors, parts, table.each)
-    return out
+    return found
 
 
 def scale_(table: DeviceTable, coef: Tensor, keep: Tensor | None = None) -> None:
@@ -112,7 +116,7 @@ def scale_(table: DeviceTable, coef: Tensor, keep: Tensor | None = None) -> None
 
     Args:
         table: where they are.
-        coef: 0-d, at least 0.
+        coef: 0-d.
         keep: 0-d bool; where it is false, every element is set to zero instead, NaN and inf too.
     """
     from distnorm.kernels import gpu_code
@@ -123,4 +127,4 @@ def scale_(table: DeviceTable, coef: Tensor, keep: Tensor | None = None) -> None
     with on(table.device):
         table.ready()
         for code, first, rows in table.kinds:
-            gpu_code.scale[(rows,)](table.rows, first, factor, gpu_code.DTYPES[code], _BLOCK)
+            gpu_code.scale[(rows,)](table.rows, first, factor, gpu_code.DTYPES[code], BLOCK)

@@ -34,11 +34,18 @@ def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def eager(*args: P.args, **kwargs: P.kwargs) -> R:
-        compiler = sys.modules.get("torch._dynamo")
-        if compiler is None:  # nobody compiles, and importing it is slow
+        compiler = sys.modules.get("torch._dynamo")  # importing it is slow
+        if compiler is None or (not torch.compiler.is_compiling() and _nobody_compiles()):
             return function(*args, **kwargs)
         if not disabled:
             disabled.append(compiler.disable(function))
         return disabled[0](*args, **kwargs)
 
     return eager
+
+
+def _nobody_compiles() -> bool:
+    """Whether the frames that are called here run as they are; to disable that costs more than to ask."""
+    frames = getattr(torch._C._dynamo, "eval_frame", None)
+    callback = getattr(frames, "get_eval_frame_callback", None)
+    return callback is not None and callback() is None

@@ -14,8 +14,7 @@ has it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 from distnorm import kernels
 from distnorm.measure.header import FIELDS, DecodedHeader, Header, Packing
 from distnorm.measure.norms import Norm
+from distnorm.measure.reduced import ReducedStatistics, UnreadStatistics
 from distnorm.plan.collectives import Ranks
 
 with kernels.plain_operators():  # the first import may be within a FakeTensorMode
@@ -42,37 +42,6 @@ class Payload(Protocol):
         """This rank's, [length] on the device, of its local gradients, in the order of its shards."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReducedStatistics:
-    """What the all-reduce gave.
-
-    Args:
-        total_norm: 0-d fp64; NaN where the ranks did not measure the same.
-        payload: the reduced payload, [length] fp64.
-        decode: the headers, read on the host. In the packed form every rank must call it that reads a total
-            norm of disagreement, and every rank that measures nothing.
-        is_packed: in which form the vector was.
-        agreed: whether all ranks measured, and the same; 0-d bool where that isn't known on the host.
-        if_agreed: what `total_norm` is if the ranks measured the same after all.
-        replica_difference: by how much replicas differ, where that is known on the host; else 0-d fp64, and
-            `None` where nothing was compared.
-    """
-
-    total_norm: Tensor
-    payload: Tensor
-    decode: Callable[[], DecodedHeader]
-    is_packed: bool
-    agreed: Tensor | bool
-    if_agreed: Tensor
-    replica_difference: Tensor | float | None = None
-
-
-def without_norm(device: torch.device) -> ReducedStatistics:
-    """What stands for a reduction where no norm is needed: a total norm of NaN."""
-    norm = torch.full((), math.nan, dtype=torch.float64, device=device)
-    return ReducedStatistics(norm, norm.view(1)[:0], lambda: DecodedHeader({}), True, True, norm)
-
-
 class Exchange:
     """Gives every rank the total norm of all ranks' statistics. A call is collective.
 
@@ -84,6 +53,40 @@ class Exchange:
     def __init__(self, ranks: Ranks, norm: Norm) -> None:
         self._ranks, self._norm = ranks, norm
         self._packing = Packing(ranks.rank, ranks.size)
+
+    def unread(
+        self, statistic: Tensor, header: Header, payload: Tensor | int, replicas: float | Tensor
+    ) -> ReducedStatistics | UnreadStatistics:
+        """A call, on a rank that doesn't read the result on the host."""
+        if not self._ranks.state.is_packed or not self.can_pack:
+            return self(statistic, header, payload, replicas)
+        if not header.has_statistic:
+            statistic = torch.full_like(statistic, math.nan)
+        numbers = [replicas] if self._ranks.state.compares_replicas else []
+        values = payload if isinstance(payload, Tensor) else statistic[:0]
+        vector = self._packed(statistic, header, values, numbers)
+        return UnreadStatistics(vector, bool(numbers), self._packing, self._norm)
+
+    def _packed(
+        self, statistic: Tensor, header: Header, payload: Tensor, numbers: Sequence[float | Tensor]
+    ) -> Tensor:
+        """All-reduce ``[header, statistic, replicas if they are compared, payload ...]``."""
+        device = statistic.device
+        parts = [kernels.on_device([self._packing.pack(header)], device), statistic]
+        parts += [_element(number, device) for number in numbers]
+        return self._ranks.all_reduce_(_joined(parts, payload), "sum")
+
+    def header_number(self, header: Header, payload: object) -> int | None:
+        """The header in one number, where that and the statistic are all that is reduced; else `None`."""
+        state = self._ranks.state
+        if payload is not None or not state.is_packed or not self.can_pack or state.compares_replicas:
+            return None
+        return self._packing.pack(header) if header.has_statistic else None
+
+    def of_vector(self, vector: Tensor) -> UnreadStatistics:
+        """Reduce this rank's header and statistic, [2] fp64, which are one tensor already. Collective, as a
+        call."""
+        return UnreadStatistics(self._ranks.all_reduce_(vector, "sum"), False, self._packing, self._norm)
 
     @property
     def can_pack(self) -> bool:
@@ -137,9 +140,7 @@ class Exchange:
         numbers = [replicas] if compares else []
         if not len(payload) and kernels.on_host(statistic):
             return self._packed_on_host(float(statistic.numpy()[0]), header, numbers)
-        parts = [kernels.on_device([self._packing.pack(header)], device), statistic]
-        parts += [_element(number, device) for number in numbers]
-        vector = self._ranks.all_reduce_(_joined(parts, payload), "sum")
+        vector = self._packed(statistic, header, payload, numbers)
         agreed = self._packing.agreed(vector[0])
         finalised = self._norm.finalise(vector[1:2]) if self.can_pack else vector[1]
         total_norm = torch.where(agreed, finalised, math.nan)

@@ -101,6 +101,26 @@ class FoundGradients(Gradients):
             self.marks = kernels.FiniteMarks.of_table(self._tables.counted, self._path.each_position)
         return kernels.moved(statistic, device)
 
+    def headed_statistic(
+        self, norm: Norm, device: torch.device, header: int, *, marks: bool = False
+    ) -> Tensor | None:
+        place = self._tables.counted
+        if isinstance(place, kernels.AddressTable) or place.device != device or norm.kernel is None:
+            return None
+        statistic = kernels.headed_statistic_at(place, norm.kernel, header)
+        if marks:
+            self.marks = kernels.FiniteMarks.of_table(place, self._path.each_position)
+        return statistic
+
+    def clip_(self, reduced: Tensor, terms: kernels.ClipTerms) -> kernels.Clipped | None:
+        place = self._tables.all
+        if isinstance(place, kernels.AddressTable) or place.device != reduced.device or not place.kinds:
+            return None
+        clipped = kernels.clip_at_(place, reduced, terms)
+        if terms.may_scale:
+            self._mark_changed()
+        return clipped
+
     def replica_numbers(self, check: ReplicaCheck) -> npt.NDArray[np.float64]:
         if not self._are_on_host:
             return super().replica_numbers(check)
@@ -113,8 +133,11 @@ class FoundGradients(Gradients):
         if self._are_on_host and keep is not None:
             super().scale_(coef, keep)
         elif kernels.scale_at_(self._tables.all, coef, keep):
-            for found in self._held:
-                found.mark_changed()
+            self._mark_changed()
+
+    def _mark_changed(self) -> None:
+        for found in self._held:
+            found.mark_changed()
 
     def zero_unless_(self, keep: Tensor) -> None:
         if self._are_on_host:

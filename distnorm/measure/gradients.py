@@ -93,6 +93,16 @@ class Gradients:
         statistics = [kernels.moved(norm.statistic(by_device[d], d, self.marks), device) for d in by_device]
         return norm.reduce(torch.stack(statistics)) if statistics else norm.zeros(device)
 
+    def headed_statistic(
+        self, norm: Norm, device: torch.device, header: int, *, marks: bool = False
+    ) -> Tensor | None:
+        """A header and the statistic as one tensor, [2] fp64 on a device, where one kernel writes both."""
+        return None
+
+    def clip_(self, reduced: Tensor, terms: kernels.ClipTerms) -> kernels.Clipped | None:
+        """All that follows the all-reduce, where one kernel does it: see `kernels.clip_at_`."""
+        return None
+
     def replica_numbers(self, check: ReplicaCheck) -> npt.NDArray[np.float64]:
         """What is compared of replicas. Waits for the gradients' devices."""
         return check.numbers_of(self.tensors)

@@ -98,12 +98,15 @@ class Packing:
 
     Args:
         rank, size: this rank, and how many there are.
+
+    Attributes:
+        modulus: the power of two.
     """
 
     rank: int
     size: int
     _weight: int = field(init=False)
-    _modulus: int = field(init=False)
+    modulus: int = field(init=False)
     _unit: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -111,23 +114,23 @@ class Packing:
         # Over all ranks the weights add up to zero; over few enough others, to nothing like a multiple of it.
         weight = 2 * self.rank + 1 if self.rank else 1 - self.size**2
         object.__setattr__(self, "_weight", weight)
-        object.__setattr__(self, "_modulus", 1 << min(32, 53 - 2 * bits))
-        object.__setattr__(self, "_unit", self._modulus << bits)
+        object.__setattr__(self, "modulus", 1 << min(32, 53 - 2 * bits))
+        object.__setattr__(self, "_unit", self.modulus << bits)
 
     def pack(self, header: Header) -> int:
         """The number."""
         if header.stage != "measure":
             return 0
         zero_sum = header.presence + self._weight * header.terms + header.refused + header.replica_bits
-        return zero_sum % self._modulus + (0 if header.raises else self._unit)
+        return zero_sum % self.modulus + (0 if header.raises else self._unit)
 
     def agreed(self, packed: Tensor) -> Tensor:
         """Whether packed headers, added up, say that all ranks measured the same: 0-d bool."""
-        return packed.remainder(self._modulus) == 0
+        return packed.remainder(self.modulus) == 0
 
     def agreed_on_host(self, packed: float) -> bool:
         """`agreed` of a number in the host's memory."""
-        return int(packed) % self._modulus == 0
+        return int(packed) % self.modulus == 0
 
     def nonraising(self, packed: float) -> int:
         """How many ranks measure and don't raise, by packed headers added up."""

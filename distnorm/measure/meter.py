@@ -20,14 +20,16 @@ from distnorm import kernels
 from distnorm.errors import DisagreementError, DistnormError
 from distnorm.measure import diagnosis
 from distnorm.measure.diagnosis import SET
-from distnorm.measure.exchange import Exchange, Payload, ReducedStatistics
+from distnorm.measure.exchange import Exchange, Payload
 from distnorm.measure.gradients import Coefficients, Given, Gradients
 from distnorm.measure.header import DecodedHeader, Header, Stage, presence_weights
 from distnorm.measure.norms import Norm
 from distnorm.measure.overlap import Overlap
 from distnorm.measure.reading import GradientReader
+from distnorm.measure.reduced import ReducedStatistics, UnreadStatistics
 from distnorm.measure.replica_check import ReplicaCheck
 from distnorm.measure.result_checks import ResultChecks
+from distnorm.measure.unread import UnreadReduction
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.plan import Plan, Share, check_tied, make_plan
 from distnorm.plan.terms import stable_hash
@@ -80,6 +82,7 @@ class Meter:
     _describe: Callable[[], list[GradShard]] = list
     _exchange: Exchange = field(init=False)
     _checks: ResultChecks = field(init=False)
+    _unread: UnreadReduction = field(init=False)
     _weights: dict[int, int] = field(default_factory=dict)
     _reader: GradientReader = field(init=False)
     _hashed: tuple[tuple[object, ...], int] = ((), 0)  # terms, and their hash
@@ -141,6 +144,7 @@ class Meter:
         self._checks = ResultChecks(
             self.ranks, self.norm, self.raises, self.source, plan.shares, replica_check
         )
+        self._unread = UnreadReduction(self._exchange, self.norm, self._checks)
         if self.source is Source.GRADIENT and (self.managers is None or not self.managers.are_of(named)):
             self.managers = Managers(named)
         self._reader = self._reader_of(plan.shares)
@@ -222,7 +226,7 @@ class Meter:
         terms: Mapping[str, object] = NO_TERMS,
         *,
         store: bool = True,
-    ) -> tuple[Gradients, ReducedStatistics]:
+    ) -> tuple[Gradients, ReducedStatistics | UnreadStatistics]:
         """Measure gradients, in one all-reduce. Collective: every rank must call it.
 
         Args:
@@ -242,16 +246,22 @@ class Meter:
         here = {**terms, "plan": self.plan.ident, "raises": self.raises}
         device = self.ranks.reduce_device(gradients.device)
         statistic = self.overlap.take(gradients) if self.overlap is not None else None
+        if not self.listens:
+            header = self._header(gradients, here, 0)
+            self.raised_alone = bool(gradients.problems) and self.ranks.size > 1
+            reduced = self._unread(
+                gradients, statistic, self.shares, header, payload, device, marks=self.defers
+            )
+            return gradients, reduced
         if statistic is None:
-            statistic = gradients.statistic(self.norm, self.shares, device, marks=self.defers)
-        bits, replicas = self._checks.replica_summand(gradients, device, listens=self.listens)
+            statistic = gradients.statistic(self.norm, self.shares, device)
+        bits, replicas = self._checks.replica_summand(gradients)
         header = self._header(gradients, here, bits)
         summand = 0 if payload is None else payload.local(gradients.tensors, device)
         reduced = self._exchange(statistic, header, summand, replicas)
-        if not self.listens or type(reduced.total_norm) is not Tensor:  # a dry run has no values to read
-            self.raised_alone = bool(gradients.problems) and self.ranks.size > 1
+        if type(reduced.total_norm) is not Tensor:  # a dry run has no values to read
             gradients.raise_problems()
-            return gradients, self._checks.without_suspects(reduced)
+            return gradients, reduced
         if not reduced.agreed:
             decoded = reduced.decode()
             if decoded.agreed and decoded.values["measure"] == self.ranks.size:

@@ -13,10 +13,10 @@ from torch import Tensor
 from distnorm import kernels
 from distnorm.errors import DisagreementError
 from distnorm.measure import diagnosis
-from distnorm.measure.exchange import ReducedStatistics
 from distnorm.measure.gradients import Gradients
 from distnorm.measure.header import DecodedHeader
 from distnorm.measure.norms import Norm
+from distnorm.measure.reduced import ReducedStatistics, UnreadStatistics
 from distnorm.measure.replica_check import ReplicaCheck, compare_replicas
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.plan import Share
@@ -43,19 +43,22 @@ class ResultChecks:
     shares: Sequence[Share] = ()
     replica_check: ReplicaCheck | None = None
 
-    def replica_summand(
-        self, gradients: Gradients, device: torch.device, *, listens: bool
-    ) -> tuple[int, Tensor | float]:
-        """This rank's part of the comparison of replicas: by their bits, or but for the last of these."""
-        check = self.replica_check
-        if check is None:
+    def replica_summand(self, gradients: Gradients) -> tuple[int, float]:
+        """This rank's part of the comparison of replicas: by their bits, or but for the last of these. Waits
+        for the gradients."""
+        if self.replica_check is None:
             return 0, 0.0
-        if not listens:
-            return 0, check.of_tensors(gradients.tensors, device)
-        numbers = gradients.replica_numbers(check)
+        numbers = gradients.replica_numbers(self.replica_check)
         if self.ranks.state.compares_replicas:
-            return 0, check.difference(numbers)
-        return check.bits(numbers), 0.0
+            return 0, self.replica_check.difference(numbers)
+        return self.replica_check.bits(numbers), 0.0
+
+    def replica_difference(self, gradients: Gradients, device: torch.device) -> Tensor | float:
+        """This rank's part of the comparison of replicas but for the last bits, on a device. Waits for
+        nothing."""
+        if self.replica_check is None:
+            return 0.0
+        return self.replica_check.of_tensors(gradients.tensors, device)
 
     def raise_disagreement(
         self,
@@ -118,8 +121,14 @@ class ResultChecks:
             return suspect
         return self.ranks.any(suspect)[0]  # a rank that was given nothing has no plan to go by
 
-    def without_suspects(self, reduced: ReducedStatistics) -> ReducedStatistics:
+    def without_suspects(
+        self, reduced: ReducedStatistics | UnreadStatistics
+    ) -> ReducedStatistics | UnreadStatistics:
         """Where no rank reads results: make the total norm NaN if replicas differ by much."""
+        if isinstance(reduced, UnreadStatistics):
+            if reduced.has_replicas and self.replica_check is not None:
+                reduced.tolerance = self.replica_check.unread_tolerance
+            return reduced
         difference = reduced.replica_difference
         if self.replica_check is None or not isinstance(difference, Tensor):
             return reduced

@@ -56,11 +56,14 @@ class Outcome:
         result: what the caller gets.
         decision: where one coefficient is all that was decided.
         groups: what each group's policy decided otherwise.
+        found: where the step's error is raised later: fp64 [2] the norm, and whether the ranks measured the
+            same.
     """
 
     result: ClipResult
     decision: Decision | None
     groups: Sequence[GroupDecision] = ()
+    found: Tensor | None = None
 
 
 @dataclass(slots=True)

@@ -34,7 +34,7 @@ def constant(total_norm: Tensor, max_norm: float, nonfinite: str = "propagate") 
         coef, threshold = torch.tensor(both, dtype=torch.float64, device="cpu").unbind()
         return Decision(coef, threshold, may_clip)
     threshold = torch.full_like(total_norm, max_norm)
-    coef = (max_norm / (total_norm + EPS)).clamp(max=1.0) if may_clip else torch.ones_like(total_norm)
+    coef = (threshold / (total_norm + EPS)).clamp(max=1.0) if may_clip else torch.ones_like(total_norm)
     return handle_nonfinite(Decision(coef, threshold, may_clip), total_norm, nonfinite)
 
 

@@ -64,17 +64,15 @@ class UnreducedGradients:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._groups = [weakref.ref(group) for module in modules for group in _groups(module)]
-        # FSDP2 makes each of these once, when it is first needed; their memory is freed while it is sharded.
+        # FSDP2 makes those of a group once, together; their memory is freed while it is sharded.
         self._unsharded: list[Tensor] = []
-        self._knows_all = False
+        self._unknown = list(self._groups)
 
     def find(self) -> Iterator[tuple[Tensor, str]]:
         """Sharded parameters whose gradients are not complete, each with the reason."""
         groups = [group for group in (ref() for ref in self._groups) if group is not None]
-        if not self._knows_all:
-            made = [getattr(p, "_unsharded_param", None) for group in groups for p in group.fsdp_params]
-            self._unsharded = [unsharded for unsharded in made if unsharded is not None]
-            self._knows_all = len(self._unsharded) == len(made)
+        if self._unknown:
+            self._unknown = [ref for ref in self._unknown if not self._knows(ref())]
         for group in groups:
             if group._partial_reduce_output is not None:
                 yield group.fsdp_params[0].sharded_param, _NOT_ALL_REDUCED
@@ -86,6 +84,17 @@ class UnreducedGradients:
                 unsharded = getattr(managed, "_unsharded_param", None)
                 if unsharded is not None and unsharded.grad is not None:
                     yield managed.sharded_param, _NOT_SYNCHRONISED
+
+    def _knows(self, group: Any) -> bool:
+        """Whether the unsharded parameters of a group are known."""
+        if group is None:
+            return True
+        if not group.fsdp_params or not hasattr(group.fsdp_params[0], "_unsharded_param"):
+            return False
+        made = [getattr(managed, "_unsharded_param", None) for managed in group.fsdp_params]
+        known = {id(tensor) for tensor in self._unsharded}
+        self._unsharded += [tensor for tensor in made if tensor is not None and id(tensor) not in known]
+        return all(tensor is not None for tensor in made)
 
 
 GATHERED = (

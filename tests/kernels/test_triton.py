@@ -67,13 +67,20 @@ def ptx(function, **arguments):
     return compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
 
 for kernel in Kernel:
-    ptx(gpu_code.totals, parts="*fp64", runs="*i64", out="*fp64", KERNEL=int(kernel), BLOCK=gpu._BLOCK)
+    ptx(gpu_code.totals, parts="*fp64", runs="*i64", out="*fp64", before="i64", HAS_BEFORE=True, KERNEL=int(kernel), BLOCK=gpu.BLOCK)
 for dtype, widest in zip(gpu_code.DTYPES, ("v4.b32", "v2.b64", "v4.b32", "v4.b32")):
     made = [
-        ptx(gpu_code.partials, rows="*i64", first="i32", out="*fp64", DTYPE=dtype, KERNEL=k, BLOCK=gpu._BLOCK)
+        ptx(gpu_code.partials, rows="*i64", first="i32", out="*fp64", DTYPE=dtype, KERNEL=k, BLOCK=gpu.BLOCK)
         for k in map(int, Kernel)
     ]
-    made.append(ptx(gpu_code.scale, rows="*i64", first="i32", coef="*fp64", DTYPE=dtype, BLOCK=gpu._BLOCK))
+    made.append(ptx(gpu_code.scale, rows="*i64", first="i32", coef="*fp64", DTYPE=dtype, BLOCK=gpu.BLOCK))
+    for mode in range(4):
+        for replicas, clips in ((False, True), (True, False)):
+            made.append(ptx(
+                gpu_code.clip, rows="*i64", first="i32", reduced="*fp64", terms="*fp64", values="*fp64",
+                flags="*i1", NONFINITE=mode, ROOT=True, HAS_REPLICAS=replicas, MAY_CLIP=clips,
+                MAY_SCALE=True, DTYPE=dtype, BLOCK=gpu.BLOCK,
+            ))
     assert "st.global." + widest in made[-1]
     for text in made:
         assert "ld.global." + widest in text, "16 bytes at once"
@@ -101,6 +108,7 @@ import sys, torch
 from distnorm import kernels
 from distnorm.kernels import gpu
 gpu.split = lambda tensors: (list(tensors), [])  # as of a GPU's memory
+gpu.usable = lambda device: True
 gpu.scale_, scale_, taken = lambda table, coef: (taken.append(table), scale_(table, coef)), gpu.scale_, []
 held, flat = torch.ones(3), torch.ones(9)
 product = (torch.ones(3, requires_grad=True) * held).sum()

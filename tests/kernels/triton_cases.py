@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from distnorm.kernels import AddressTable, FiniteMarks, Kernel, addresses, eager, gpu
+from distnorm.kernels import AddressTable, FiniteMarks, Kernel, addresses, device_table, eager, gpu
 from tests import oracle
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda:0")
@@ -166,7 +166,8 @@ def test_chunks_of_a_tensor_beyond_32_bits():
     numels = np.array([5, 3 << 32, 0, CHUNK + 1])
     starts, codes = np.array([1 << 40, 1 << 41, 0, 1 << 50]), np.array([2, 0, 1, 2], dtype=np.int32)
     places = AddressTable(DEVICE, starts, numels, codes, np.zeros(4, dtype=np.int64))
-    rows, runs, kinds = places.chunks()
+    cut = places.chunks
+    rows, runs, kinds = cut.at(places.starts), cut.runs, cut.kinds
     assert len(rows) <= addresses._CHUNKS + len(numels)
     for address, size, numel, (first, last) in zip(
         places.starts, (2, 4, 8, 2), numels.tolist(), runs.tolist(), strict=True
@@ -183,18 +184,18 @@ def test_chunks_of_a_tensor_beyond_32_bits():
 
 def test_a_table_is_made_anew_only_if_something_moved():
     tensors = [random(10, torch.float32), random(0, torch.float64), random(7, torch.bfloat16)]
-    first = gpu.table_of(tensors)
+    first = device_table.table_of(tensors)
     tensors[0].fill_(2)
-    assert gpu.table_of(list(tensors)) is first
+    assert device_table.table_of(list(tensors)) is first
     assert float(gpu.statistic(first, Kernel.MAGNITUDES)) == pytest.approx(
         20 + powers(tensors[2:], Kernel.MAGNITUDES)
     )
-    assert gpu.table_of(tensors[::-1]) is not first
-    assert gpu.table_of([tensors[0][:9], *tensors[1:]]) is not first
-    assert gpu.table_of([tensors[0].view(torch.int32).view(torch.float32), *tensors[1:]]) is first
-    for _ in range(gpu._REMEMBERED + 1):
-        gpu.table_of(tensors := [*tensors, random(3, torch.float32)])
-    assert len(gpu._tables) == gpu._REMEMBERED
+    assert device_table.table_of(tensors[::-1]) is not first
+    assert device_table.table_of([tensors[0][:9], *tensors[1:]]) is not first
+    assert device_table.table_of([tensors[0].view(torch.int32).view(torch.float32), *tensors[1:]]) is first
+    for _ in range(device_table._REMEMBERED + 1):
+        device_table.table_of(tensors := [*tensors, random(3, torch.float32)])
+    assert len(device_table._tables) == device_table._REMEMBERED
 
 
 def test_a_kernel_is_launched_on_no_element():

@@ -1,0 +1,70 @@
+"""The all-reduce of a step whose result no rank reads on the host: nothing here waits for a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distnorm.measure.exchange import Exchange, Payload
+from distnorm.measure.gradients import Gradients
+from distnorm.measure.header import Header
+from distnorm.measure.norms import Norm
+from distnorm.measure.reduced import ReducedStatistics, UnreadStatistics
+from distnorm.measure.result_checks import ResultChecks
+from distnorm.plan.plan import Share
+
+
+@dataclass(frozen=True, slots=True)
+class UnreadReduction:
+    """Reduces the gradients of one plan. A call is collective.
+
+    Args:
+        exchange: meets the other ranks.
+        norm: which norm.
+        checks: compares replicas.
+    """
+
+    exchange: Exchange
+    norm: Norm
+    checks: ResultChecks
+
+    def __call__(
+        self,
+        gradients: Gradients,
+        statistic: Tensor | None,
+        shares: Sequence[Share],
+        header: Header,
+        payload: Payload | None,
+        device: torch.device,
+        *,
+        marks: bool,
+    ) -> ReducedStatistics | UnreadStatistics:
+        """Measure and reduce.
+
+        Args:
+            gradients: of this step.
+            statistic: theirs, where backward has prepared it.
+            shares: what this rank counts of each.
+            header: this rank's consensus header.
+            payload: what else is reduced.
+            device: where.
+            marks: whether it must be known afterwards which gradients are not finite.
+
+        Raises:
+            UnsupportedGradientError: this rank has a gradient that can't be measured; the others learn of it.
+        """
+        number = self.exchange.header_number(header, payload)
+        if number is not None and statistic is None:
+            vector = gradients.headed_statistic(self.norm, device, number, marks=marks)
+            if vector is not None:
+                return self.exchange.of_vector(vector)
+        if statistic is None:
+            statistic = gradients.statistic(self.norm, shares, device, marks=marks)
+        summand = 0 if payload is None else payload.local(gradients.tensors, device)
+        replicas = self.checks.replica_difference(gradients, device)
+        reduced = self.exchange.unread(statistic, header, summand, replicas)
+        gradients.raise_problems()
+        return self.checks.without_suspects(reduced)

@@ -1,0 +1,18 @@
+"""Steps on a GPU, as far as they can be made without one: in Triton's interpreter."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+
+from tests.kernels.test_triton import run
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="there is no Triton here")
+
+
+def test_in_the_interpreter():
+    found = run(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/gpu_steps.py", TRITON_INTERPRET="1"
+    )
+    assert " passed" in found and " skipped" not in found
