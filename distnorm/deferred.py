@@ -122,7 +122,7 @@ class DeferredRaise:
 
     @staticmethod
     def _is_good(unread: _Unread) -> bool:
-        norm, agreed = unread.found.values().numpy()  # takes no operator, in whatever mode the caller is
+        norm, agreed = unread.found.numbers()  # without an operator, in whatever mode the caller is
         if not agreed:
             raise DisagreementError(
                 f"step {unread.number}: expected every rank to measure the same, and replicas to hold equal "

@@ -28,6 +28,7 @@ class AsyncHostCopy:
             self._event.record(torch.cuda.current_stream(values.device))
         else:
             self._values = values.cpu()
+        self._array = self._values.numpy()
 
     @property
     def has_arrived(self) -> bool:
@@ -40,3 +41,9 @@ class AsyncHostCopy:
             self._event.synchronize()
             self._event = None
         return self._values
+
+    def numbers(self) -> list[float]:
+        """The values of a 1-d copy, by no operator. Waits for the device."""
+        self.values()
+        found: list[float] = self._array.tolist()
+        return found

@@ -67,7 +67,10 @@ def ptx(function, **arguments):
     return compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
 
 for kernel in Kernel:
-    ptx(gpu_code.totals, parts="*fp64", runs="*i64", out="*fp64", before="i64", HAS_BEFORE=True, KERNEL=int(kernel), BLOCK=gpu.BLOCK)
+    ptx(
+        gpu_code.totals, parts="*fp64", runs="*i64", out="*fp64", before="i64", HAS_BEFORE=True,
+        KERNEL=int(kernel), BLOCK=gpu.BLOCK,
+    )
 for dtype, widest in zip(gpu_code.DTYPES, ("v4.b32", "v2.b64", "v4.b32", "v4.b32")):
     made = [
         ptx(gpu_code.partials, rows="*i64", first="i32", out="*fp64", DTYPE=dtype, KERNEL=k, BLOCK=gpu.BLOCK)
@@ -76,11 +79,14 @@ for dtype, widest in zip(gpu_code.DTYPES, ("v4.b32", "v2.b64", "v4.b32", "v4.b32
     made.append(ptx(gpu_code.scale, rows="*i64", first="i32", coef="*fp64", DTYPE=dtype, BLOCK=gpu.BLOCK))
     for mode in range(4):
         for replicas, clips in ((False, True), (True, False)):
-            made.append(ptx(
+            clip = ptx(
                 gpu_code.clip, rows="*i64", first="i32", reduced="*fp64", terms="*fp64", values="*fp64",
                 flags="*i1", NONFINITE=mode, ROOT=True, HAS_REPLICAS=replicas, MAY_CLIP=clips,
                 MAY_SCALE=True, DTYPE=dtype, BLOCK=gpu.BLOCK,
-            ))
+            )
+            assert "sqrt.rn.f64" in clip and "div.rn.f32" not in clip
+            assert ("div.rn.f64" in clip) == clips
+            made += [clip] if clips else []
     assert "st.global." + widest in made[-1]
     for text in made:
         assert "ld.global." + widest in text, "16 bytes at once"

@@ -58,8 +58,10 @@ class HeldGradients:
     def _present(self) -> list[Tensor]:
         return [tensor for tensor in self.tensors if tensor is not None]
 
-    def scale_(self, coef: Tensor) -> None:
+    def scale_(self, coef: Tensor, keep: Tensor | None = None) -> None:
         kernels.scale_(self._present(), coef)
+        if keep is not None:
+            self.zero_unless_(keep)
 
     def scale_each_(self, coefs: Tensor) -> None:
         assert coefs.shape == (len(self.tensors),)
