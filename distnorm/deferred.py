@@ -81,7 +81,7 @@ class DeferredRaise:
         Args:
             number: the step's, from 1.
             meter: what measured.
-            found: fp64 [2] the norm, and whether the ranks measured the same.
+            found: fp64; begins with the norm, and whether the ranks measured the same.
             marks: which of the gradients are not finite.
         """
         # A dry run has no values; replays of a graph don't come here.
@@ -122,7 +122,7 @@ class DeferredRaise:
 
     @staticmethod
     def _is_good(unread: _Unread) -> bool:
-        norm, agreed = unread.found.numbers()  # without an operator, in whatever mode the caller is
+        norm, agreed = unread.found.numbers()[:2]  # without an operator, in whatever mode the caller is
         if not agreed:
             raise DisagreementError(
                 f"step {unread.number}: expected every rank to measure the same, and replicas to hold equal "

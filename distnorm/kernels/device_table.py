@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -175,4 +175,6 @@ def is_capturing(device: torch.device) -> bool:
 
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device. Does nothing for the CPU, where its interpreter runs."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

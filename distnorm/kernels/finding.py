@@ -16,15 +16,13 @@ from torch import Tensor
 from distnorm.kernels import native, walking
 from distnorm.kernels.addresses import CODES, HOST, AddressTable, Ints, addresses_of, has_memory
 
-_NO_SLOTS = (None, -1, -1)
-
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """Gradients where they were found. Their memory stays until it is dropped.
 
     Args:
-        addresses: [gradients] of the first elements of the (local) tensors.
+        addresses: [gradients] of the first elements of the (local) tensors, until the finder is called again.
         tensors: gives the (local) tensors themselves, in their order; of DTensors those that the parameters
             have now, which are the same ones until the caller's code runs.
     """
@@ -70,10 +68,9 @@ class Finder:
         self.table = AddressTable.of(tensors)
         """Where the tensors were when it was made; `table.at(found.addresses)` is where they are."""
         self._numels = self.table.numels.tolist()
-        self._columns = (self.table.numels.ctypes.data, self.table.codes.ctypes.data)
-        self._scratch: Ints = np.empty(len(tensors), dtype=np.int64)
+        self._found: Ints = np.empty(len(tensors), dtype=np.int64)
+        self._scratch = np.empty_like(self._found)
         self._compiled: ctypes.PyDLL | None = None
-        self._slots: tuple[object, ...] = _NO_SLOTS
         self._asks = True  # whether compiled code may be there one day
 
     def __call__(self, holders: Sequence[Tensor]) -> Found | None:
@@ -92,25 +89,27 @@ class Finder:
             self._take(walking.library(len(holders)))
         if self._compiled is None:
             return self._by_attributes(holders)
-        addresses = np.empty(len(self._numels), dtype=np.int64)
-        arrays = (*self._columns, addresses.ctypes.data, self._scratch.ctypes.data)
         listed = holders if isinstance(holders, list | tuple) else list(holders)
-        held = self._compiled.distnorm_find(listed, self._specs, self._device, *arrays, *self._slots)
+        held = self._compiled.distnorm_find(listed, self._address)
         if held is None:
             return None
         if self._specs is None:
-            return Found(addresses, partial(self._compiled.distnorm_tensors, held), held, self._compiled)
-        return Found(addresses, partial(self._locals, listed), held, self._compiled)
+            return Found(self._found, partial(self._compiled.distnorm_tensors, held), held, self._compiled)
+        return Found(self._found, partial(self._locals, listed), held, self._compiled)
 
     def _take(self, compiled: ctypes.PyDLL | None) -> None:
         if compiled is None:
             return
-        if self._specs is not None:
-            slots = walking.slots_of(compiled, self._kind, ("_spec", "_local_tensor"))
-            if slots is None:  # this torch keeps things elsewhere
-                self._asks = False
-                return
-            self._slots = (self._kind, *slots)
+        names = ("_spec", "_local_tensor")
+        slots = (-1, -1) if self._specs is None else walking.slots_of(compiled, self._kind, names)
+        if slots is None:  # this torch keeps things elsewhere
+            self._asks = False
+            return
+        arrays = (self.table.numels, self.table.codes, self._found, self._scratch)
+        places = [id(self._specs), id(self._device), *(array.ctypes.data for array in arrays)]
+        # walk.cpp's struct: what it points to lives as long as the finder.
+        self._expected = np.array([*places, id(self._kind), *slots], dtype=np.int64)
+        self._address = self._expected.ctypes.data
         self._compiled = compiled
 
     def _by_attributes(self, holders: Sequence[Tensor]) -> Found | None:

@@ -14,7 +14,9 @@ import logging
 import os
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -27,6 +29,12 @@ from distnorm.kernels.native import Kernel
 _LOG = logging.getLogger("distnorm")
 BLOCK = 1024
 """Elements that a program's 128 threads take at once."""
+
+
+@cache
+def triton_code() -> ModuleType:
+    """The kernels. Triton is imported here, where there is a GPU to use it on."""
+    return import_module("distnorm.kernels.gpu_code")
 
 
 @cache
@@ -48,8 +56,7 @@ def usable(device: torch.device) -> bool:
 
 def _try_out(device: torch.device) -> None:
     """Launch a kernel on no element. Raises what stands in the way, such as that there is no C compiler."""
-    from distnorm.kernels import gpu_code
-
+    gpu_code = triton_code()
     rows = torch.zeros(1, 2, dtype=torch.int64, device=device)
     out = torch.empty(1, dtype=torch.float64, device=device)
     with on(device):
@@ -86,26 +93,25 @@ def statistic(
         per_tensor: whether each tensor's is asked for.
         header: a whole number below 2**53 that the result begins with, before the statistic: [2] then.
     """
-    from distnorm.kernels import gpu_code
-
+    gpu_code = triton_code()
     runs = table.each if per_tensor else table.all
     if not table.kinds:
         return torch.zeros(len(runs), dtype=torch.float64, device=table.device)
     # From torch's allocator, which keeps memory for the streams and graphs that use it.
     parts = table.parts
     if parts is None:
-        parts = torch.empty(len(table.rows), dtype=torch.float64, device=table.device)
-    found = torch.empty(len(runs) + (header is not None), dtype=torch.float64, device=table.device)
-    out = found if header is None else found[1:]
+        parts = torch.empty(table.rows.shape[0], dtype=torch.float64, device=table.device)
+    programs = runs.shape[0]
+    out = torch.empty(programs + (header is not None), dtype=torch.float64, device=table.device)
     with on(table.device):
         table.ready()
         for code, first, rows in table.kinds:
             dtype = gpu_code.DTYPES[code]
             gpu_code.partials[(rows,)](table.rows, first, parts, dtype, int(kernel), BLOCK)
-        gpu_code.totals[(len(out),)](parts, runs, out, header or 0, header is not None, int(kernel), BLOCK)
+        gpu_code.totals[(programs,)](parts, runs, out, header or 0, header is not None, int(kernel), BLOCK)
     if marks is not None:
         marks.add(tensors, parts, table.each)
-    return found
+    return out
 
 
 def scale_(table: DeviceTable, coef: Tensor, keep: Tensor | None = None) -> None:
@@ -119,8 +125,7 @@ def scale_(table: DeviceTable, coef: Tensor, keep: Tensor | None = None) -> None
         coef: 0-d.
         keep: 0-d bool; where it is false, every element is set to zero instead, NaN and inf too.
     """
-    from distnorm.kernels import gpu_code
-
+    gpu_code = triton_code()
     factor = coef.to(table.device, torch.float64, non_blocking=True)
     if keep is not None:
         factor = factor.where(keep.to(table.device, non_blocking=True), gpu_code.ZERO)

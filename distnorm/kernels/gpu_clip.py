@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from distnorm.kernels.device_table import DeviceTable, on
-from distnorm.kernels.gpu import BLOCK
+from distnorm.kernels.gpu import BLOCK, triton_code
 
 
 class Clipped(NamedTuple):
     """What a step found and did: 0-d tensors on the GPU, fp64 and bool.
 
-    `found` is fp64 [2]: the norm, and whether the ranks measured the same.
+    `found` is fp64 and begins with the norm, and whether the ranks measured the same.
     """
 
     found: Tensor
@@ -43,6 +43,11 @@ class ClipTerms:
         modulus: of what a header must be a multiple where the ranks measured the same; a power of two.
         tolerance: what the difference of replicas may be; `None` where that isn't reduced.
         order: of the norm: 1 or 2.
+
+    Attributes:
+        may_clip: whether the coefficient can be other than 1.
+        may_scale: whether gradients can change.
+        options: what the kernel is compiled for.
     """
 
     threshold: float
@@ -51,17 +56,18 @@ class ClipTerms:
     modulus: int
     tolerance: float | None
     order: float
+    may_clip: bool = field(init=False)
+    may_scale: bool = field(init=False)
+    options: tuple[int, bool, bool, bool, bool] = field(init=False)
     _on_device: Tensor | None = field(init=False, default=None)
 
-    @property
-    def may_clip(self) -> bool:
-        """Whether the coefficient can be other than 1."""
-        return self.threshold != float("inf")
-
-    @property
-    def may_scale(self) -> bool:
-        """Whether gradients can change."""
-        return self.may_clip or self.nonfinite in ("zero", "leave out")
+    def __post_init__(self) -> None:
+        self.may_clip = self.threshold != float("inf")
+        self.may_scale = self.may_clip or self.nonfinite in ("zero", "leave out")
+        modes = ("propagate", "skip", "zero", "leave out")  # gpu_code's order
+        mode = modes.index(self.nonfinite if self.nonfinite in modes else "skip")
+        has_replicas = self.tolerance is not None
+        self.options = (mode, self.order == 2, has_replicas, self.may_clip, self.may_scale)
 
     def at(self, device: torch.device) -> Tensor:
         """The numbers, [4] fp64, on the device: sent once."""
@@ -80,20 +86,24 @@ def clip_(table: DeviceTable, reduced: Tensor, terms: ClipTerms) -> Clipped:
             have a tolerance of it.
         terms: by what it is decided.
     """
-    from distnorm.kernels import gpu_code
-
-    modes = {"propagate": gpu_code.PROPAGATE, "zero": gpu_code.ZERO_ALL, "leave out": gpu_code.LEAVE_OUT}
-    mode = modes.get(terms.nonfinite, gpu_code.SKIP)
+    gpu_code = triton_code()
     values = torch.empty(5, dtype=torch.float64, device=table.device)
     flags = torch.empty(3, dtype=torch.bool, device=table.device)
-    options = (mode, terms.order == 2, terms.tolerance is not None, terms.may_clip, terms.may_scale)
     with on(table.device):
         table.ready()
         numbers = terms.at(table.device)
         kinds = table.kinds if terms.may_scale else [(table.kinds[0][0], 0, 1)]
         for code, first, rows in kinds:
             gpu_code.clip[(rows,)](
-                table.rows, first, reduced, numbers, values, flags, *options, gpu_code.DTYPES[code], BLOCK
+                table.rows,
+                first,
+                reduced,
+                numbers,
+                values,
+                flags,
+                *terms.options,
+                gpu_code.DTYPES[code],
+                BLOCK,
             )
     norm, _, coef, clipped_norm, threshold = values.unbind()
-    return Clipped(values[:2], norm, coef, clipped_norm, threshold, *flags.unbind())
+    return Clipped(values, norm, coef, clipped_norm, threshold, *flags.unbind())

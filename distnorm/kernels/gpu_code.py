@@ -43,11 +43,13 @@ def partials(rows, first, out, DTYPE: tl.constexpr, KERNEL: tl.constexpr, BLOCK:
 
 @triton.jit(do_not_specialize=["before"])
 def totals(parts, runs, out, before, HAS_BEFORE: tl.constexpr, KERNEL: tl.constexpr, BLOCK: tl.constexpr):
-    """The statistic of each run of chunks, of those from runs[i, 0] to runs[i, 1], [runs] fp64; and, in the
-    place before the first, a number of the host's."""
+    """The statistic of each run of chunks, of those from runs[i, 0] to runs[i, 1], [runs] fp64; and, if it
+    is asked for, a number of the host's before the first."""
     run = tl.program_id(0)
+    place = out + run
     if HAS_BEFORE:
-        tl.store(out - 1, before.to(tl.int64).to(tl.float64))
+        place += 1
+        tl.store(out, before.to(tl.int64).to(tl.float64))
     first = tl.load(runs + run * 2).to(tl.int32)
     last = tl.load(runs + run * 2 + 1).to(tl.int32)
     found = _nothing(KERNEL, BLOCK)
@@ -58,7 +60,7 @@ def totals(parts, runs, out, before, HAS_BEFORE: tl.constexpr, KERNEL: tl.conste
             found = tl.maximum(found, values.to(tl.int64, bitcast=True))
         else:
             found += values
-    _store(out + run, found, KERNEL)
+    _store(place, found, KERNEL)
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -88,24 +90,9 @@ def clip(
 
     Every program decides for itself, which costs a few operations; the very first writes down what for.
     """
-    norm = tl.load(reduced + 1)
-    if ROOT:
-        norm = tl.sqrt(norm)
-    agreed = (tl.load(reduced).to(tl.int64) & (tl.load(terms + 1).to(tl.int64) - 1)) == 0
-    if HAS_REPLICAS:  # what is not finite has no difference
-        within = tl.abs(tl.load(reduced + 2)) <= tl.load(terms + 2)
-        agreed = agreed & (within | (norm == float("inf")) | (norm != norm))
-    norm = tl.where(agreed, norm, float("nan"))
+    norm, agreed = _norm_of(reduced, terms, ROOT, HAS_REPLICAS)
     is_finite = norm < float("inf")
-    threshold = tl.load(terms)
-    coef = tl.full([], 1.0, tl.float64)
-    if MAY_CLIP:
-        coef = threshold / (norm + tl.load(terms + 3))
-        coef = tl.where(coef > 1.0, 1.0, coef)  # NaN stays
-    if NONFINITE == _ZERO_ALL:
-        coef = tl.where(is_finite, coef, 0.0)
-    elif NONFINITE != _PROPAGATE:
-        coef = tl.where(is_finite, coef, 1.0)
+    coef = _coefficient(norm, is_finite, terms, NONFINITE, MAY_CLIP)
     coef = tl.where(agreed, coef, 1.0)
     keeps = is_finite | (is_finite == 0)
     if NONFINITE == _LEAVE_OUT:
@@ -118,7 +105,7 @@ def clip(
         tl.store(values + 1, agreed.to(tl.float64))
         tl.store(values + 2, coef)
         tl.store(values + 3, tl.where(keeps, norm * coef, 0.0))
-        tl.store(values + 4, threshold)
+        tl.store(values + 4, tl.load(terms))
         tl.store(flags, is_finite.to(tl.int8))
         tl.store(flags + 1, (coef < 1.0).to(tl.int8))
         skipped = is_finite == 0
@@ -127,6 +114,32 @@ def clip(
         tl.store(flags + 2, skipped.to(tl.int8))
     if MAY_SCALE:
         _scale(rows, first, tl.where(keeps, coef, _ZERO), DTYPE, BLOCK)
+
+
+@triton.jit
+def _norm_of(reduced, terms, ROOT: tl.constexpr, HAS_REPLICAS: tl.constexpr):
+    """The norm, NaN where the ranks did not measure the same, and whether they did."""
+    norm = tl.load(reduced + 1)
+    if ROOT:
+        norm = tl.sqrt(norm)
+    agreed = (tl.load(reduced).to(tl.int64) & (tl.load(terms + 1).to(tl.int64) - 1)) == 0
+    if HAS_REPLICAS:  # what is not finite has no difference
+        within = tl.abs(tl.load(reduced + 2)) <= tl.load(terms + 2)
+        agreed = agreed & (within | (norm == float("inf")) | (norm != norm))
+    return tl.where(agreed, norm, float("nan")), agreed
+
+
+@triton.jit
+def _coefficient(norm, is_finite, terms, NONFINITE: tl.constexpr, MAY_CLIP: tl.constexpr):
+    coef = tl.full([], 1.0, tl.float64)
+    if MAY_CLIP:
+        coef = tl.load(terms) / (norm + tl.load(terms + 3))
+        coef = tl.where(coef > 1.0, 1.0, coef)  # NaN stays
+    if NONFINITE == _ZERO_ALL:
+        coef = tl.where(is_finite, coef, 0.0)
+    elif NONFINITE != _PROPAGATE:
+        coef = tl.where(is_finite, coef, 1.0)
+    return coef
 
 
 @triton.jit

@@ -114,14 +114,25 @@ void hold(Gradients &gradients, c10::TensorImpl &tensor, bool is_local) {
     }
 }
 
-bool find(Gradients &gradients, PyObject *holders, PyObject *specs, c10::Device device,
-          const int64_t *numels, const int32_t *codes, int64_t *out, void **scratch, PyObject *dtensor, Py_ssize_t spec,
-          Py_ssize_t local) {
+// What the gradients of some parameters are expected to be, as finding.py lays it out.
+struct Expected {
+    PyObject *specs; // a list of what DTensors hold at `spec`; None where gradients are plain tensors
+    PyObject *device;
+    const int64_t *numels;
+    const int32_t *codes;
+    int64_t *out;
+    void **scratch;
+    PyObject *dtensor; // their class
+    Py_ssize_t spec, local; // where they hold their spec and their local tensor
+};
+
+bool find(Gradients &gradients, PyObject *holders, const Expected &expected) {
     static const c10::ScalarType DTYPES[] = {c10::kFloat, c10::kDouble, c10::kBFloat16, c10::kHalf};
     Py_ssize_t count = PySequence_Fast_GET_SIZE(holders);
     PyObject **holder = PySequence_Fast_ITEMS(holders);
-    auto **tensors = reinterpret_cast<c10::TensorImpl **>(scratch);
-    bool are_local = specs != Py_None;
+    auto **tensors = reinterpret_cast<c10::TensorImpl **>(expected.scratch);
+    bool are_local = expected.specs != Py_None;
+    c10::Device device = reinterpret_cast<THPDevice *>(expected.device)->device;
     for (Py_ssize_t i = 0; i < count; i++) {
         if (i + AHEAD < count) fetch(holder[i + AHEAD], OBJECT);
         if (!PyObject_TypeCheck(holder[i], reinterpret_cast<PyTypeObject *>(THPVariableClass))) return false;
@@ -135,14 +146,16 @@ bool find(Gradients &gradients, PyObject *holders, PyObject *specs, c10::Device 
         tensors[i] = grad->unsafeGetTensorImpl();
         fetch(tensors[i], are_local ? 1 : TENSOR);
     }
-    if (are_local && !go_to_locals(tensors, count, specs, dtensor, spec, local)) return false;
+    if (are_local && !go_to_locals(tensors, count, expected.specs, expected.dtensor, expected.spec, expected.local))
+        return false;
     for (Py_ssize_t i = 0; i < count; i++) {
         if (i + AHEAD < count && tensors[i + AHEAD]->has_storage())
             fetch(tensors[i + AHEAD]->unsafe_storage().unsafeGetStorageImpl(), OBJECT);
         c10::TensorImpl &gradient = *tensors[i];
         if (!are_local && !is_exactly(gradient, THPVariableClass, true)) return false;
-        if (!is_as_expected(gradient, numels[i], DTYPES[codes[i]], device)) return false;
-        out[i] = reinterpret_cast<int64_t>(gradient.data());
+        if (!is_as_expected(gradient, expected.numels[i], DTYPES[expected.codes[i]], device))
+            return false;
+        expected.out[i] = reinterpret_cast<int64_t>(gradient.data());
         hold(gradients, gradient, are_local);
     }
     return true;
@@ -186,17 +199,13 @@ extern "C" Py_ssize_t distnorm_slot(PyObject *type, const char *name) {
     return offset;
 }
 
-// Addresses of the gradients on `device` of `holders`, a list or tuple of tensors, into `out`. With `specs`, a list, the
-// gradients are of the class `dtensor`, hold such objects at `spec`, and their local tensors at `local`,
-// which are meant then. Returns a capsule that holds the (local) gradients, or None if one is not as expected.
-extern "C" PyObject *distnorm_find(PyObject *holders, PyObject *specs, PyObject *device,
-                                   const int64_t *numels, const int32_t *codes, int64_t *out, void **scratch,
-                                   PyObject *dtensor, Py_ssize_t spec, Py_ssize_t local) {
+// Addresses of the gradients of `holders`, a list or tuple of tensors, into `out`; of DTensors those of their
+// local tensors. Returns a capsule that holds the (local) gradients, or None if one is not as expected.
+extern "C" PyObject *distnorm_find(PyObject *holders, const Expected *expected) {
     try {
-        c10::Device expected = reinterpret_cast<THPDevice *>(device)->device;
         auto gradients = std::make_unique<Gradients>();
-        if (specs == Py_None) gradients->tensors.reserve(PySequence_Fast_GET_SIZE(holders));
-        if (find(*gradients, holders, specs, expected, numels, codes, out, scratch, dtensor, spec, local)) {
+        if (expected->specs == Py_None) gradients->tensors.reserve(PySequence_Fast_GET_SIZE(holders));
+        if (find(*gradients, holders, *expected)) {
             PyObject *capsule = PyCapsule_New(gradients.get(), CAPSULE, let_go);
             if (capsule) gradients.release();
             return capsule;

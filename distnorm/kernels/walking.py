@@ -91,7 +91,7 @@ def _load(*, compiles: bool) -> ctypes.PyDLL | None:
     compiled.distnorm_first_with_gradient.restype = size
     compiled.distnorm_slot.argtypes = [instance, ctypes.c_char_p]
     compiled.distnorm_slot.restype = size
-    compiled.distnorm_find.argtypes = [instance, instance, instance, *[address] * 4, instance, size, size]
+    compiled.distnorm_find.argtypes = [instance, address]
     compiled.distnorm_find.restype = instance
     compiled.distnorm_tensors.argtypes = [instance]
     compiled.distnorm_tensors.restype = instance

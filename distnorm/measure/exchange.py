@@ -53,6 +53,7 @@ class Exchange:
     def __init__(self, ranks: Ranks, norm: Norm) -> None:
         self._ranks, self._norm = ranks, norm
         self._packing = Packing(ranks.rank, ranks.size)
+        self._numbered: tuple[Header | None, int | None] = (None, None)  # the newest header, in one number
 
     def unread(
         self, statistic: Tensor, header: Header, payload: Tensor | int, replicas: float | Tensor
@@ -81,7 +82,9 @@ class Exchange:
         state = self._ranks.state
         if payload is not None or not state.is_packed or not self.can_pack or state.compares_replicas:
             return None
-        return self._packing.pack(header) if header.has_statistic else None
+        if header is not self._numbered[0]:
+            self._numbered = header, self._packing.pack(header) if header.has_statistic else None
+        return self._numbered[1]
 
     def of_vector(self, vector: Tensor) -> UnreadStatistics:
         """Reduce this rank's header and statistic, [2] fp64, which are one tensor already. Collective, as a

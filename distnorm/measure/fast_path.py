@@ -38,19 +38,17 @@ class _Class:
     Args:
         pick: from the holders of all shards to those of these gradients.
         finder: finds where they lie.
-        place: of their addresses among those of all.
     """
 
     pick: Callable[[Sequence[Tensor]], Sequence[Tensor]]
     finder: kernels.Finder
-    place: slice
 
 
 @dataclass(slots=True)
 class _Tables:
     """Where gradients lie, whole and by what this rank counts of them, also for compiled code."""
 
-    addresses: Ints
+    addresses: bytes
     whole: kernels.AddressTable
     all: kernels.Located
     counted: kernels.Located
@@ -204,7 +202,6 @@ class FastPath:
         classes: list[_Class] = []
         present: dict[int, Tensor] = {}
         for members in by_class.values():
-            place = slice(len(present), len(present) + len(members))
             try:
                 finder = kernels.Finder([_GRAD(shards[i].holder) for i in members])
             except ValueError:  # of a class that is read with care
@@ -212,7 +209,7 @@ class FastPath:
             # What was read may be a part, or a sum, of what the parameters hold.
             if not finder.table.is_of(list(members.values())):
                 return None
-            classes.append(_Class(_picker(list(members), len(shards)), finder, place))
+            classes.append(_Class(_picker(list(members), len(shards)), finder))
             present |= members
         gates = {id(gate): gate for shard in shards if (gate := shard.gate) is not None}
         return cls(classes, _picker(absent, len(shards)), list(gates.values()), present, shares, presence)
@@ -227,15 +224,14 @@ class FastPath:
             return None
         if not all(map(is_, map(_GRAD, self._absent(holders)), repeat(None))):
             return None
-        addresses = np.empty(len(self._whole.numels), dtype=np.int64)
         held: list[kernels.Found] = []
         for kind in self._classes:
             found = kind.finder(kind.pick(holders))
             if found is None:
                 return None
-            addresses[kind.place] = found.addresses
             held.append(found)
-        if self._tables is None or not np.array_equal(addresses, self._tables.addresses):
+        addresses = held[0].addresses if len(held) == 1 else np.concatenate([f.addresses for f in held])
+        if self._tables is None or addresses.tobytes() != self._tables.addresses:
             tables = self._tables_at(addresses)
             if tables is None:
                 return None
@@ -251,9 +247,9 @@ class FastPath:
         if every is None:
             return None
         if self._counts_all:
-            return _Tables(addresses, whole, every, every)
+            return _Tables(addresses.tobytes(), whole, every, every)
         counted = kernels.located(self._counted.at(addresses), before.counted if before is not None else None)
-        return None if counted is None else _Tables(addresses, whole, every, counted)
+        return None if counted is None else _Tables(addresses.tobytes(), whole, every, counted)
 
     def places(self, check: ReplicaCheck) -> Ints:
         """The place in the table of each gradient that is compared; -1 where there is none."""

@@ -86,6 +86,7 @@ class Meter:
     _weights: dict[int, int] = field(default_factory=dict)
     _reader: GradientReader = field(init=False)
     _hashed: tuple[tuple[object, ...], int] = ((), 0)  # terms, and their hash
+    _newest_header: tuple[tuple[object, ...], Header] = ((), Header("join", False))
 
     def __post_init__(self) -> None:
         self._exchange = Exchange(self.ranks, self.norm)
@@ -144,11 +145,11 @@ class Meter:
         self._checks = ResultChecks(
             self.ranks, self.norm, self.raises, self.source, plan.shares, replica_check
         )
-        self._unread = UnreadReduction(self._exchange, self.norm, self._checks)
+        self._unread = UnreadReduction(self._exchange, self.norm, self._checks, plan.shares)
         if self.source is Source.GRADIENT and (self.managers is None or not self.managers.are_of(named)):
             self.managers = Managers(named)
         self._reader = self._reader_of(plan.shares)
-        self.plan = plan
+        self.plan, self._newest_header = plan, ((), Header("join", False))
 
     def _reader_of(self, shares: Sequence[Share]) -> GradientReader:
         return GradientReader(
@@ -230,10 +231,9 @@ class Meter:
         """Measure gradients, in one all-reduce. Collective: every rank must call it.
 
         Args:
-            gradients: what `read` gave.
+            gradients, store: what `read` gave, and got.
             payload: what else is reduced, by the norm's op, on all ranks alike.
             terms: what else must be equal on all ranks in this call, such as the threshold.
-            store: as for `read`.
 
         Returns:
             The gradients, with partial ones on which ranks had to agree first; and what was reduced.
@@ -247,12 +247,9 @@ class Meter:
         device = self.ranks.reduce_device(gradients.device)
         statistic = self.overlap.take(gradients) if self.overlap is not None else None
         if not self.listens:
-            header = self._header(gradients, here, 0)
             self.raised_alone = bool(gradients.problems) and self.ranks.size > 1
-            reduced = self._unread(
-                gradients, statistic, self.shares, header, payload, device, marks=self.defers
-            )
-            return gradients, reduced
+            header, unread = self._header(gradients, here, 0), self._unread
+            return gradients, unread(gradients, statistic, header, payload, device, marks=self.defers)
         if statistic is None:
             statistic = gradients.statistic(self.norm, self.shares, device)
         bits, replicas = self._checks.replica_summand(gradients)
@@ -289,15 +286,12 @@ class Meter:
     def _header(self, gradients: Gradients, here: Mapping[str, object], replica_bits: int) -> Header:
         if self._hashed[0] != (terms := tuple(here.values())):
             self._hashed = terms, stable_hash(repr(here))
-        return Header(
-            "measure",
-            self.listens,
-            refused=bool(gradients.problems),
-            is_double=self.plan is not None and self.plan.is_double,
-            presence=gradients.presence(self._weights),
-            terms=self._hashed[1],
-            replica_bits=replica_bits,
-        )
+        presence, refused = gradients.presence(self._weights), bool(gradients.problems)
+        key = (self.listens, refused, presence, self._hashed[1], replica_bits)
+        if self._newest_header[0] != key:  # most steps have that of the step before
+            is_double = self.plan is not None and self.plan.is_double
+            self._newest_header = key, Header("measure", self.listens, refused, is_double, *key[2:])
+        return self._newest_header[1]
 
     def _poll(self, stage: Stage, here: Mapping[str, object], payload_length: int = 0) -> DecodedHeader:
         """Exchange headers without a statistic, and raise if ranks are at different stages of a call."""

@@ -25,17 +25,18 @@ class UnreadReduction:
         exchange: meets the other ranks.
         norm: which norm.
         checks: compares replicas.
+        shares: what this rank counts of each shard.
     """
 
     exchange: Exchange
     norm: Norm
     checks: ResultChecks
+    shares: Sequence[Share]
 
     def __call__(
         self,
         gradients: Gradients,
         statistic: Tensor | None,
-        shares: Sequence[Share],
         header: Header,
         payload: Payload | None,
         device: torch.device,
@@ -47,7 +48,6 @@ class UnreadReduction:
         Args:
             gradients: of this step.
             statistic: theirs, where backward has prepared it.
-            shares: what this rank counts of each.
             header: this rank's consensus header.
             payload: what else is reduced.
             device: where.
@@ -62,7 +62,7 @@ class UnreadReduction:
             if vector is not None:
                 return self.exchange.of_vector(vector)
         if statistic is None:
-            statistic = gradients.statistic(self.norm, shares, device, marks=marks)
+            statistic = gradients.statistic(self.norm, self.shares, device, marks=marks)
         summand = 0 if payload is None else payload.local(gradients.tensors, device)
         replicas = self.checks.replica_difference(gradients, device)
         reduced = self.exchange.unread(statistic, header, summand, replicas)

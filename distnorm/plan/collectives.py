@@ -81,6 +81,7 @@ class Ranks:
         # Plans are kept by group and know their ranks. Held from there, a destroyed group would never end;
         # its threads would still be there when the interpreter ends, and abort it.
         self._group = weakref.ref(whole) if isinstance(whole, ProcessGroup) else None
+        self._state: GroupState | None = None
         is_member = group is None or not self.is_connected or isinstance(group, ProcessGroup)
         if group is not None and is_member and not (self.is_connected and self.is_current):
             raise DistnormError(
@@ -132,11 +133,12 @@ class Ranks:
     @property
     def state(self) -> GroupState:
         """The group's state, equal on all its members."""
-        if self.group is None:
-            return _alone
-        if self.group not in _states:
-            _states[self.group] = GroupState()
-        return _states[self.group]
+        if self._state is None:
+            group = self.group
+            if group is not None and group not in _states:
+                _states[group] = GroupState()
+            self._state = _alone if group is None else _states[group]
+        return self._state
 
     def device(self) -> torch.device:
         """Where the tensors of planning are, and those of the collectives of errors."""

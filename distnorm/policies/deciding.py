@@ -56,8 +56,8 @@ class Outcome:
         result: what the caller gets.
         decision: where one coefficient is all that was decided.
         groups: what each group's policy decided otherwise.
-        found: where the step's error is raised later: fp64 [2] the norm, and whether the ranks measured the
-            same.
+        found: where the step's error is raised later: fp64, begins with the norm, and whether the ranks
+            measured the same.
     """
 
     result: ClipResult

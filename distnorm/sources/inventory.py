@@ -39,6 +39,7 @@ class Inventory:
         self.holders = [tensor for _, tensor in self.named]
         # A single tensor or module stays the same one, and is not kept alive.
         self._items = () if isinstance(target, Tensor | nn.Module) else target
+        self._is_mapping = isinstance(self._items, Mapping)
         self._given = list(self._present())
         self._owners: list[Mapping[str, Any]] = [
             owned
@@ -68,7 +69,7 @@ class Inventory:
             )
 
     def _present(self) -> Iterable[object]:
-        return self._items.values() if isinstance(self._items, Mapping) else self._items
+        return self._items.values() if self._is_mapping else self._items  # type: ignore[union-attr]
 
 
 class Managers:
@@ -112,7 +113,7 @@ class Managers:
         Raises:
             DistnormError: a parameter is not DDP's, so that the norm needs the ranks that are out of data.
         """
-        joining = _joining(self._replicated)
+        joining = _joining(self._replicated) if self._replicated else []
         if not joining:
             return False
         rest = self._trained.difference(id(p) for module in joining for p in module.parameters())
