@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from distnorm import graphs
 from distnorm.config import Config, load_config
 from distnorm.errors import DistnormError
-from distnorm.kernels import outside_graphs
+from distnorm.kernels import outside_graphs, refuse_capture
 from distnorm.monitor import Monitor
 from distnorm.plan.collectives import Ranks
 from distnorm.policies.groups import PolicyGroups
@@ -285,6 +285,7 @@ class GradClipper(Joinable):
     def _plan_if_changed(self) -> None:
         self._step.check_group()
         if self._join_config.enable:
+            refuse_capture("expected no Join, found one; capture with as many steps on all ranks")
             Join.notify_join_context(self)
             self._step.is_registered_with_join = True
         if not self._step.has_plan or not self._inventory.is_current:

@@ -121,6 +121,7 @@ class Meter:
         Raises:
             DistnormError: what `read` raised on any rank, or what `make_plan` found; on every rank.
         """
+        diagnosis.refuse_captured_planning()
         self.plan = self.overlap = None
         named: list[tuple[str, Tensor]] = []
         with self.ranks.together():
@@ -167,6 +168,7 @@ class Meter:
         Raises:
             DisagreementError: the set changed on this rank and not on every other.
         """
+        diagnosis.refuse_captured_planning()
         decoded = self._poll("plan", {SET: "changed"}, payload_length)
         self.allow_empty |= self._exchange.can_pack and decoded.values["plan"] < self.ranks.size
         self.prepare(read)
@@ -239,11 +241,13 @@ class Meter:
                 listens, before any gradient has changed.
         """
         assert self.plan is not None
+        diagnosis.refuse_captured_reads(self.listens, self.overlap is not None)
         here = {**terms, "plan": self.plan.ident, "raises": self.raises}
         device = self.ranks.reduce_device(gradients.device)
         statistic = self.overlap.take(gradients) if self.overlap is not None else None
         if statistic is None:
-            statistic = gradients.statistic(self.norm, self.shares, device, marks=self.defers)
+            marks = self.defers and not kernels.is_captured()  # replays are not asked for names
+            statistic = gradients.statistic(self.norm, self.shares, device, marks=marks)
         bits, replicas = self._checks.replica_summand(gradients, device, listens=self.listens)
         header = self._header(gradients, here, bits)
         summand = 0 if payload is None else payload.local(gradients.tensors, device)
