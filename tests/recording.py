@@ -1,7 +1,7 @@
 """A stand-in for CUDA graphs where there is no GPU: operators that are recorded once, and replayed.
 
-As in a graph, every operator is replayed on the memory that it had when it was recorded, its results go to the
-memory that they had, and no Python of ours runs. What a graph can't hold is refused while it is recorded:
+As in a graph, every operator is replayed on the memory that it had when it was recorded, its results go to
+the memory that they had, and no Python of ours runs. What a graph can't hold is refused while it is recorded:
 values that the host reads, and tensors that it makes of its own numbers.
 """
 
@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._C._distributed_c10d import Work
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -47,9 +48,11 @@ class Recording(TorchDispatchMode):
         if any(issubclass(each, DTensor) for each in types):
             return NotImplemented  # what it does with local tensors is recorded
         args, kwargs = tree_map_only(list, list, args), kwargs or {}
-        self._refuse(func, _tensors((args, kwargs)))
         given, result = _tensors((args, kwargs)), func(*args, **kwargs)
         made = _tensors(result)
+        if any(isinstance(each, FakeTensor) or each.is_meta for each in (*given, *made)):
+            return result  # DTensor asks for shapes
+        self._refuse(func, given)
         held = {*map(_memory, given)}
         self._known.update(map(_memory, made))
         self.names.append(func._schema.name)

@@ -1,10 +1,12 @@
-"""A captured `clip()` that is replayed does what an eager one does, to the bit: no Python decides anything."""
+"""A captured `clip()` that is replayed does what an eager one does to the bit: no Python decides anything."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import distnorm
+from distnorm.measure.replica_check import ReplicaCheck
 from distnorm.policies.schedule import Schedule
 from tests import oracle
 from tests.counting import as_on_an_accelerator
@@ -33,9 +36,14 @@ CLIPS: dict[str, dict[str, Any]] = {
     "percentile": {"policy": {"name": "percentile", "window": 3, "p": 40}},
     "adagc": {"policy": {"name": "adagc", "warmup": 3, "warmup_max_norm": 0.5}},
     "skip_spikes": {"policy": {"name": "skip_spikes", "k": 0.5, "window": 3, "after": 2}, "max_norm": 1.0},
-    "skip_spikes of losses": {"policy": {"name": "skip_spikes", "on": "loss", "window": 3, "after": 2, "k": 1}},
+    "skip_spikes of losses": {
+        "policy": {"name": "skip_spikes", "on": "loss", "window": 3, "after": 2, "k": 1}
+    },
     "linear": {"max_norm": 1.0, "policy": {"name": "schedule", "curve": "linear", "points": POINTS}},
-    "cosine": {"max_norm": 1.0, "policy": {"name": "schedule", "curve": "cosine", "points": POINTS, "warmup": 2}},
+    "cosine": {
+        "max_norm": 1.0,
+        "policy": {"name": "schedule", "curve": "cosine", "points": POINTS, "warmup": 2},
+    },
     "steps": {"max_norm": 1.0, "policy": {"name": "schedule", "curve": "steps", "points": POINTS}},
     "per_tensor": {"max_norm": 0.5, "policy": "per_tensor"},
     "agc": {"policy": {"name": "agc", "lambda": 0.01}},
@@ -45,7 +53,7 @@ CLIPS: dict[str, dict[str, Any]] = {
         "policy": {"name": "skip_spikes", "k": 0.5, "window": 3, "after": 2},
         "groups": [
             {"name": "z", "params": ["a"], "policy": {"name": "zclip", "warmup": 2}},
-            {"name": "shared", "params": ["b"], "norm": "shared", "policy": {"name": "percentile", "window": 3}},
+            {"name": "all", "params": ["b"], "norm": "shared", "policy": {"name": "percentile", "window": 3}},
             {"name": "ada", "params": ["c"], "policy": {"name": "adagc", "warmup": 2}},
             {"name": "units", "params": ["d"], "policy": {"name": "agc", "lambda": 0.01}},
         ],
@@ -57,15 +65,15 @@ REQUIRED = ("zclip", "percentile", "adagc", "skip_spikes", "skip_spikes of losse
 def model() -> Named:
     shapes = {"a": (4, 3), "b": (5,), "c": (2, 2, 2), "d": (3, 4), "e": ()}
     dtypes = {"b": torch.bfloat16, "e": torch.float64}
-    return [
-        (name, nn.Parameter(torch.ones(shape, dtype=dtypes.get(name)))) for name, shape in shapes.items()
-    ]
+    return [(name, nn.Parameter(torch.ones(shape, dtype=dtypes.get(name)))) for name, shape in shapes.items()]
 
 
 def fill(named: Named, seed: int, scale: float) -> Tensor:
     """Write new gradients where the old ones are, and give a loss. `scale` may be inf or NaN."""
     dice = torch.Generator().manual_seed(seed)
     for i, (_, parameter) in enumerate(named):
+        if not parameter.requires_grad:
+            continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter).detach()
         local: Tensor = getattr(parameter.grad, "_local_tensor", parameter.grad)
@@ -84,7 +92,7 @@ def distributed(values: Tensor, like: Any) -> Tensor:
 
 
 def gradients(named: Named) -> list[Tensor]:
-    return [getattr(p.grad, "_local_tensor", p.grad) for _, p in named]
+    return [getattr(p.grad, "_local_tensor", p.grad) for _, p in named if p.grad is not None]
 
 
 def same(ours: Tensor, theirs: Tensor) -> bool:
@@ -223,18 +231,27 @@ def test_a_step_between_replays_uses_the_same_state():
                 assert pair.step(seed, 1.0) == []
 
 
-def test_other_orders_and_gradients_that_are_missing():
-    def partly() -> Named:
-        named = model()
-        named[1][1].requires_grad_(False)
-        return named
+def partly_trained() -> Named:
+    named = model()
+    named[1][1].requires_grad_(False)
+    return named
 
-    for order in (1.0, 3.0, 10.0, math.inf):
-        with as_on_an_accelerator():
-            config = {"norm": {"type": order}, "clip": {"max_norm": 1.0, "nonfinite": "zero"}}
-            pair = Pair(config, 1, partly)
-            for seed, scale in enumerate((1.0, 2.0, math.nan, 1e9, 0.0, 3.0)):
-                assert pair.step(seed, scale) == []
+
+@pytest.mark.parametrize("name", ["constant", "adagc", "per_tensor", "groups"])
+def test_gradients_may_be_missing(name):
+    with as_on_an_accelerator():
+        pair = Pair({"clip": {"nonfinite": "zero", **CLIPS[name]}}, 1, partly_trained)
+        for seed, scale in enumerate((1.0, 2.0, math.nan, 1e9, 0.0, 3.0)):
+            assert pair.step(seed, scale) == []
+
+
+@pytest.mark.parametrize("order", [1.0, 3.0, 10.0, math.inf])
+@pytest.mark.parametrize("name", ["constant", "skip_spikes of losses"])
+def test_other_orders_are_replayed(order, name):
+    with as_on_an_accelerator():
+        pair = Pair({"norm": {"type": order}, "clip": {"nonfinite": "zero", **CLIPS[name]}}, 1)
+        for seed, scale in enumerate((1.0, 2.0, math.nan, 1e9, 0.0, 3.0)):
+            assert pair.step(seed, scale) == []
 
 
 # ---- nonfinite: raise
@@ -332,11 +349,16 @@ def unreduced_replicas_in_a_replay() -> list[Any]:
     """20 replicated parameters, of which eager steps on an accelerator sample some in turn."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     named = [
-        (f"p{i}", nn.Parameter(distribute_tensor(torch.ones(5), mesh, [Replicate()]))) for i in range(20)
+        (f"p{i}", nn.Parameter(distribute_tensor(torch.ones(5 + 8 * i, 4).t(), mesh, [Replicate()])))
+        for i in range(20)
     ]
-    clipper = distnorm.GradClipper(named, {"clip": {"max_norm": 1.0, "nonfinite": "skip"}})
     found = []
-    with as_on_an_accelerator():
+
+    def has_turn(check: ReplicaCheck, device: torch.device, k: int) -> bool:
+        return bool(check.keys[k] % check.turns == check._step % check.turns)
+
+    with as_on_an_accelerator(), mock.patch.object(ReplicaCheck, "_has_turn", has_turn):
+        clipper = distnorm.GradClipper(named, {"clip": {"max_norm": 1.0, "nonfinite": "skip"}})
         for step in range(2):
             fill(named, step, 1.0)
             clipper.clip()
@@ -405,7 +427,10 @@ def test_a_norm_that_is_reduced_in_the_hosts_memory_is_refused():
     named, clipper = warm({"clip": {"max_norm": 1.0}})
     refused(clipper.clip, named, "process group.*nccl")
     with as_on_an_accelerator():
-        refused(lambda: distnorm.clip_grad_norm_(named, 1.0, error_if_nonfinite=True), named, "CUDA graph|plan")
+        call = partial(distnorm.clip_grad_norm_, named, 1.0, error_if_nonfinite=True)
+        refused(call, named, "planned.*once")
+        call()
+        refused(call, named, "error_if_nonfinite")
 
 
 def test_a_first_step_is_refused_and_so_are_other_parameters():
@@ -450,9 +475,35 @@ def test_attached_optimizers_that_would_read_a_flag_are_refused():
     with as_on_an_accelerator():
         fill(named, 0, 1.0)
         optimizer.step()
-        with capturing(), pytest.raises(distnorm.DistnormError, match="CUDA graph.*SGD without fused=True"):
+        with capturing(), pytest.raises(distnorm.DistnormError, match=r"CUDA graph.*SGD without fused=True"):
             optimizer.step()
     handle.remove()
+
+
+def test_a_fused_optimizer_is_attached_within_the_graph():
+    named, eager = model()[:1], model()[:1]
+    config = {"clip": {"nonfinite": "skip", **CLIPS["skip_spikes"]}}
+    optimizers = [torch.optim.AdamW([p for _, p in each], lr=0.1, fused=True) for each in (named, eager)]
+    handles = [
+        distnorm.attach(each, opt, config) for each, opt in zip((named, eager), optimizers, strict=True)
+    ]
+    recording = None
+    with as_on_an_accelerator():
+        for seed, scale in enumerate([1.0, 1.1, 0.9, 60.0, math.nan, 1.0]):
+            for each in (named, eager):
+                fill(each, seed, scale)
+            optimizers[1].step()
+            if seed == 0:
+                optimizers[0].step()
+            elif recording is None:
+                with recorded() as recording:
+                    optimizers[0].step()
+            else:
+                recording.replay()
+            assert same(named[0][1].detach(), eager[0][1].detach())
+            assert bool(handles[0].last.skipped) == bool(handles[1].last.skipped) == (seed in (3, 4))
+    for handle in handles:
+        handle.remove()
 
 
 # ---- the stand-in itself
@@ -477,9 +528,8 @@ def test_state_that_is_made_anew_would_be_found(monkeypatch):
     decide = Schedule.decide
 
     def elsewhere(policy: Any, step: Any) -> Any:
-        found = decide(policy, step)
         policy._state["step"] = policy._state["step"].clone()
-        return found
+        return decide(policy, step)
 
     monkeypatch.setattr(Schedule, "decide", elsewhere)
     with as_on_an_accelerator():
