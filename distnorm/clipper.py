@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from distnorm import graphs
 from distnorm.config import Config, load_config
 from distnorm.errors import DistnormError
-from distnorm.kernels import outside_graphs
+from distnorm.kernels import outside_graphs, refuse_capture
 from distnorm.monitor import Monitor
 from distnorm.plan.collectives import Ranks
 from distnorm.policies.groups import PolicyGroups
@@ -108,8 +108,8 @@ class GradClipper(Joinable):
             UnsupportedGradientError: a gradient that can't be measured, such as a sparse one.
             ReplicaError: replicas hold different gradients.
             DisagreementError: ranks measure different sets of parameters.
-            DistnormError: a policy uses the loss, and no rank gave one; or the process group was
-                destroyed.
+            DistnormError: a policy uses the loss, and no rank gave one; the process group was destroyed; or
+                a CUDA graph is captured that can't hold the step.
         """
         self._begin_step()
         return self._step.take(self._inventory.holders, scales=True).result
@@ -153,7 +153,8 @@ class GradClipper(Joinable):
         norm. The monitor's row has rank 0's.
 
         Args:
-            loss: this rank's own, 0-d, or a number; `None` where it has none. The value is kept as it is now.
+            loss: this rank's own, 0-d, or a number; `None` where it has none. The value is kept as it is now;
+                of a step in a CUDA graph it is noted there, as a tensor.
             tokens: number of tokens in the whole batch, for the row's tokens a second.
 
         Raises:
@@ -199,8 +200,8 @@ class GradClipper(Joinable):
             That row, as in metrics.jsonl; `None` before the first step, or without a monitor.
 
         Raises:
-            NonFiniteGradientError: of the newest step, on an accelerator, where ``clip.nonfinite`` is
-                ``raise``; the row is written before.
+            NonFiniteGradientError: of the newest step, or of replays of a CUDA graph, on an accelerator,
+                where ``clip.nonfinite`` is ``raise``; the row is written before.
         """
         row = None if self._step.monitor is None else self._step.monitor.flush(facts)
         self._step.deferred.check_alone()
@@ -258,8 +259,7 @@ class GradClipper(Joinable):
     # ---- torch's Join
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
-        """For `Join`: a rank that is out of data does nothing in a step, and takes over the histories at the
-        end."""
+        """For `Join`: a rank that is out of data does nothing, and takes over the histories at the end."""
         return _TakeOver(self._step)
 
     @property
@@ -285,6 +285,7 @@ class GradClipper(Joinable):
     def _plan_if_changed(self) -> None:
         self._step.check_group()
         if self._join_config.enable:
+            refuse_capture("expected no Join, found one; capture with as many steps on all ranks")
             Join.notify_join_context(self)
             self._step.is_registered_with_join = True
         if not self._step.has_plan or not self._inventory.is_current:

@@ -6,6 +6,7 @@ the error: a rank that refused a gradient in the step itself refuses it once mor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distnorm import kernels
-from distnorm.errors import DisagreementError, DistnormError
+from distnorm.errors import DisagreementError, DistnormError, NonFiniteGradientError
 from distnorm.measure import diagnosis
 from distnorm.measure.gradients import Gradients
 from distnorm.measure.meter import Meter
@@ -47,15 +48,113 @@ class _Unread:
         return [self.shards[position].name for position in self.marks.bad()]
 
 
+class Replays:
+    """What the replays of captured steps did, counted on the device: no Python runs in a replay.
+
+    Args:
+        order: of the norm.
+
+    Attributes:
+        is_ready: whether a step may be captured: one has been made since the newest plan, so that all that
+            outlives a step is in its place.
+    """
+
+    def __init__(self, order: float) -> None:
+        self._order, self.is_ready, self._is_captured = order, False, False
+        self._counts: Tensor | None = None  # int64: steps, those not finite, those of ranks that disagree
+        self._counted, self._raised = 0, (0, 0)  # what the host knows of them
+
+    def counts(self, norm: Tensor) -> bool:
+        """Count a step of this norm if it is captured, and say so; else get ready for others that are."""
+        if kernels.is_captured():
+            assert self._counts is not None
+            self._counts[0].add_(1)
+            self._is_captured = True
+            return True
+        if type(norm) is Tensor:  # not in a dry run
+            self.is_ready = True
+            if self._counts is None:
+                self._counts = torch.zeros(3, dtype=torch.int64, device=norm.device)
+            elif self._counts.device != norm.device:
+                self._counts = self._counts.to(norm.device)
+        return False
+
+    def require_ready(self) -> None:
+        """Refuse to be captured before any step was made.
+
+        Raises:
+            DistnormError: a CUDA graph is being captured, and none was.
+        """
+        if not self.is_ready:
+            kernels.refuse_capture(
+                "expected a step that was made with the present parameters before, found none; call clip() "
+                "once with gradients before the capture"
+            )
+
+    def count_bad(self, found: Tensor) -> None:
+        """Count a step that is captured if its norm is not finite, or if ranks disagree.
+
+        Args:
+            found: fp64; begins with the norm, and whether the ranks measured the same.
+        """
+        assert self._counts is not None
+        is_finite, is_agreed = found[0].isfinite(), found[1] != 0
+        self._counts[1:].add_(torch.stack([~is_finite & is_agreed, ~is_agreed]))
+
+    def new_steps(self) -> int:
+        """How many replays there were since this was asked before. Waits for the device if any step was
+        captured."""
+        before, self._counted = self._counted, self._read()[0]
+        return self._counted - before
+
+    def forget(self) -> None:
+        """Begin to count anew, in place, as graphs go on to count there."""
+        self._counted, self._raised = 0, (0, 0)
+        if self._counts is not None:
+            self._counts.zero_()
+
+    def check(self) -> None:
+        """Raise if a replayed step was bad that has not been raised yet. Waits as `new_steps`.
+
+        Raises:
+            NonFiniteGradientError: a norm was not finite.
+            DisagreementError: the ranks did not measure the same.
+        """
+        steps, *bad = self._read()
+        (infinite, disagreed), self._raised = self._raised, (bad[0], bad[1])
+        if bad[1] > disagreed:
+            raise DisagreementError(
+                f"replays of a CUDA graph: expected every rank to measure the same in {steps} steps, found "
+                f"{bad[1] - disagreed} in which they did not, made without gradients; a clip() outside of "
+                "the graph, with clip.nonfinite: raise_now, says what differs"
+            )
+        if bad[0] > infinite:
+            raise NonFiniteGradientError(
+                f"replays of a CUDA graph: expected a finite total norm of order {self._order:g} in {steps} "
+                f"steps, found {bad[0] - infinite} in which it was not, made without gradients; a clip() "
+                "outside of the graph names the parameters",
+                math.nan,
+                (),
+            )
+
+    def _read(self) -> list[int]:
+        if self._counts is None or not self._is_captured:
+            return [0, 0, 0]
+        with kernels.plain_operators():
+            found: list[int] = self._counts.tolist()
+            return found
+
+
 class DeferredRaise:
     """Lets a step whose norm is not finite pass without its gradients, and raises when the next begins.
 
     Args:
         order: of the norm.
+        replays: counts what is captured.
     """
 
-    def __init__(self, order: float) -> None:
-        self._order = order
+    def __init__(self, order: float, replays: Replays) -> None:
+        self._order, self._replays = order, replays
         self._unread: _Unread | None = None
         self._refusal: DistnormError | None = None
         self._copy: kernels.AsyncHostCopy | None = None
@@ -63,14 +162,18 @@ class DeferredRaise:
     def forget(self) -> None:
         """Forget the step before: other state was loaded. Every rank must call it."""
         self._unread = self._refusal = None
+        self._replays.forget()
 
     def refused(self, error: DistnormError) -> None:
         """Remember that this rank alone has raised in a step that the others have made."""
         self._refusal = error
 
     @staticmethod
-    def marks_of(gradients: Gradients) -> kernels.FiniteMarks:
-        """Which of a step's gradients are not finite, before any of them is changed. Waits for nothing."""
+    def marks_of(gradients: Gradients) -> kernels.FiniteMarks | None:
+        """Which of a step's gradients are not finite, before any of them is changed; `None` where the step is
+        captured, as replays are not asked for names. Waits for nothing."""
+        if kernels.is_captured():
+            return None
         return gradients.marks or kernels.FiniteMarks.of_largest(gradients.tensors)
 
     def remember(
@@ -84,8 +187,11 @@ class DeferredRaise:
             found: fp64; begins with the norm, and whether the ranks measured the same.
             marks: which of the gradients are not finite.
         """
-        # A dry run has no values; replays of a graph don't come here.
-        if found is not None and marks is not None and type(found) is Tensor and not _is_capturing():
+        if found is None or type(found) is not Tensor:  # a dry run has no values
+            return
+        if kernels.is_captured():
+            self._replays.count_bad(found)
+        elif marks is not None:
             self._copy = kernels.AsyncHostCopy(found, self._copy)
             self._unread = _Unread(number, meter.ranks, self._copy, meter.shards, marks)
 
@@ -97,7 +203,7 @@ class DeferredRaise:
             DisagreementError: on every rank that measured: the ranks did not measure the same.
             DistnormError: on a rank that refused a gradient in that step: the same error.
         """
-        if _is_capturing():
+        if kernels.is_captured():  # it waits for the first step that is not
             return
         (unread, refusal), self._unread, self._refusal = (self._unread, self._refusal), None, None
         if refusal is not None:
@@ -111,9 +217,12 @@ class DeferredRaise:
     def check_alone(self) -> None:
         """The same where no other rank may take part, once; `check` raises again, with all names."""
         unread = self._unread
-        if unread is None or unread.was_raised or _is_capturing():
-            return
-        unread.was_raised = True
+        if unread is not None and not unread.was_raised:
+            unread.was_raised = True
+            self._raise_alone(unread)
+        self._replays.check()
+
+    def _raise_alone(self, unread: _Unread) -> None:
         if self._is_good(unread):
             return
         with kernels.plain_operators():
@@ -134,8 +243,3 @@ class DeferredRaise:
     def _raise(self, unread: _Unread, where: Sequence[tuple[str, int]], otherwise: str) -> NoReturn:
         norm = float(unread.found.values()[0])
         diagnosis.raise_named(self._order, norm, tuple(where), f"step {unread.number}: ", otherwise)
-
-
-def _is_capturing() -> bool:
-    started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return started and torch.cuda.is_current_stream_capturing()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distnorm import kernels
 from distnorm.config import Config
-from distnorm.deferred import DeferredRaise
+from distnorm.deferred import DeferredRaise, Replays
 from distnorm.errors import DistnormError, NonFiniteGradientError
 from distnorm.measure.diagnosis import find_not_finite
 from distnorm.measure.gradients import Given
@@ -58,7 +58,7 @@ class Step:
         self, config: Config, ranks: Ranks, tied: Sequence[tuple[str, ...]], waits: Collection[str] = _WAITING
     ) -> None:
         self.config, self.tied, self._waits, self._norm = config, tied, waits, norm(config.norm.type)
-        self.count, self.is_registered_with_join = 0, False
+        self.count, self._replays, self.is_registered_with_join = 0, Replays(self._norm.order), False
         self.last: ClipResult | None = None
         self.outcome: Outcome | None = None
         self.monitor = StepMonitor.of(config.monitor, ranks, self._norm)
@@ -70,7 +70,7 @@ class Step:
         self._clipping = Clipping(self.groups, self._norm.order)
         self.decider = self._clipping.decider
         self._meter = self._meter_of(ranks)
-        self.deferred = DeferredRaise(self._norm.order)
+        self.deferred = DeferredRaise(self._norm.order, self._replays)
         self._alone: Meter | None = None
 
     def _meter_of(self, ranks: Ranks) -> Meter:
@@ -100,8 +100,8 @@ class Step:
         Raises:
             DistnormError: as `GradClipper.clip`; no gradient has changed then.
         """
-        number = self.count + 1
-        meter = self._meter_now()
+        self._replays.require_ready()
+        number, meter = self.count + 1, self._meter_now()
         snapshot = None if meter is self._alone else self._snapshot(number)
         payload = join_payloads(self.groups.payload, snapshot)
         length = 0 if payload is None else payload.length
@@ -151,8 +151,9 @@ class Step:
             self.deferred.refused(error)
 
     def made(self, number: int, outcome: Outcome) -> None:
-        """Count a step."""
-        self.count, self.last, self.outcome = number, outcome.result, outcome
+        """Count a step; one that is captured is counted when it is replayed."""
+        self.last, self.outcome = outcome.result, outcome
+        self.count = self.count if self._replays.counts(outcome.result.total_norm) else number
         self._announce_snapshot()
 
     def _names_not_finite(self, reduced: ReducedStatistics | UnreadStatistics) -> bool:
@@ -201,7 +202,7 @@ class Step:
             meter.prepare_anew(read, 0 if payload is None else payload.length)
         else:
             meter.prepare(read)
-        self._alone = None
+        self._alone, self._replays.is_ready = None, False
         self.groups.bind(ranks, meter.shards, meter.shares)
         if self.config.clip.overlap and self._norm.kernel is not None:
             with ranks.together():
@@ -275,6 +276,7 @@ class Step:
 
     def state_dict(self) -> dict[str, Any]:
         """See `GradClipper.state_dict`."""
+        self.count += self._replays.new_steps()
         state = {"version": _STATE_VERSION, "steps": self.count, **self.groups.state_dict()}
         return state if self.monitor is None else {**state, "monitor": self.monitor.state_dict()}
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from distnorm import kernels
 from distnorm.clipper import GradClipper
 from distnorm.errors import ConfigError
 from distnorm.policies.results import ClipResult
@@ -61,7 +62,7 @@ class HandOver:
         self._given = optimizer
         skipped = result.skipped.float() if self._clipper.may_skip else None
         # In the host's memory a coefficient of 1 is read for free.
-        is_one = result.clip_coef.is_cpu and result.clip_coef.numpy() == 1
+        is_one = kernels.on_host(result.clip_coef) and result.clip_coef.numpy() == 1
         optimizer.found_inf = skipped  # type: ignore[attr-defined]
         optimizer.grad_scale = None if is_one else result.clip_coef.reciprocal().float()  # type: ignore[attr-defined]
 

@@ -19,6 +19,7 @@ from distnorm.errors import DistnormError, NonFiniteGradientError, UnsupportedGr
 from distnorm.hooks import amp, callers, fused
 from distnorm.hooks.second_clipper import refuse_second_clipper
 from distnorm.hooks.wrapping import hookable, wrapped
+from distnorm.kernels import refuse_capture
 
 _attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
@@ -169,8 +170,13 @@ class OptimizerHook:
             pass
         elif self._hand_over.leave_out(optimizer, result):
             pass  # only a fused optimizer can skip without a read on the host
-        elif self._clipper.rules.may_skip and result.skipped:
-            self._hidden.hide(optimizer)
+        elif self._clipper.rules.may_skip:
+            refuse_capture(
+                f"expected an optimizer that skips a step on its device, found {type(optimizer).__name__} "
+                "without fused=True, under policy skip_spikes or clip.nonfinite: skip"
+            )
+            if result.skipped:
+                self._hidden.hide(optimizer)
 
     def _trains_nothing(self, optimizer: Optimizer) -> bool:
         """Whether this step only makes the optimizer's state: learning rates and gradients are all zero."""

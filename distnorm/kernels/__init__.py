@@ -26,7 +26,7 @@ from distnorm.kernels.gpu_clip import clip_ as clip_at_
 from distnorm.kernels.host_copy import AsyncHostCopy
 from distnorm.kernels.marks import FiniteMarks
 from distnorm.kernels.memory import SharedMemoryError, is_all_there, memory_of, once
-from distnorm.kernels.modes import outside_graphs, plain_operators
+from distnorm.kernels.modes import is_captured, outside_graphs, plain_operators, refuse_capture
 from distnorm.kernels.native import Kernel, split
 from distnorm.kernels.sampling import samples, samples_of
 from distnorm.kernels.walking import first_with_gradient, hold_just
@@ -55,6 +55,7 @@ __all__ = [
     "headed_statistic_at",
     "hold_just",
     "is_all_there",
+    "is_captured",
     "located",
     "measure",
     "memory_of",
@@ -64,6 +65,7 @@ __all__ = [
     "once",
     "outside_graphs",
     "plain_operators",
+    "refuse_capture",
     "row_squares",
     "samples",
     "samples_of",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from distnorm.kernels.addresses import on_host
+from distnorm.kernels.modes import is_captured
 from distnorm.kernels.native import Kernel
 
 # fp64 elements in a block. CPU: 2 MiB, which the caches still hold when it is read again, and large enough
@@ -131,7 +132,7 @@ def checksum(tensor: Tensor) -> Tensor:
 
 def on_device(values: Sequence[float], device: torch.device) -> Tensor:
     """The values, [n] fp64, without waiting for the device."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if is_captured():
         # A copy in a graph reads the host's memory at every replay; a fill brings its value along.
         return torch.stack([torch.full((), v, dtype=torch.float64, device=device) for v in values])
     made = torch.tensor(values, dtype=torch.float64, device="cpu")

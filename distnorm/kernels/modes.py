@@ -10,6 +10,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from distnorm.errors import DistnormError
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -26,6 +28,25 @@ def plain_operators() -> Iterator[None]:
         stack.enter_context(torch._C.DisableTorchFunction())
         stack.enter_context(_disable_current_modes())
         yield
+
+
+def is_captured() -> bool:
+    """Whether what runs now is captured in a CUDA graph: replays repeat it on the device alone."""
+    has_started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # asking would start it
+    return has_started and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(fact: str) -> None:
+    """Refuse to be captured.
+
+    Args:
+        fact: what is expected, what was found, and the cure.
+
+    Raises:
+        DistnormError: a CUDA graph is being captured.
+    """
+    if is_captured():
+        raise DistnormError(f"within a CUDA graph that is being captured: {fact}")
 
 
 def outside_graphs(function: Callable[P, R]) -> Callable[P, R]:

@@ -71,7 +71,11 @@ def _sample(tensor: Tensor) -> list[Tensor]:
     with eager.mode_of([tensor]):
         steps = torch.arange(_RUN, dtype=torch.int64, device=tensor.device)
     places = torch.cat([steps + start for start in starts])
-    return [tensor[torch.unravel_index(places, tensor.shape)]]
+    index: list[Tensor] = []
+    for size in reversed(tensor.shape):  # torch.unravel_index copies the shape from the host's memory
+        index.insert(0, places % size)
+        places = places // size
+    return [tensor[tuple(index)]]
 
 
 def _added(rows: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The errors of a measurement that went wrong: the ranks find out together which of them did what.
 
-Every function here but `refuse_inside_backward` is collective, and is called only after all ranks have read
+Every function here but those that refuse a call is collective, and is called only after all ranks have read
 the same reduced vector.
 """
 
@@ -13,6 +13,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from distnorm import kernels
 from distnorm.errors import DisagreementError, NonFiniteGradientError, UnsupportedGradientError
 from distnorm.measure.header import DecodedHeader
 from distnorm.plan.collectives import Ranks
@@ -71,6 +72,40 @@ def raise_not_finite(
         NonFiniteGradientError: on every rank.
     """
     raise_named(order, total_norm, find_not_finite(ranks, shards, gradients))
+
+
+def refuse_captured_planning() -> None:
+    """Refuse to plan while a CUDA graph is captured.
+
+    Raises:
+        DistnormError: one is.
+    """
+    kernels.refuse_capture(
+        "expected parameters that have been planned, found others; make the same call once, with gradients, "
+        "before the capture"
+    )
+
+
+def refuse_captured_reads(listens: bool, overlaps: bool) -> None:
+    """Refuse to be captured where the host takes part in a measurement.
+
+    Args:
+        listens: whether it reads the result.
+        overlaps: whether it takes what backward has read.
+
+    Raises:
+        DistnormError: a CUDA graph is captured.
+    """
+    if listens:
+        kernels.refuse_capture(
+            "expected a norm that stays on its device, found that the host reads it: by clip.nonfinite: "
+            "raise_now, by error_if_nonfinite, or as the process group reduces in the host's memory; set "
+            "clip.nonfinite: raise, skip, zero or propagate, and use a group for the device (nccl)"
+        )
+    if overlaps:
+        kernels.refuse_capture(
+            "expected clip.overlap: false, found true, where the host takes what backward has read"
+        )
 
 
 def raise_named(

@@ -170,7 +170,9 @@ class Gradients:
         """Multiply each by its own of [shards] coefficients, in place."""
         memory = self.views()
         there = [i for i, view in enumerate(memory) if view is not None]
-        mine = coefs if len(there) == len(memory) else coefs[there]
+        # An index would be copied from the host's memory.
+        each = coefs.unbind() if len(there) < len(memory) else ()
+        mine = torch.stack([each[i] for i in there]) if each and there else coefs
         kernels.scale_each_([view for view in memory if view is not None], mine)
 
     def clamp_(self, bound: float, members: Sequence[int]) -> None:

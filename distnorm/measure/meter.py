@@ -125,6 +125,7 @@ class Meter:
         Raises:
             DistnormError: what `read` raised on any rank, or what `make_plan` found; on every rank.
         """
+        diagnosis.refuse_captured_planning()
         self.plan = self.overlap = None
         named: list[tuple[str, Tensor]] = []
         with self.ranks.together():
@@ -142,9 +143,8 @@ class Meter:
             self._weights = dict(presence_weights(plan.shares))
             if plan.has_replicas:
                 replica_check = ReplicaCheck.of(self.ranks, self.shards, plan.shares)
-        self._checks = ResultChecks(
-            self.ranks, self.norm, self.raises, self.source, plan.shares, replica_check
-        )
+        about = (self.raises, self.source, plan.shares, replica_check)
+        self._checks = ResultChecks(self.ranks, self.norm, *about)
         self._unread = UnreadReduction(self._exchange, self.norm, self._checks, plan.shares)
         if self.source is Source.GRADIENT and (self.managers is None or not self.managers.are_of(named)):
             self.managers = Managers(named)
@@ -172,6 +172,7 @@ class Meter:
         Raises:
             DisagreementError: the set changed on this rank and not on every other.
         """
+        diagnosis.refuse_captured_planning()
         decoded = self._poll("plan", {SET: "changed"}, payload_length)
         self.allow_empty |= self._exchange.can_pack and decoded.values["plan"] < self.ranks.size
         self.prepare(read)
@@ -200,8 +201,7 @@ class Meter:
         """This step's gradients. Collective where some are partial, or may be for the first time.
 
         Args:
-            holders: those of the plan's shards, in its order.
-            given: the gradients, where a graph hands them over.
+            holders, given: those of the plan's shards; and the gradients, where a graph hands them over.
             store: whether reduced partial gradients are put back where the partial ones were.
             meets: whether `reduce` follows, in which ranks that read on learn of new partial gradients.
             payload_length: of the payload that ranks may be reducing meanwhile.
@@ -228,10 +228,10 @@ class Meter:
         *,
         store: bool = True,
     ) -> tuple[Gradients, ReducedStatistics | UnreadStatistics]:
-        """Measure gradients, in one all-reduce. Collective: every rank must call it.
+        """Measure gradients, in one all-reduce. Collective.
 
         Args:
-            gradients, store: what `read` gave, and got.
+            gradients, store: what `read` gave, and was given.
             payload: what else is reduced, by the norm's op, on all ranks alike.
             terms: what else must be equal on all ranks in this call, such as the threshold.
 
@@ -239,10 +239,11 @@ class Meter:
             The gradients, with partial ones on which ranks had to agree first; and what was reduced.
 
         Raises:
-            DistnormError: a gradient can't be measured, or ranks didn't measure the same; on every rank that
-                listens, before any gradient has changed.
+            DistnormError: a gradient can't be measured, or ranks measured other things; on every rank that
+                listens, before a gradient has changed.
         """
         assert self.plan is not None
+        diagnosis.refuse_captured_reads(self.listens, self.overlap is not None)
         here = {**terms, "plan": self.plan.ident, "raises": self.raises}
         device = self.ranks.reduce_device(gradients.device)
         statistic = self.overlap.take(gradients) if self.overlap is not None else None
@@ -253,9 +254,8 @@ class Meter:
         if statistic is None:
             statistic = gradients.statistic(self.norm, self.shares, device)
         bits, replicas = self._checks.replica_summand(gradients)
-        header = self._header(gradients, here, bits)
         summand = 0 if payload is None else payload.local(gradients.tensors, device)
-        reduced = self._exchange(statistic, header, summand, replicas)
+        reduced = self._exchange(statistic, self._header(gradients, here, bits), summand, replicas)
         if type(reduced.total_norm) is not Tensor:  # a dry run has no values to read
             gradients.raise_problems()
             return gradients, reduced

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from distnorm import kernels
 from distnorm.errors import DistnormError
 from distnorm.measure import diagnosis
 from distnorm.measure.exchange import Exchange
@@ -69,6 +70,10 @@ class GradientReader:
         # First what was agreed on before, since that is what the other ranks of these groups do.
         self._reduce(shards, readings, store)
         if self._batches is None or (meets and not self._all_agreed(readings)):
+            kernels.refuse_capture(
+                "expected a step in which all ranks had agreed on partial gradients, found that they have to "
+                "agree now; make the same call once with the same gradients before the capture"
+            )
             decoded = self.exchange(None, Header("agree", self.listens), payload_length).decode()
             if not decoded.stages <= {"agree", "measure"}:
                 diagnosis.raise_disagreement(self.ranks, decoded, {})

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,7 @@ class ReplicaCheck:
     turns: int
     tolerance: float = _ROUNDING
     _step: int = 0
+    _weights_on: dict[torch.device, Tensor] = field(default_factory=dict)
     _compared: tuple[Any, Any, Any] = (None, None, None)  # a table, which rows are compared, and these
 
     @classmethod
@@ -124,19 +125,30 @@ class ReplicaCheck:
 
     def of_tensors(self, gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
         """`difference`, 0-d fp64 on a device, of gradients anywhere. No device is waited for."""
-        self._step += 1
+        if not (is_captured := kernels.is_captured()):
+            self._step += 1
         total = torch.zeros((), dtype=torch.float64, device=device)
         by_device: dict[torch.device, dict[int, Tensor]] = defaultdict(dict)
         for k, i in enumerate(self.positions.tolist()):
             gradient = gradients[i]
-            if gradient is not None and self._has_turn(gradient.device, k):
+            # Every replay is of the same step, so in that one all have their turn.
+            if gradient is not None and (is_captured or self._has_turn(gradient.device, k)):
                 by_device[gradient.device][k] = gradient
         for here, members in by_device.items():
-            weights = kernels.on_device(self.weights[list(members)].tolist(), here)
+            weights = self._weights_of(list(members), here, is_captured=is_captured)
             signed, magnitudes = kernels.samples_of(list(members.values())).unbind(dim=1)
             numbers = torch.where(magnitudes == 0, 0.0, signed / magnitudes + magnitudes.log2())
             total += kernels.moved((weights * numbers).sum(), device)
         return total
+
+    def _weights_of(self, which: list[int], device: torch.device, *, is_captured: bool) -> Tensor:
+        every = self._weights_on.get(device)
+        if is_captured and every is not None:  # a graph brings along each new number by a launch of its own
+            return every if len(which) == len(every) else torch.stack([every[k] for k in which])
+        weights = kernels.on_device(self.weights[which].tolist(), device)
+        if every is None and type(weights) is Tensor:
+            self._weights_on[device] = kernels.on_device(self.weights.tolist(), device)
+        return weights
 
     def _has_turn(self, device: torch.device, k: int) -> bool:
         return device.type == "cpu" or int(self.keys[k]) % self.turns == self._step % self.turns

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distnorm import kernels
 from distnorm.measure.exchange import Exchange, Payload
 from distnorm.measure.gradients import Gradients
 from distnorm.measure.header import Header
@@ -56,6 +57,7 @@ class UnreadReduction:
         Raises:
             UnsupportedGradientError: this rank has a gradient that can't be measured; the others learn of it.
         """
+        marks = marks and not kernels.is_captured()  # replays are not asked for names
         number = self.exchange.header_number(header, payload)
         if number is not None and statistic is None:
             vector = gradients.headed_statistic(self.norm, device, number, marks=marks)

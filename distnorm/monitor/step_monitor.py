@@ -91,8 +91,12 @@ class StepMonitor:
 
     def snapshot(self, step: int) -> LayerSnapshot | None:
         """What is added to a step's all-reduce; `None` in steps that are not monitored."""
+        kernels.refuse_capture(
+            "expected nothing under monitor, found a monitor, whose rows no replay would write; capture a "
+            "clipper without one, or call clip() outside of the graph"
+        )
         every = self._config.every
-        return None if every is None or step % every or _is_captured() else self._snapshot
+        return None if every is None or step % every else self._snapshot
 
     def note(self, loss: float | Tensor | None, tokens: int | Tensor | None) -> None:
         """Keep what belongs to the step that is recorded next; a tensor may be changed afterwards."""
@@ -123,8 +127,7 @@ class StepMonitor:
         loss, facts = self._take_notes()
         numbers = dict(_tensors_of(result))
         total_norm = numbers["total_norm",]
-        # The replays of a graph don't come here, and a dry run has no values.
-        if _is_captured() or type(total_norm) is not Tensor:
+        if type(total_norm) is not Tensor:  # a dry run has no values
             return
         if loss is not None:
             loss = kernels.moved(loss.double().reshape(()), total_norm.device)
@@ -199,8 +202,3 @@ def _tensors_of(found: object, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Te
     elif is_dataclass(found):
         for each in fields(found):
             yield from _tensors_of(getattr(found, each.name), (*path, each.name))
-
-
-def _is_captured() -> bool:
-    started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return started and torch.cuda.is_current_stream_capturing()

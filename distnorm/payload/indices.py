@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distnorm import kernels
 from distnorm.plan.model_table import Ints
 
 
@@ -24,6 +25,10 @@ class Indices:
     def at(self, name: Hashable, device: torch.device) -> Tensor:
         """One array on a device."""
         if (name, device) not in self._copies:
+            kernels.refuse_capture(
+                "expected gradients that a step before has had too, found others; call clip() once with the "
+                "same gradients before the capture"
+            )
             array = np.array(self._arrays[name], dtype=np.int64)
             self._copies[name, device] = torch.from_numpy(array).to(device)
         return self._copies[name, device]

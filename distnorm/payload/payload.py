@@ -44,6 +44,8 @@ class LossPayload:
         self._ranks, self._is_sum = ranks, op == "sum"
         self._newest: Tensor | float | None = None
         self._was_given = False
+        self._gave = False  # this rank, in the newest step that was not captured
+        self._is_captured = False  # the newest loss was noted within a graph
 
     def note(self, loss: Tensor | float | None) -> None:
         """Keep its value for the next measurement; the tensor may be overwritten afterwards.
@@ -55,6 +57,7 @@ class LossPayload:
         if not is_one:
             raise DistnormError(f"loss: expected a 0-d tensor, a number or None, found {loss!r}")
         self._newest = loss.detach().clone() if isinstance(loss, Tensor) else loss
+        self._is_captured = kernels.is_captured()
 
     @property
     def length(self) -> int:
@@ -65,6 +68,7 @@ class LossPayload:
         fill = 0.0 if self._is_sum else -math.inf
         values = torch.full((self.length,), fill, dtype=torch.float64, device=device)
         loss = self._newest
+        self._refuse_old_loss()
         if loss is None:
             return values
         if isinstance(loss, Tensor):
@@ -73,10 +77,31 @@ class LossPayload:
                 loss = loss.nan_to_num(math.inf, math.inf, math.inf)
         elif not self._is_sum and not math.isfinite(loss):
             loss = math.inf
-        values[0 if self._is_sum else self._ranks.rank] = loss
+        mine = values[0 if self._is_sum else self._ranks.rank]
+        # A number that is assigned would be copied from the host's memory, which waits.
+        if isinstance(loss, Tensor):
+            mine.copy_(loss)
+        else:
+            mine.fill_(loss)
         if self._is_sum:
-            values[1] = 1.0
+            values[1].fill_(1.0)
         return values
+
+    def _refuse_old_loss(self) -> None:
+        """Refuse what would give every replay the loss of this step."""
+        loss = self._newest
+        if not kernels.is_captured():
+            self._gave = loss is not None
+        elif isinstance(loss, Tensor) and not self._is_captured:
+            kernels.refuse_capture("expected note(loss=...) within the graph, found it before")
+        elif loss is not None and not isinstance(loss, Tensor):
+            kernels.refuse_capture(
+                f"expected a loss in a tensor, which every replay reads, found the number {loss}"
+            )
+        elif loss is None and self._gave:
+            kernels.refuse_capture(
+                "expected note(loss=...) within the graph, as in the step before, found none"
+            )
 
     def forget(self) -> None:
         """The step that it was of is over."""

@@ -10,6 +10,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from distnorm import kernels
 from distnorm.measure.gradients import Gradients
 from distnorm.policies.decision import Decision
 from distnorm.policies.decision import is_finite as is_finite_norm
@@ -231,6 +232,8 @@ class Decider:
         if type(like) is not Tensor:  # made in a dry run: not to be kept for real steps
             return torch.zeros_like(like, dtype=torch.bool)
         if like.device not in self._never_on:
+            if kernels.is_captured():  # it would have its value only after a replay
+                return torch.zeros_like(like, dtype=torch.bool)
             self._never_on[like.device] = torch.zeros((), dtype=torch.bool, device=like.device)
         return self._never_on[like.device]
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from distnorm import kernels
 from distnorm.errors import DistnormError
 from distnorm.policies.decision import Decision
 
@@ -131,6 +132,10 @@ class Policy(ABC):
             return {name: like.new_zeros(t.shape, dtype=t.dtype) for name, t in self._state.items()}
         for name, tensor in self._state.items():
             if tensor.device != like.device:
+                kernels.refuse_capture(
+                    f"expected policy {self.name}'s state on {like.device}, found it on {tensor.device}; "
+                    "call clip() once before the capture"
+                )
                 self._state[name] = tensor.to(like.device)
         return self._state
 
