@@ -89,6 +89,14 @@ def hops(rank: int, size: int) -> Iterator[Hop]:
     yield Hop(everyone[grid.through(mine, everyone) == rank], grid.through(rows, me), lambda owners: owners)
 
 
+def route(size: int, origins: Tensor, owners: Tensor) -> list[Tensor]:
+    """Where rows of these ranks are after each hop: what `hops` says, for all ranks at once."""
+    if size <= MOST_IN_ONE_HOP:
+        return [owners]
+    grid = Grid(size)
+    return [grid.through(grid.row(origins), owners), owners]
+
+
 def join(ranks: Ranks, rows: Tensor, answer: Callable[[Tensor], Tensor]) -> Tensor:
     """Answer every row by a rank that sees all ranks' rows of the same key. Collective.
 

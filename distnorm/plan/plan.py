@@ -21,7 +21,7 @@ from distnorm.plan.collectives import Ranks
 from distnorm.plan.join import join
 from distnorm.plan.terms import agree_on_terms, stable_hash
 from distnorm.plan.wording import name_ranks, shown
-from distnorm.sources.shards import GradShard, Source
+from distnorm.sources.shards import Extent, GradShard, Source
 
 _NAMED_IN_ERRORS = 3
 _DOUBLE = (torch.float64, torch.complex128)
@@ -111,11 +111,13 @@ def _make_plan(
 
 def identity_rows(shards: Sequence[GradShard]) -> Tensor:
     """Hashes of every shard's name and piece, [n, 2] int64."""
-    rows = [
-        [stable_hash(s.name), stable_hash(repr((s.piece, s.global_shape)) if s.numel else "empty")]
-        for s in shards
-    ]
+    rows = [[stable_hash(s.name), piece_hash(s.piece, s.global_shape, s.numel)] for s in shards]
     return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 2)
+
+
+def piece_hash(piece: tuple[Extent, ...], global_shape: tuple[int, ...], numel: int) -> int:
+    """Hash of a piece of a parameter; pieces of no elements are all alike."""
+    return stable_hash(repr((piece, global_shape)) if numel else "empty")
 
 
 def _holders(rows: Tensor) -> Tensor:

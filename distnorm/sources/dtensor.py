@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -45,6 +45,20 @@ class DTensorShard(GradShard):
     @property
     def replicated_axes(self) -> tuple[int, ...]:
         return tuple(axis for axis in self.mesh_axes if _cuts(self.placements[axis]) is None)
+
+    @property
+    def cutting_axes(self) -> dict[str, int]:
+        mesh = _dtensor(self.holder).device_mesh
+        names = mesh.mesh_dim_names or tuple(map(str, range(mesh.ndim)))
+        cuts = zip(names, mesh.shape, self.placements, strict=True)
+        return {name: size for name, size, p in cuts if size > 1 and _cuts(p) is not None}
+
+    def piece_at(self, places: Mapping[str, int]) -> tuple[tuple[Extent, ...], int]:
+        mesh = _dtensor(self.holder).device_mesh
+        names = mesh.mesh_dim_names or tuple(map(str, range(mesh.ndim)))
+        coordinate = tuple(places.get(name, 0) for name in names)
+        piece, shape = _cut(self.global_shape, tuple(mesh.shape), coordinate, self.placements)
+        return piece, math.prod(shape)
 
     def indices(self, dim: int) -> Tensor:
         mesh = _dtensor(self.holder).device_mesh
