@@ -1,9 +1,9 @@
 """One rank of a large world, whose other ranks are computed.
 
 Its exchanges with other ranks hand it what these would send: their rows of the names that it owns, the rows
-that it passes on from its row of the grid to their owners, and the answers to them and to its own. So `distnorm`
-runs as it stands but for the messages themselves, on a world size of the caller's choice, and what is timed is
-the work of one rank without the network's. Replicas agree here, so nothing is refused.
+that it passes on from its row of the grid to their owners, and the answers to them and to its own. So
+`distnorm` runs as it stands but for the messages themselves, on a world size of the caller's choice, and what
+is timed is the work of one rank without the network's. Replicas agree here, so nothing is refused.
 """
 
 from __future__ import annotations

@@ -10,9 +10,8 @@ from distnorm.errors import ConfigError
 
 def degrees_of(config: Config) -> dict[str, int]:
     """The degrees, outermost axis first; they multiply to the number of ranks."""
-    return {
-        name: int(getattr(config.train.parallel, name)) for name in ("pp", "dp_replicate", "dp_shard", "tp")
-    }
+    names = ("pp", "dp_replicate", "dp_shard", "tp")
+    return {name: int(getattr(config.train.parallel, name)) for name in names}
 
 
 def scaled_to(config: Config, world: int) -> Config:
@@ -33,7 +32,7 @@ def scaled_to(config: Config, world: int) -> Config:
         near = [n for n in (below, below + others) if n > 0]
         raise ConfigError(
             f"--world: expected a multiple of {others} ({fixed or 'one rank'}), whose other factor is "
-            f"parallel.{grown}, found {world}; {' and '.join(map(str, near))} would fit, or other degrees by --set"
+            f"parallel.{grown}, found {world}; {' and '.join(map(str, near))} would fit, or set other degrees"
         )
     changed = parallel.model_copy(update={grown: world // others})
     divisor = changed.dp_replicate * changed.dp_shard

@@ -181,7 +181,7 @@ def _cut(
     extents: list[Extent] = []
     local: list[int] = []
     for dim, size in enumerate(shape):
-        if _axes(dim, shape, placements):
+        if _axes(dim, len(shape), placements):
             held = _held(dim, shape, mesh_shape, coordinate, placements)
             extents.append(_extent(held))
             local.append(len(held))
@@ -191,9 +191,10 @@ def _cut(
     return tuple(extents), tuple(local)
 
 
-def _axes(dim: int, shape: tuple[int, ...], placements: tuple[Any, ...]) -> list[int]:
-    """The mesh axes that cut a dim."""
-    return [axis for axis, p in enumerate(placements) if _cuts(p) and p.dim % len(shape) == dim]
+@lru_cache(maxsize=4096)
+def _axes(dim: int, dims: int, placements: tuple[Any, ...]) -> list[int]:
+    """The mesh axes that cut one of so many dims."""
+    return [axis for axis, p in enumerate(placements) if _cuts(p) and p.dim % dims == dim]
 
 
 def _held(
@@ -209,7 +210,7 @@ def _held(
     their own.
     """
     held = torch.arange(shape[dim], device="cpu")
-    for axis, parts in _in_order(_axes(dim, shape, placements), mesh_shape, placements):
+    for axis, parts in _in_order(_axes(dim, len(shape), placements), mesh_shape, placements):
         runs = torch.chunk(held, parts) if parts > 1 else (held,)
         held = torch.cat([_chunk(run, mesh_shape[axis], coordinate[axis]) for run in runs])
     return held

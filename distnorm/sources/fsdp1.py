@@ -129,8 +129,10 @@ class FlatShard(GradShard):
 
     def piece_at(self, places: Mapping[str, int]) -> tuple[tuple[Extent, ...], int]:
         handle, index = self.home.handle, self.home.index
-        if index is None or not handle.uses_sharded_strategy:
-            raise UnsupportedGradientError("expected a sharded original parameter of FSDP1")
+        if not handle.uses_sharded_strategy:
+            return self.piece, self.numel
+        if index is None:
+            raise UnsupportedGradientError("expected FSDP1 with use_orig_params, found a flat parameter")
         flat = handle.flat_param
         offsets = zip(handle._get_flat_param_offsets(), flat._is_padding_mask, strict=True)
         begin, last = [extent for extent, is_padding in offsets if not is_padding][index]

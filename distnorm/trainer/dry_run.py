@@ -35,9 +35,8 @@ def model_of(config: Config, rank: int, size: int) -> Iterator[tuple[nn.Module, 
     train = config.train
     if train.parallel.backend == "deepspeed":
         raise RunError(
-            "train.parallel.backend: expected fsdp2, fsdp1 or ddp, found deepspeed: who holds what is decided "
-            "within its engine, which exchanges messages when it is made; plan it under torchrun, with "
-            "distnorm verify"
+            "train.parallel.backend: expected fsdp2, fsdp1 or ddp, found deepspeed, whose engine decides who "
+            "holds what while it exchanges messages with all ranks; run distnorm verify under torchrun"
         )
     if dist.is_initialized():
         raise RunError("expected no process group, found one; distnorm plan runs as one process")

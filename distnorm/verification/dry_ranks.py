@@ -1,13 +1,13 @@
 """One rank of a world whose other ranks don't exist: it plans as it would among them.
 
-What the others hold is computed from how each parameter is cut over named axes, which a rank's own shards say,
-and the others' messages from that. So planning itself runs as it stands.
+What the others hold is computed from how each parameter is cut over named axes, which a rank's own shards
+say, and the others' messages from that. So planning itself runs as it stands.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -42,7 +42,7 @@ def rows_of_stage(shards: Sequence[GradShard], axes: Mapping[str, int], first_ra
 
     Args:
         shards: of any one of its ranks.
-        axes: the stage's mesh, outermost axis first; a parameter is the same along an axis that doesn't cut it.
+        axes: the stage's mesh, outermost axis first; a parameter is alike on an axis that doesn't cut it.
         first_rank: of the stage's ranks, which are neighbours.
     """
     ranks, known = math.prod(axes.values()), dict[object, Tensor]()
@@ -53,7 +53,9 @@ def rows_of_stage(shards: Sequence[GradShard], axes: Mapping[str, int], first_ra
             known[key] = _pieces(shard, axes)
         names = torch.full((ranks, 1), stable_hash(shard.name), dtype=torch.int64, device="cpu")
         columns.append(torch.cat([names, known[key]], dim=1))
-    facts = torch.stack(columns, dim=1) if columns else torch.zeros(ranks, 0, 3, dtype=torch.int64)
+    facts = (
+        torch.stack(columns, dim=1) if columns else torch.zeros(ranks, 0, 3, dtype=torch.int64, device="cpu")
+    )
     origins = torch.arange(first_rank, first_rank + ranks, device="cpu").repeat_interleave(len(shards))
     return Rows(facts.reshape(-1, 3), origins)
 
@@ -97,15 +99,18 @@ class Message:
 class DryRanks(Ranks):
     """The ranks as one of them sees them, and none of the others is there.
 
+    Args:
+        rank, size: of the world.
+        stages: what all ranks hold, one pipeline stage after the other.
+
     Attributes:
         messages: what was exchanged up to now.
     """
 
-    def __init__(self, rank: int, size: int, world: Rows) -> None:
+    def __init__(self, rank: int, size: int, stages: Sequence[Rows]) -> None:
         super().__init__(alone=True)
         self.rank, self.size = rank, size
-        self.messages: list[Message] = []
-        self._state = GroupState()
+        world = Rows(torch.cat([s.facts for s in stages]), torch.cat([s.origins for s in stages]))
         plan = _holders(world.facts)
         claims = (plan[:, 0] > 1) & (world.facts[:, 2] > 0)
         self._has_replicas = bool(claims.any())
@@ -113,7 +118,7 @@ class DryRanks(Ranks):
         if self._has_replicas:  # whose values are taken to be equal
             sums = world.facts[claims] * torch.tensor([1, 1, 0], device="cpu")
             self._arriving.append(self._arrivals(sums, world.origins[claims], differing))
-        self._arrives = (out for outs in self._arriving for out in outs)
+        self.begin_again()
 
     @property
     def state(self) -> GroupState:
@@ -169,8 +174,8 @@ class DryRanks(Ranks):
     def gather(self, fact: Any) -> list[Any]:
         raise RunError("expected nothing that ranks have to tell each other in full, which these can't")
 
-    def begin_again(self) -> Iterator[Tensor]:
+    def begin_again(self) -> None:
         """Expect the first exchange of planning."""
-        self.messages, self._state = [], GroupState()
-        self._arrives = (out for outs in self._arriving for out in outs)
-        return self._arrives
+        self.messages: list[Message] = []
+        self._state = GroupState()
+        self._arrives = iter([out for outs in self._arriving for out in outs])

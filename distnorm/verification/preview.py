@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import time
 from collections import Counter
@@ -16,12 +18,13 @@ from torch import nn
 
 from distnorm.config import Config
 from distnorm.plan.plan import Share
-from distnorm.sources import Source, Tied, modules_of, named_tensors, shards_of
+from distnorm.sources import Source, modules_of, named_tensors, shards_of
 from distnorm.sources.shards import GradShard
 from distnorm.step import Step
 from distnorm.verification.dry_ranks import DryRanks, Message, Rows, rows_of_stage
 
-Build = Callable[[Config, int, int], AbstractContextManager[tuple[nn.Module, Tied]]]
+_Names = tuple[tuple[str, ...], ...]
+Build = Callable[[Config, int, int], AbstractContextManager[tuple[nn.Module, _Names]]]
 """From a configuration, a rank and the number of ranks to its module and the tied names."""
 
 _AXES = ("dp_replicate", "dp_shard", "tp")  # within a pipeline stage, outermost first
@@ -115,49 +118,55 @@ def preview(
     inner = axes["dp_replicate"] * axes["dp_shard"] * axes["tp"]
     size = inner * degrees["pp"]
     quiet = config.model_copy(update={"monitor": type(config.monitor)()})
-    stages = []
+    stages, mine = dict[int, Rows](), rank // inner
     for stage in range(degrees["pp"]):
-        with build(config, stage * inner, size) as (module, tied):
-            stages.append(rows_of_stage(_shards(module, tied), axes, stage * inner))
-    world = Rows(torch.cat([s.facts for s in stages]), torch.cat([s.origins for s in stages]))
-    ranks = DryRanks(rank, size, world)
-    del stages, world
-    with build(config, rank, size) as (module, tied):
-        ranks_own = _shards(module, tied)
-        _plan(quiet, ranks, module, tied, ranks_own)  # compilers and caches
-        ranks.begin_again()
-        before = _reset_peak()
-        began = time.perf_counter()
-        step = _plan(quiet, ranks, module, tied, ranks_own)
-        seconds = time.perf_counter() - began
-        risen = None if before is None else _resident("VmHWM") - before
-        planning = list(ranks.messages)
-        ranks.messages.clear()
-        payload = step.groups.payload
-        step._meter.join(0 if payload is None else payload.length)
-        messages = list(ranks.messages)
-        if partial := partial_bytes(config, module):
-            messages.insert(0, Message("all-reduce of partial gradients", partial, partial, axes["tp"] - 1))
-        numbers = _numbers(ranks_own, step._meter.shares)
+        # This rank's own stage comes last, since planning needs its process group.
+        at = (mine + 1 + stage) % degrees["pp"]
+        with build(config, at * inner + rank % inner, size) as (module, tied):
+            stages[at] = rows_of_stage(_shards(module, tied), axes, at * inner)
+            if at == mine:
+                ranks = DryRanks(rank, size, [stages[number] for number in sorted(stages)])
+                found = _planned(quiet, ranks, module, tied)
+                partial = partial_bytes(config, module)
+    if partial:
+        kind = "all-reduce of partial gradients"
+        found["step"].insert(0, Collectives(kind, 1, partial, partial, axes["tp"] - 1))
     return Preview(
         world=size,
         rank=rank,
         degrees=degrees,
         backend=parallel.backend,
-        **numbers,
-        planning=_together(planning),
-        step=_together(messages),
-        planning_seconds=seconds,
-        planning_bytes=risen,
         notes=_notes(config),
+        **found,
     )
 
 
-def _shards(module: nn.Module, tied: Tied) -> list[GradShard]:
+def _shards(module: nn.Module, tied: _Names) -> list[GradShard]:
     return shards_of(named_tensors([module]), Source.GRADIENT, target=[module], tied=tied)
 
 
-def _plan(config: Config, ranks: DryRanks, module: nn.Module, tied: Tied, shards: list[GradShard]) -> Step:
+def _planned(config: Config, ranks: DryRanks, module: nn.Module, tied: _Names) -> dict[str, Any]:
+    """Plan, exchange what a step does, and say what that was."""
+    _plan(config, ranks, module, tied)  # what is compiled or cached is no part of the time
+    ranks.begin_again()
+    before, began = _reset_peak(), time.perf_counter()
+    step = _plan(config, ranks, module, tied)
+    seconds = time.perf_counter() - began
+    risen = None if before is None else _resident("VmHWM") - before
+    planning = _together(ranks.messages)
+    ranks.messages.clear()
+    payload = step.groups.payload
+    step._meter.join(0 if payload is None else payload.length)
+    return {
+        **_numbers(step._meter.shards, step._meter.shares),
+        "planning": planning,
+        "step": _together(ranks.messages),
+        "planning_seconds": seconds,
+        "planning_bytes": risen,
+    }
+
+
+def _plan(config: Config, ranks: DryRanks, module: nn.Module, tied: _Names) -> Step:
     """What `GradClipper` does when it is made."""
     with ranks.together():
         step = Step(config, ranks, tied)
@@ -214,7 +223,9 @@ def _resident(key: str) -> int:
 
 def _reset_peak() -> int | None:
     """Let the high-water mark of memory start anew, and say from where; `None` where there is none."""
-    with suppress(OSError):
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed before would be used, and not be seen
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         return _resident("VmRSS")
     return None
