@@ -67,7 +67,6 @@ def make_parser() -> argparse.ArgumentParser:
     compare = add("compare", _compare, "find the first step at which the norms of two runs part")
     report = add("report", _report, "write one HTML page about runs: norms, clipping, layers, alerts")
     suggest = add("suggest-threshold", _suggest, "list percentiles of a run's norms with their clip rates")
-
     plan = add("plan", _plan, "show what planning gives and costs a rank of a large world, without the ranks")
     _describe_plan(plan)
     _describe_bench(
