@@ -126,7 +126,7 @@ def measured(case: str, size: int, shards: int = SHARDS) -> dict[str, float]:
             began = clocks()
             planned = plan(group)
             plans.append(clocks() - began - group.seconds)
-            sent, received = group.sent, group.received
+            sent, received, peers = group.sent, group.received, len(group.peers)
             if not repeat:
                 memory = resident("VmHWM") - before
             spent, began = group.seconds.clone(), clocks()
@@ -138,6 +138,7 @@ def measured(case: str, size: int, shards: int = SHARDS) -> dict[str, float]:
         "rank": rank,
         "names": len(owned_names(topology, rank)),
         "rows": len(group.met.plan),
+        "peers": peers,
         "plan_ms": float(cpu),
         "plan_wall_ms": float(wall),
         "plan_mb": memory / 1e6,
@@ -177,15 +178,17 @@ def main() -> None:
         return
     print(f"python {platform.python_version()}, torch {torch.__version__}, {SHARDS} shards a rank\n")
     print(
-        "| case | ranks | names | rows met | sent kB | received kB | plan ms | wall ms | plan MB | ", end=""
+        "| case | ranks | peers | names | rows met | sent kB | received kB | plan ms | wall ms | plan MB | ",
+        end="",
     )
-    print("agreement ms | both MB |\n|---|---|---|---|---|---|---|---|---|---|---|")
+    print("agreement ms | both MB |\n|---|---|---|---|---|---|---|---|---|---|---|---|")
     for case in CASES:
         for size in arguments.ranks:
             row = in_a_process(case, size)
             cells = [
                 case,
                 size,
+                row["peers"],
                 row["names"],
                 row["rows"],
                 *(f"{row[k] / 1e3:.0f}" for k in ("sent", "received")),

@@ -1,17 +1,20 @@
 """One rank of a large world, whose other ranks are computed.
 
-The process group hands the rank what the others would send it: their rows of the names that it owns, and the
-answers to its own rows. So `distnorm` runs as it stands, on a world size of the caller's choice, and what is
-timed is the work of one rank without the network's. Replicas agree here, so nothing is refused.
+Its exchanges with other ranks hand it what these would send: their rows of the names that it owns, the rows
+that it passes on from its row of the grid to their owners, and the answers to them and to its own. So
+`distnorm` runs as it stands but for the messages themselves, on a world size of the caller's choice, and what
+is timed is the work of one rank without the network's. Replicas agree here, so nothing is refused.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -22,6 +25,7 @@ from distnorm import kernels
 from distnorm.measure.partials import _COMPLETE, _DTYPES, Batch, _merge, agree_on_partials
 from distnorm.measure.replica_check import _IRRATIONALS, _compared, _differing, compare_replicas
 from distnorm.plan.collectives import Ranks
+from distnorm.plan.join import Grid, hops
 from distnorm.plan.plan import Plan, _holders, differing, identity_rows, make_plan
 from distnorm.plan.terms import stable_hash
 from distnorm.sources.shards import Extent, GradShard, Source
@@ -82,50 +86,64 @@ def most_loaded_rank(topology: Topology) -> int:
 
 
 class _Rows:
-    """The rows of some names from all ranks, as each exchange sends them."""
+    """The rows of some names from some ranks, as each join sends them.
 
-    def __init__(self, topology: Topology, names: Sequence[str]) -> None:
+    Attributes:
+        owners: [rows] the rank on which each row meets the others of its name.
+    """
+
+    def __init__(self, topology: Topology, names: Sequence[str], ranks: Iterable[int]) -> None:
         values: dict[tuple[int, ...], tuple[int, list[float]]] = {}  # by shape: all elements are 1
-        identities, of_rank, found, sizes = [], [], [], []
-        for rank in range(topology.size):
+        identities, found, sizes = [torch.zeros(0, 2, dtype=torch.int64)], [], []
+        self.of: list[tuple[int, str]] = []  # of each row its rank and its name
+        for rank in ranks:
             pieces = [p for name in names for p in topology.pieces(rank, name)]
-            sizes += [[p.numel, p.global_numel] for p in pieces]
-            of_rank += [rank] * len(pieces)
+            sizes += [p.numel for p in pieces]
+            self.of += [(rank, p.name) for p in pieces]
             identities.append(identity_rows(pieces))
             for p in pieces:
                 if p.shape not in values:
                     values[p.shape] = int(kernels.checksum(p.witness())), _compared(p.read())
                 found.append(values[p.shape])
-        self.of_rank = torch.tensor(of_rank, dtype=torch.int64)
-        self.plan = torch.cat(
-            [torch.cat(identities), torch.tensor(sizes, dtype=torch.int64).view(-1, 2)], dim=1
-        )
+        self.of_rank = torch.tensor([rank for rank, _ in self.of], dtype=torch.int64)
+        numels = torch.tensor(sizes, dtype=torch.int64).view(-1, 1)
+        self.plan = torch.cat([torch.cat(identities), numels], dim=1)
+        self.owners = self.plan[:, 0].remainder(topology.size)
         self._checksums = torch.tensor([value for value, _ in found], dtype=torch.int64).view(-1, 1)
         compared = [numbers for _, numbers in found]
         self._compared = torch.tensor(compared, dtype=torch.float64).view(-1, 2 + len(_IRRATIONALS))
-        self._claims = torch.zeros(len(of_rank), dtype=torch.bool)
+        self._claims = torch.zeros(len(self.of), dtype=torch.bool)
 
     def claim(self, replies: Tensor) -> None:
         """Take the planner's answers to these rows, as every rank takes those to its own."""
         self._claims = (replies[:, 0] > 1) & (self.plan[:, 2] > 0)
 
-    def sent(self, join: int) -> tuple[Tensor, Tensor]:
-        """The rows of each join, and their ranks: of the plan, the claims, the partial gradients, the ranks
-        that reduce these together, and what is compared of replicas."""
-        if join == 0:
-            return self.plan, self.of_rank
-        if join == 2:
+    def taking_part(self, join: str) -> Tensor:
+        """Which rows a join sends."""
+        if join in ("checksums", "replicas"):
+            return self._claims
+        return torch.full_like(self._claims, join != "members")
+
+    def sent(self, join: str) -> Tensor:
+        """What a join sends of those that take part."""
+        if join == "plan":
+            return self.plan
+        if join == "partials":
             flags = _COMPLETE * (self.plan[:, 2:3] > 0).long()
             dtypes = torch.full_like(flags, _DTYPES.index(torch.float32))
-            return torch.cat([self.plan[:, :2], flags, dtypes], dim=1), self.of_rank
-        if join == 3:
-            return torch.zeros(0, 3, dtype=torch.int64), self.of_rank[:0]
-        facts = self._checksums if join == 1 else self._compared.view(torch.int64)
-        rows = torch.cat([self.plan[:, :2], facts], dim=1)
-        return rows[self._claims], self.of_rank[self._claims]
+            return torch.cat([self.plan[:, :2], flags, dtypes], dim=1)
+        if join == "members":
+            return torch.zeros(0, 3, dtype=torch.int64)
+        facts = self._checksums if join == "checksums" else self._compared.view(torch.int64)
+        return torch.cat([self.plan[:, :2], facts], dim=1)[self._claims]
 
 
-ANSWERS: dict[int, Callable[[Tensor], Tensor]] = {0: _holders, 1: differing, 2: _merge, 4: _differing}
+ANSWERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "plan": _holders,
+    "checksums": differing,
+    "partials": _merge,
+    "replicas": _differing,
+}
 
 
 def _done(result: Any) -> Any:
@@ -141,70 +159,104 @@ class SimulatedGroup(dist.ProcessGroup):
         seconds: time spent on computing the others, on `clocks`.
         received: bytes that came from them.
         sent: bytes that went to them.
+        peers: the ranks that were sent to, or heard from.
+        met: the rows that this rank answers.
     """
 
     def __init__(self, rank: int, topology: Topology) -> None:
         super().__init__(rank, topology.size)
         self._rank, self._topology = rank, topology
-        self.met = _Rows(topology, owned_names(topology, rank))
+        self.met = _Rows(topology, owned_names(topology, rank), range(topology.size))
         self.mine = [p for name in topology.names for p in topology.pieces(rank, name)]
-        self._own = [p.name for p in self.mine]
-        self._by_kind: dict[Hashable, tuple[_Rows, dict[int, Tensor]]] = {}
+        own = _Rows(topology, topology.names, [rank])
+        self._hops, self._held = list(hops(rank, topology.size)), [own]  # what is sent at each hop
+        if len(self._hops) > 1:
+            first, second = self._hops
+            owners = set(second.to.tolist())
+            passed_on = [name for name in topology.names if stable_hash(name) % topology.size in owners]
+            self._held.append(_Rows(topology, passed_on, first.of.tolist()))
+        self._by_kind: dict[Hashable, tuple[_Rows, dict[str, Tensor]]] = {}
         self.restart()
-        for name in self._own:
-            self._answers(name)
+        for rows in self._held:
+            rows.claim(self._answers(rows, "plan"))
 
     def restart(self) -> None:
         """Expect the first exchange of a plan."""
         self.seconds, self.received, self.sent = clocks() * 0, 0, 0
-        self._call = 0
+        self.peers: set[int] = set()
+        self._exchanges = self._expected()
 
-    def _answers(self, name: str) -> tuple[_Rows, dict[int, Tensor]]:
+    def _expected(self) -> Iterator[tuple[str, str, int]]:
+        """What each exchange is: of which join, what it carries, and at which hop."""
+        has_claims = bool(self._held[0].taking_part("checksums").any())
+        there, back = range(len(self._hops)), reversed(range(len(self._hops)))
+        steps = [(kind, hop) for hop in there for kind in ("counts", "rows")] + [("answers", h) for h in back]
+        for join in ("plan", "checksums", "partials", "members", "replicas"):
+            if join != "checksums" or has_claims:
+                yield from ((join, kind, hop) for kind, hop in steps)
+
+    def _kind(self, name: str) -> tuple[_Rows, dict[str, Tensor]]:
         """The rows of one name of a kind, and what its owner answers in each join."""
         kind = self._topology.kind(name)
         if kind not in self._by_kind:
-            rows = _Rows(self._topology, [name])
-            answers: dict[int, Tensor] = {}
+            rows = _Rows(self._topology, [name], range(self._topology.size))
+            answers: dict[str, Tensor] = {}
             for join, answer in ANSWERS.items():
-                answers[join] = answer(rows.sent(join)[0])
-                if join == 0:
-                    rows.claim(answers[0])
+                answers[join] = answer(rows.sent(join))
+                if join == "plan":
+                    rows.claim(answers[join])
             self._by_kind[kind] = rows, answers
         return self._by_kind[kind]
 
-    def _replies(self, join: int, width: int) -> Tensor:
-        """The answers to this rank's own rows, in the order in which it sent them."""
-        replies = []
-        for name in dict.fromkeys(self._own):
-            if join in ANSWERS:
-                rows, answers = self._answers(name)
-                mine = answers[join][rows.sent(join)[1] == self._rank]
-                owner = torch.full((len(mine), 1), stable_hash(name) % self._topology.size)
-                replies.append(torch.cat([owner, mine], dim=1))
-        found = torch.cat(replies) if replies else torch.zeros(0, width + 1, dtype=torch.int64)
-        return found[found[:, 0].argsort(stable=True), 1:]
+    def _answers(self, rows: _Rows, join: str) -> Tensor:
+        """What the owners answer to rows that take part in a join."""
+        replies = [torch.zeros(0, 1, dtype=torch.int64)] if join == "members" else []
+        takes_part = rows.taking_part(join).tolist()
+        for (rank, name), group in groupby(zip(rows.of, takes_part, strict=True), lambda one: one[0]):
+            if any(takes for _, takes in group):
+                whole, answers = self._kind(name)
+                replies.append(answers[join][whole.of_rank[whole.taking_part(join)] == rank])
+        width = 1 if join in ("checksums", "replicas") else 3
+        return torch.cat(replies) if replies else torch.zeros(0, width, dtype=torch.int64)
 
-    def all_to_all_single(
-        self, output: Tensor, sending: Tensor, receive: Any, send: Any, opts: Any = None
-    ) -> Any:
+    def exchange(self, rows: Tensor, send: Mapping[int, int], receive: Mapping[int, int]) -> Tensor:
+        """In the place of `Ranks.exchange`."""
         began = clocks()
-        join, phase = divmod(self._call, 3)
-        rows, of_rank = self.met.sent(join)
-        if phase == 0:
-            output.copy_(torch.bincount(of_rank, minlength=self._topology.size))
-        elif phase == 1:
-            own = sending.split(send)[self._rank]
-            assert torch.equal(own, rows[of_rank == self._rank])
-            output.copy_(rows)
+        join, kind, hop = next(self._exchanges)
+        # What comes in at a hop is what the next one sends on, or, at the last, what this rank answers.
+        comes = self._held[hop + 1] if hop + 1 < len(self._hops) else self.met
+        if kind == "answers":
+            held = self._held[hop]
+            if join == "plan" and comes is self.met:
+                self.met.claim(rows)
+            order = self._hops[hop].next(held.owners[held.taking_part(join)]).argsort(stable=True)
+            out = self._answers(held, join)[order]
+        elif kind == "rows":
+            own = dict(zip(send, rows.split(list(send.values())), strict=True))[self._rank]
+            arriving = comes.sent(join)
+            whose = comes.of_rank[comes.taking_part(join)]
+            out = arriving
+            if not hop:
+                assert torch.equal(own, arriving[whose == self._rank])
         else:
-            if join == 0:
-                self.met.claim(sending)
-            output.copy_(self._replies(join, output.shape[1]))
-        self.sent += sending.nbytes
-        self.received += output.nbytes
-        self._call += 1
+            whose = comes.of_rank[comes.taking_part(join)]
+            out = self._counted(hop, whose).view(-1, 1)
+        assert len(out) == sum(receive.values())
+        others_in, others_out = (
+            sum(n for rank, n in listed.items() if rank != self._rank) for listed in (receive, send)
+        )
+        self.received += others_in * out.shape[1] * 8
+        self.sent += others_out * rows.shape[1] * 8
+        self.peers |= {*send, *receive} - {self._rank}
         self.seconds += clocks() - began
-        return _done([output])
+        return out
+
+    def _counted(self, hop: int, whose: Tensor) -> Tensor:
+        """How many of the rows that arrive at a hop come from each of its ranks."""
+        of, size = self._hops[hop].of, self._topology.size
+        if hop:  # they were at the rank of their row through which it reaches this one
+            whose = of[Grid(size).row(whose)]
+        return torch.bincount(whose, minlength=size)[of]
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Any:
         """All others have what this rank has (a maximum), or nothing (a sum)."""
@@ -232,7 +284,8 @@ def simulated(rank: int, topology: Topology) -> Iterator[SimulatedGroup]:
     _GROUPS.append(group)
     dist.init_process_group("simulated", rank=rank, world_size=topology.size, store=dist.HashStore())
     try:
-        yield group
+        with mock.patch.object(Ranks, "exchange", lambda _, *sent: group.exchange(*sent)):
+            yield group
     finally:
         _GROUPS.pop()
         dist.destroy_process_group()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -66,14 +67,15 @@ def make_parser() -> argparse.ArgumentParser:
     compare = add("compare", _compare, "find the first step at which the norms of two runs part")
     report = add("report", _report, "write one HTML page about runs: norms, clipping, layers, alerts")
     suggest = add("suggest-threshold", _suggest, "list percentiles of a run's norms with their clip rates")
-
+    plan = add("plan", _plan, "show what planning gives and costs a rank of a large world, without the ranks")
+    _describe_plan(plan)
     _describe_bench(
         add("bench", _bench, "time gradient-norm functions, and the machine's limit, side by side")
     )
-    for parser_of_one in (train, verify):
+    for parser_of_one in (train, verify, plan):
         parser_of_one.add_argument("config", metavar="CONFIG", help="a YAML file")
     validate.add_argument("configs", metavar="CONFIG", nargs="+", help="a YAML file")
-    for configured in (train, verify, validate):
+    for configured in (train, verify, validate, plan):
         configured.add_argument(
             "--set",
             dest="overrides",
@@ -93,6 +95,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _describe_plan(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument(
+        "--world",
+        type=_positive,
+        metavar="N",
+        help="number of ranks; dp_shard or dp_replicate is changed to fit. By default CONFIG's own",
+    )
+    plan.add_argument("--rank", type=int, default=0, metavar="R", help="which rank is shown (default: 0)")
+    plan.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object")
+
+
 def _describe_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument(
         "workloads",
@@ -108,7 +121,9 @@ def _describe_bench(bench: argparse.ArgumentParser) -> None:
         metavar="DEVICE",
         help="auto, cpu or cuda",
     )
-    bench.add_argument("--rounds", type=_rounds, default=ROUNDS, metavar="N", help="times of each contender")
+    bench.add_argument(
+        "--rounds", type=_positive, default=ROUNDS, metavar="N", help="times of each contender"
+    )
     bench.add_argument("--json", dest="json_file", metavar="FILE", help="where all samples are written")
     bench.add_argument("--config", metavar="CONFIG", help="a YAML file whose topology is timed")
 
@@ -139,7 +154,7 @@ def _tolerance(text: str) -> float:
     return value
 
 
-def _rounds(text: str) -> int:
+def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, found {text}")
@@ -152,7 +167,7 @@ def _workload(text: str) -> str:
     return text
 
 
-_rounds.__name__ = "number"
+_positive.__name__ = "number"
 _tolerance.__name__ = "number"  # argparse names the type by it: "invalid number value"
 
 
@@ -194,6 +209,21 @@ def _verify(config: str, overrides: Sequence[str]) -> int:
     from distnorm.trainer import verify
 
     return verify.main(loaded)
+
+
+def _plan(config: str, overrides: Sequence[str], world: int | None, rank: int, as_json: bool) -> int:
+    from distnorm.config import load_config
+    from distnorm.config.scaling import degrees_of, scaled_to
+
+    loaded = load_config(config, overrides)
+    loaded = loaded if world is None else scaled_to(loaded, world)
+    ranks = math.prod(degrees_of(loaded).values())
+    if not 0 <= rank < ranks:
+        raise ConfigError(f"--rank: expected 0 to {ranks - 1}, found {rank}")
+    from distnorm.trainer import dry_run
+    from distnorm.verification import preview
+
+    return preview.main(loaded, rank, as_json, dry_run.model_of, dry_run.partial_bytes)
 
 
 def _compare(run_a: str, run_b: str, rtol: float | None) -> int:

@@ -93,6 +93,7 @@ def test_the_surface_is_frozen() -> None:
         "train": configured,
         "verify": configured,
         "validate": {"-h/--help": None, "configs": "CONFIG", "--set": "KEY=VALUE"},
+        "plan": {**configured, "--world": "N", "--rank": "R", "--json": None},
         "schema": {"-h/--help": None},
         "compare": {"-h/--help": None, "run_a": "RUN", "run_b": "RUN", "--rtol": "R"},
         "report": {"-h/--help": None, "runs": "RUN", "-o/--output": "FILE"},
@@ -110,7 +111,17 @@ def test_the_surface_is_frozen() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [(), ("train",), ("verify",), ("validate",), ("schema",), ("compare",), ("report",), ("bench",)],
+    [
+        (),
+        ("train",),
+        ("verify",),
+        ("validate",),
+        ("plan",),
+        ("schema",),
+        ("compare",),
+        ("report",),
+        ("bench",),
+    ],
 )
 def test_help_lists_every_option(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -132,6 +143,9 @@ def test_help_lists_every_option(command: tuple[str, ...], capsys: pytest.Captur
         ["train", "a", "b"],
         ["validate"],
         ["validate", "a", "--se", "x=1"],
+        ["plan"],
+        ["plan", "a", "--world", "0"],
+        ["plan", "a", "--rank", "x"],
         ["schema", "x"],
         ["compare", "a"],
         ["compare", "a", "b", "--rtol", "x"],

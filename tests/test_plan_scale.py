@@ -15,6 +15,7 @@ from benchmarks import planning
 from benchmarks.simulated_rank import TERMS, Piece, most_loaded_rank, piece, plan, simulated
 from distnorm.errors import ConfigError
 from distnorm.hooks.deepspeed.cutting import cuts_inside
+from distnorm.plan import join
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.plan import make_plan
 from distnorm.plan.wording import shown
@@ -63,8 +64,9 @@ def tables(draw: st.DrawFn, size: int) -> Table:
     return Table(size, parameters)
 
 
-def planned(worlds: Sequence[Table]) -> list[Shares]:
+def planned(worlds: Sequence[Table], most_in_one_hop: int) -> list[Shares]:
     """What the rank itself plans."""
+    join.MOST_IN_ONE_HOP = most_in_one_hop
     ranks = Ranks()
     mine = [[p for name in world.names for p in world.pieces(ranks.rank, name)] for world in worlds]
     return [
@@ -84,7 +86,9 @@ def counted(world: Table, rank: int) -> Shares:
     return shares
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("size", "most_in_one_hop"), [*((n, 16) for n in (1, 2, 4, 8)), *((n, 1) for n in (3, 5, 7, 8))]
+)
 @settings(
     max_examples=5,
     deadline=None,
@@ -92,9 +96,12 @@ def counted(world: Table, rank: int) -> Shares:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
-def test_a_simulated_rank_plans_what_a_real_one_does(ranks, size: int, data: st.DataObject) -> None:
+def test_a_simulated_rank_plans_what_a_real_one_does(
+    ranks, size: int, most_in_one_hop: int, data: st.DataObject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(join, "MOST_IN_ONE_HOP", most_in_one_hop)
     worlds = [data.draw(tables(size)) for _ in range(6)]
-    real = ranks(size, planned, worlds)
+    real = ranks(size, planned, worlds, most_in_one_hop)
     for rank in range(size):
         simulations = []
         for world in worlds:
@@ -120,6 +127,7 @@ def test_the_most_loaded_of_16384_ranks_plans_1000_shards_in_64_megabytes(case: 
     assert row["rows"] >= 16384
     assert 1 < row["plan_mb"] <= row["both_mb"] <= 64
     assert max(row["sent"], row["received"]) < 8e6
+    assert row["peers"] == 2 * 127
 
 
 def test_the_most_loaded_rank_owns_most_rows() -> None:

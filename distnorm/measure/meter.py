@@ -273,9 +273,9 @@ class Meter:
 
     # ---- a rank that was given nothing
 
-    def join(self) -> ReducedStatistics:
+    def join(self, payload_length: int = 0) -> ReducedStatistics:
         """Take part in an all-reduce of the other ranks without a plan and a statistic."""
-        return self._exchange(None, Header("join", self.listens))
+        return self._exchange(None, Header("join", self.listens), payload_length)
 
     def agree_on_nothing(self) -> None:
         """Take part where the other ranks agree on partial gradients."""

@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroup
 from distnorm import kernels
 from distnorm.errors import CoverageError
 from distnorm.plan.collectives import Ranks, ranks_of, reduce_partial_
+from distnorm.plan.join import join
 from distnorm.plan.plan import identity_rows, piece_groups, raise_named, spread
 from distnorm.plan.terms import stable_hash
 from distnorm.sources.shards import GradShard, PartialGrad, Reading
@@ -143,7 +144,7 @@ def agree_on_partials(
         identities = identity_rows(shards)
         facts = [_facts(shard, readings[i], before.get(i)) for i, shard in enumerate(shards)]
         own = torch.tensor(facts, dtype=torch.int64, device="cpu").view(-1, 2)
-        merged = ranks.join(identities[:, 0], torch.cat([identities, own], dim=1), _merge).tolist()
+        merged = join(ranks, torch.cat([identities, own], dim=1), _merge).tolist()
         any_gradient, any_partial = ranks.any(
             any(flags > _MISSING for flags, _ in merged), any(flags >> _AXIS_BIT for flags, _ in merged)
         )
@@ -232,7 +233,7 @@ def _check_members(ranks: Ranks, shards: Sequence[GradShard], batches: Sequence[
             rows.append([stable_hash(repr(meeting)), stable_hash(repr(held)), group.size()])
             facts.append((first, f"{len(held)} partial gradients from this one on"))
     mine = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 3)
-    wrong = ranks.join(mine[:, 0], mine, _unequal_members).view(-1).tolist()
+    wrong = join(ranks, mine, _unequal_members).view(-1).tolist()
     raise_named(
         ranks,
         [fact for fact, bad in zip(facts, wrong, strict=True) if bad],

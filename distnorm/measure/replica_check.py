@@ -28,6 +28,7 @@ from torch import Tensor
 from distnorm import kernels
 from distnorm.errors import ReplicaError
 from distnorm.plan.collectives import Ranks
+from distnorm.plan.join import join
 from distnorm.plan.plan import Share, identity_rows, piece_groups, raise_named, spread
 from distnorm.sources.shards import PACKED, GradShard
 
@@ -214,7 +215,7 @@ def compare_replicas(
         values = values.view(-1, 2 + len(_IRRATIONALS))
         identities = identity_rows([shards[i] for i in found])
         rows = torch.cat([identities, values.view(torch.int64)], dim=1)
-        differs = ranks.join(identities[:, 0], rows, _differing).view(-1).tolist()
+        differs = join(ranks, rows, _differing).view(-1).tolist()
         raise_named(
             ranks,
             [

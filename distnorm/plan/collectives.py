@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -20,6 +20,7 @@ from distnorm.plan.wording import name_ranks, shown
 
 _GATHERED = 8 << 20  # characters of text that an error gathers from all ranks together
 _MOST_PLANS = 32  # for each group
+_TAG = 0x6E6F726D  # of our messages between two ranks, so that gloo takes none of the caller's for them
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX} if dist.is_available() else {}
 
@@ -245,35 +246,35 @@ class Ranks:
         facts = [f"on {name_ranks(who)}: {message}" for (_, message), who in by_message.items()]
         raise kind("; ".join(shown(facts))) from error
 
-    def join(self, keys: Tensor, rows: Tensor, answer: Callable[[Tensor], Tensor]) -> Tensor:
-        """Answer every row by a rank that sees all ranks' rows of the same key: a distributed hash join.
+    def exchange(self, rows: Tensor, send: Mapping[int, int], receive: Mapping[int, int]) -> Tensor:
+        """Send rows to some ranks, and get rows from some. Collective.
 
         Args:
-            keys: [n] int64; rows of one key meet on one rank.
-            rows: [n, c] int64.
-            answer: [m, c] -> [m, d], called once, with all rows that met here, by rank and then by
-                their order there.
+            rows: [sum of send, c] on the CPU, for one rank after the other.
+            send: ranks, ascending, each with the number of rows for it; this rank is among them.
+            receive: ranks, ascending, each with the number of rows that it sends to this one.
 
         Returns:
-            [n, d] int64, the answer to each row. No rank holds more than the rows of its own keys.
+            [sum of receive, c] on the CPU, from one rank after the other.
         """
-        if self.size == 1:
-            return answer(rows)
-        device = self.device()
-        owner = keys.remainder(self.size)
-        order = owner.argsort(stable=True)
-        counts = torch.bincount(owner, minlength=self.size)
-        received = torch.empty_like(counts, device=device)
-        dist.all_to_all_single(received, counts.to(device), group=self.group)
-        send, receive = counts.tolist(), received.tolist()
-        met = self._exchange(rows[order].to(device), send, receive)
-        replies = self._exchange(answer(met.cpu()).contiguous().to(device), receive, send).cpu()
-        return torch.empty_like(replies).index_copy_(0, order, replies)
-
-    def _exchange(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        out = rows.new_empty(sum(receive), rows.shape[1])
-        dist.all_to_all_single(out, rows.contiguous(), receive, send, group=self.group)
-        return out
+        rows = rows.contiguous().to(self.device())
+        out = rows.new_empty(sum(receive.values()), rows.shape[1])
+        if len(send) == len(receive) == self.size:
+            sizes = list(receive.values()), list(send.values())
+            dist.all_to_all_single(out, rows, *sizes, group=self.group)
+            return out.cpu()
+        outgoing = dict(zip(send, torch.split(rows, list(send.values())), strict=True))
+        incoming = dict(zip(receive, torch.split(out, list(receive.values())), strict=True))
+        incoming.pop(self.rank).copy_(outgoing.pop(self.rank))
+        messages = [
+            dist.P2POp(op, part, group=self.group, tag=_TAG, group_peer=peer)
+            for op, parts in ((dist.irecv, incoming), (dist.isend, outgoing))
+            for peer, part in parts.items()
+            if len(part)
+        ]
+        for work in dist.batch_isend_irecv(messages) if messages else ():
+            work.wait()
+        return out.cpu()
 
 
 def reduce_partial_(buffer: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:

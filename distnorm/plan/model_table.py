@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from distnorm.plan.collectives import Ranks
+from distnorm.plan.join import join
 from distnorm.plan.model_order import merged
 from distnorm.plan.plan import Share, identity_rows
 from distnorm.sources.shards import GradShard
@@ -84,7 +85,7 @@ def make_model_table(ranks: Ranks, shards: Sequence[GradShard], shares: Sequence
     hashes = identity_rows(shards)[:, :1]
     places = torch.arange(len(shards), device="cpu").view(-1, 1)
     rows = torch.cat([hashes, torch.full_like(places, ranks.rank), places], dim=1)
-    answers = ranks.join(hashes[:, 0], rows, _publishers).tolist()
+    answers = join(ranks, rows, _publishers).tolist()
     mine = [
         (rank, place, shard.name, shard.global_shape)
         for shard, (publishes, rank, place) in zip(shards, answers, strict=True)

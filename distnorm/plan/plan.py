@@ -18,9 +18,10 @@ from torch import Tensor
 from distnorm import kernels
 from distnorm.errors import ConfigError, CoverageError, DistnormError, ReplicaError
 from distnorm.plan.collectives import Ranks
+from distnorm.plan.join import join
 from distnorm.plan.terms import agree_on_terms, stable_hash
 from distnorm.plan.wording import name_ranks, shown
-from distnorm.sources.shards import GradShard, Source
+from distnorm.sources.shards import Extent, GradShard, Source
 
 _NAMED_IN_ERRORS = 3
 _DOUBLE = (torch.float64, torch.complex128)
@@ -88,37 +89,39 @@ def _make_plan(
     agree_on_terms(ranks, terms)
     ranks.agree_on_device([shard.holder.device for shard in shards])
     rows = identity_rows(shards)
-    numels = [[s.numel, s.global_numel] for s in shards]
-    sizes = torch.tensor(numels, dtype=torch.int64, device="cpu").view(-1, 2)
-    replies = ranks.join(rows[:, 0], torch.cat([rows, sizes], dim=1), _holders).tolist()
+    numels = torch.tensor([s.numel for s in shards], dtype=torch.int64, device="cpu").view(-1, 1)
+    replies = join(ranks, torch.cat([rows, numels], dim=1), _holders).tolist()
     if not ranks.is_simulated:
         _check_coverage(ranks, shards, replies)
     keys = (rows[:, 0] ^ rows[:, 1]).tolist()
     shares = []
-    for shard, key, (replicas, index, _, _) in zip(shards, keys, replies, strict=True):
+    for shard, key, (replicas, index, _) in zip(shards, keys, replies, strict=True):
         if not shard.numel:  # nothing to count, nothing to claim
             replicas, index = 1, 0
         parts, which = (replicas, index) if replicas_share else (1, 0)
         start, stop = (shard.numel * i // parts for i in (which, which + 1))
         shares.append(Share(start, stop, replicas, index, key))
-    _check_values(ranks, shards, rows, shares)
     has_replicas, is_double = ranks.any(
         any(share.replicas > 1 for share in shares), any(shard.holder.dtype in _DOUBLE for shard in shards)
     )
+    if has_replicas:
+        _check_values(ranks, shards, rows, shares)
     return Plan(tuple(shares), _ident(ranks, shards, terms), has_replicas, is_double)
 
 
 def identity_rows(shards: Sequence[GradShard]) -> Tensor:
     """Hashes of every shard's name and piece, [n, 2] int64."""
-    rows = [
-        [stable_hash(s.name), stable_hash(repr((s.piece, s.global_shape)) if s.numel else "empty")]
-        for s in shards
-    ]
+    rows = [[stable_hash(s.name), piece_hash(s.piece, s.global_shape, s.numel)] for s in shards]
     return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 2)
 
 
+def piece_hash(piece: tuple[Extent, ...], global_shape: tuple[int, ...], numel: int) -> int:
+    """Hash of a piece of a parameter; pieces of no elements are all alike."""
+    return stable_hash(repr((piece, global_shape)) if numel else "empty")
+
+
 def _holders(rows: Tensor) -> Tensor:
-    """[m, (name, piece, numel, global_numel)] -> [m, (replicas, index, covered, mixed sizes)]."""
+    """[m, (name, piece, numel)] -> [m, (replicas, index, elements that all pieces of the name cover)]."""
     names, name_of = torch.unique(rows[:, 0], return_inverse=True)
     _, piece_of, replicas = torch.unique(rows[:, :2], dim=0, return_inverse=True, return_counts=True)
     order = piece_of.argsort(stable=True)
@@ -127,8 +130,7 @@ def _holders(rows: Tensor) -> Tensor:
     index[order] = torch.arange(len(rows), device=rows.device) - first_row[piece_of[order]]
     first = index == 0
     covered = torch.zeros_like(names).index_add_(0, name_of[first], rows[first, 2])
-    mixed = spread(rows[:, 3], name_of, len(names)) != 0
-    return torch.stack([replicas[piece_of], index, covered[name_of], mixed[name_of].long()], dim=1)
+    return torch.stack([replicas[piece_of], index, covered[name_of]], dim=1)
 
 
 def piece_groups(rows: Tensor) -> tuple[Tensor, int]:
@@ -145,10 +147,11 @@ def spread(values: Tensor, group_of: Tensor, groups: int) -> Tensor:
 
 
 def _check_coverage(ranks: Ranks, shards: Sequence[GradShard], replies: list[list[int]]) -> None:
+    # Ranks with unlike ideas of a parameter's size can't all find that it is covered.
     wrong = {
         shard.name: covered
-        for shard, (_, _, covered, mixed) in zip(shards, replies, strict=True)
-        if mixed or covered != shard.global_numel
+        for shard, (_, _, covered) in zip(shards, replies, strict=True)
+        if covered != shard.global_numel
     }
 
     def fact(shard: GradShard) -> str:
@@ -181,7 +184,7 @@ def _check_values(ranks: Ranks, shards: Sequence[GradShard], rows: Tensor, share
     sums = to_host([kernels.checksum(shards[i].witness()) for i in claims])
     values = torch.tensor(sums, dtype=torch.int64, device="cpu").view(-1, 1)
     mine = rows[claims]
-    differs = ranks.join(mine[:, 0], torch.cat([mine, values], dim=1), differing).view(-1).tolist()
+    differs = join(ranks, torch.cat([mine, values], dim=1), differing).view(-1).tolist()
     facts = [
         (shards[i].name, f"checksum {value & 0xFFFFFFFFFFFFFFFF:016x} of {_piece(shards[i])}")
         for i, value, bad in zip(claims, sums, differs, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -45,6 +45,20 @@ class DTensorShard(GradShard):
     @property
     def replicated_axes(self) -> tuple[int, ...]:
         return tuple(axis for axis in self.mesh_axes if _cuts(self.placements[axis]) is None)
+
+    @property
+    def cutting_axes(self) -> dict[str, int]:
+        mesh = _dtensor(self.holder).device_mesh
+        names = mesh.mesh_dim_names or tuple(map(str, range(mesh.ndim)))
+        cuts = zip(names, mesh.shape, self.placements, strict=True)
+        return {name: size for name, size, p in cuts if size > 1 and _cuts(p) is not None}
+
+    def piece_at(self, places: Mapping[str, int]) -> tuple[tuple[Extent, ...], int]:
+        mesh = _dtensor(self.holder).device_mesh
+        names = mesh.mesh_dim_names or tuple(map(str, range(mesh.ndim)))
+        coordinate = tuple(places.get(name, 0) for name in names)
+        piece, shape = _cut(self.global_shape, tuple(mesh.shape), coordinate, self.placements)
+        return piece, math.prod(shape)
 
     def indices(self, dim: int) -> Tensor:
         mesh = _dtensor(self.holder).device_mesh
@@ -167,7 +181,7 @@ def _cut(
     extents: list[Extent] = []
     local: list[int] = []
     for dim, size in enumerate(shape):
-        if _axes(dim, shape, placements):
+        if _axes(dim, len(shape), placements):
             held = _held(dim, shape, mesh_shape, coordinate, placements)
             extents.append(_extent(held))
             local.append(len(held))
@@ -177,9 +191,10 @@ def _cut(
     return tuple(extents), tuple(local)
 
 
-def _axes(dim: int, shape: tuple[int, ...], placements: tuple[Any, ...]) -> list[int]:
-    """The mesh axes that cut a dim."""
-    return [axis for axis, p in enumerate(placements) if _cuts(p) and p.dim % len(shape) == dim]
+@lru_cache(maxsize=4096)
+def _axes(dim: int, dims: int, placements: tuple[Any, ...]) -> list[int]:
+    """The mesh axes that cut one of so many dims."""
+    return [axis for axis, p in enumerate(placements) if _cuts(p) and p.dim % dims == dim]
 
 
 def _held(
@@ -195,7 +210,7 @@ def _held(
     their own.
     """
     held = torch.arange(shape[dim], device="cpu")
-    for axis, parts in _in_order(_axes(dim, shape, placements), mesh_shape, placements):
+    for axis, parts in _in_order(_axes(dim, len(shape), placements), mesh_shape, placements):
         runs = torch.chunk(held, parts) if parts > 1 else (held,)
         held = torch.cat([_chunk(run, mesh_shape[axis], coordinate[axis]) for run in runs])
     return held

@@ -20,6 +20,9 @@ from distnorm.sources.shards import Extent, GradShard, Source, measurable, whole
 
 _FLAT = "_flat_param"
 
+SHARDED = "dp_shard"
+"""What the axis over which FSDP1 shards is called, which knows its ranks and no name."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unit:
@@ -118,6 +121,25 @@ class FlatShard(GradShard):
         """Its global shape is that of the run, so the unit is asked for the parameter's."""
         handle, index = self.home.handle, self.home.index
         return index is None or (handle.uses_sharded_strategy and len(handle.flat_param._shapes[index]) > 1)
+
+    @property
+    def cutting_axes(self) -> dict[str, int]:
+        handle = self.home.handle
+        return {SHARDED: handle.world_size} if handle.uses_sharded_strategy else {}
+
+    def piece_at(self, places: Mapping[str, int]) -> tuple[tuple[Extent, ...], int]:
+        handle, index = self.home.handle, self.home.index
+        if not handle.uses_sharded_strategy:
+            return self.piece, self.numel
+        if index is None:
+            raise UnsupportedGradientError("expected FSDP1 with use_orig_params, found a flat parameter")
+        flat = handle.flat_param
+        offsets = zip(handle._get_flat_param_offsets(), flat._is_padding_mask, strict=True)
+        begin, last = [extent for extent, is_padding in offsets if not is_padding][index]
+        held = flat._sharded_size.numel()
+        start = max(places[SHARDED] * held, begin) - begin
+        stop = min((places[SHARDED] + 1) * held, last + 1) - begin
+        return ((start, stop),) if start < stop else ((0, 0),), max(0, stop - start)
 
     def witness(self) -> Tensor:
         return self._unpadded(self.holder.detach())

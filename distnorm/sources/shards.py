@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, Protocol
@@ -131,6 +132,15 @@ class GradShard(ABC):
     def mesh_axes(self) -> tuple[int, ...]:
         """The axes of this parameter's mesh that have more than one rank."""
         return ()
+
+    @property
+    def cutting_axes(self) -> dict[str, int]:
+        """Sizes of the mesh axes over which the parameter is cut, by name."""
+        return {}
+
+    def piece_at(self, places: Mapping[str, int]) -> tuple[tuple[Extent, ...], int]:
+        """The piece that a rank holds at these places of `cutting_axes`, and its number of elements."""
+        return self.piece, self.numel
 
     def wide_shape(self, wide: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of a local gradient that is not cut along the axes `wide`."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distnorm import kernels
 from distnorm.plan.collectives import Ranks
+from distnorm.plan.join import join
 from distnorm.plan.terms import stable_hash
 from distnorm.sources.deepspeed import Cuts, Piece
 
@@ -31,7 +32,7 @@ def cuts_inside(ranks: Ranks, pieces: Sequence[Piece]) -> Cuts:
 def _cuts_inside(ranks: Ranks, pieces: Sequence[Piece]) -> Cuts:
     facts = [[stable_hash(p.name), p.start, p.stop, p.is_whole, 0] for p in pieces]
     rows = torch.tensor(facts, dtype=torch.int64, device="cpu").view(-1, 5)
-    inside, cut = ranks.join(rows[:, 0], rows, _nth_cut).unbind(1)
+    inside, cut = join(ranks, rows, _nth_cut).unbind(1)
     most = torch.tensor([max(inside.tolist(), default=0)], dtype=torch.int64, device=ranks.device())
     asked = torch.arange(len(rows), device="cpu")
     if ranks.all_reduce_(most, "max").item() > 1:  # ask once for each cut, and once where there is none
@@ -39,7 +40,7 @@ def _cuts_inside(ranks: Ranks, pieces: Sequence[Piece]) -> Cuts:
         asked = asked.repeat_interleave(times)
         rows = rows[asked]
         rows[:, 4] = torch.arange(len(rows), device="cpu") - (times.cumsum(0) - times)[asked]
-        inside, cut = ranks.join(rows[:, 0], rows, _nth_cut).unbind(1)
+        inside, cut = join(ranks, rows, _nth_cut).unbind(1)
     cuts: dict[str, set[int]] = defaultdict(set)
     for i, count, offset in zip(asked.tolist(), inside.tolist(), cut.tolist(), strict=True):
         if count:
