@@ -6,6 +6,7 @@ from __future__ import annotations
 from distnorm.kernels.addresses import HOST, PLAIN, AddressTable, addresses_of, on_host
 from distnorm.kernels.dispatch import (
     checksum,
+    clamp_,
     fingerprints,
     measure,
     row_squares,
@@ -14,8 +15,9 @@ from distnorm.kernels.dispatch import (
     scale_each_,
     statistic_at,
     summaries,
+    zero_unless_,
 )
-from distnorm.kernels.eager import blocks, clamp_, moved, on_device, zero_unless_
+from distnorm.kernels.eager import blocks, moved, on_device
 from distnorm.kernels.finding import Finder, Found
 from distnorm.kernels.host_copy import AsyncHostCopy
 from distnorm.kernels.marks import FiniteMarks

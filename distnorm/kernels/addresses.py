@@ -119,16 +119,23 @@ class AddressTable:
         """What is equal for tables of the same rows."""
         return (self.device, self.starts.tobytes(), self.numels.tobytes(), self.codes.tobytes())
 
+    @property
+    def chunk_size(self) -> int:
+        """The most elements that one program of a GPU takes: a power of two, so that chunks stay aligned."""
+        size = _LEAST_CHUNK
+        while size * _CHUNKS < self.total:
+            size *= 2
+        return size
+
     def chunks(self) -> tuple[Ints, Ints, list[tuple[int, int, int]]]:
         """What gpu_code reads.
 
         Returns:
-            The chunks, [chunks, 2] address and number of elements, dtype by dtype; first and last chunk of
-            each tensor, [tensors, 2]; and code, first chunk and number of chunks of each dtype.
+            The chunks, [chunks, 2], dtype by dtype: address, and number of elements plus 2**32 times the
+            position of the tensor; first and last chunk of each tensor, [tensors, 2]; and code, first chunk
+            and number of chunks of each dtype.
         """
-        size = _LEAST_CHUNK
-        while size * _CHUNKS < self.total:
-            size *= 2
+        size = self.chunk_size
         order = np.argsort(self.codes, kind="stable")
         count = -(-self.numels[order] // size)
         last = np.cumsum(count)
@@ -137,7 +144,8 @@ class AddressTable:
         of = np.repeat(order, count)
         start = (np.arange(len(of)) - runs[of, 0]) * size
         addresses = self.starts[of] + start * SIZES[self.codes[of]]
-        chunks = np.stack([addresses, np.minimum(self.numels[of] - start, size)], axis=1)
+        counts = np.minimum(self.numels[of] - start, size)
+        chunks = np.stack([addresses, counts + (of << 32)], axis=1)
         codes, first, many = np.unique(self.codes[of], return_index=True, return_counts=True)
         return chunks, runs, list(zip(codes.tolist(), first.tolist(), many.tolist(), strict=True))
 

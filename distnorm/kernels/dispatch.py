@@ -117,25 +117,34 @@ def checksum(tensor: Tensor) -> Tensor:
     return eager.checksum(tensor)
 
 
-def scale_each_(tensors: Sequence[Tensor], coefs: Tensor) -> None:
+def scale_each_(tensors: Sequence[Tensor | None], coefs: Tensor) -> None:
     """Multiply every tensor in place by its own coefficient.
 
     The roundings are those of `scale_`. No device is waited for; coefficients in the host's memory of 1 cost
     nothing, and leave every bit alone.
 
     Args:
-        tensors: on any devices.
+        tensors: on any devices; `None` where there is none.
         coefs: [tensors], on one device.
     """
+    left = list(tensors)
+    for device in dict.fromkeys(t.device for t in tensors if t is not None and gpu.fits(t)):
+        here = [t is not None and t.device == device and gpu.fits(t) for t in left]
+        # An empty one in place of each other one, so that places in the table are those of coefficients.
+        nothing = torch.empty(0, device=device)
+        members = [t if t is not None and is_here else nothing for t, is_here in zip(left, here, strict=True)]
+        if (table := _to_change(members)) is not None:
+            gpu.scale_each_(table, _coefs_at(coefs, device))
+            left = [None if is_here else t for t, is_here in zip(left, here, strict=True)]
     if not on_host(coefs):
-        eager.scale_each_(tensors, coefs)
+        eager.scale_each_(left, coefs)
         return
     by_coef: dict[float, list[Tensor]] = defaultdict(list)
-    for tensor, factor in zip(tensors, coefs.tolist(), strict=True):
-        if factor != 1 and tensor.numel():
+    for tensor, factor in zip(left, coefs.tolist(), strict=True):
+        if tensor is not None and factor != 1 and tensor.numel():
             by_coef[factor if factor == factor else math.nan].append(tensor)
-    for factor, members in by_coef.items():
-        scale_(members, torch.tensor(factor, dtype=torch.float64, device="cpu"))
+    for factor, same in by_coef.items():
+        scale_(same, torch.tensor(factor, dtype=torch.float64, device="cpu"))
 
 
 def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
@@ -152,15 +161,57 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
         if fitting:
             torch.autograd.graph.increment_version(fitting)
             native.scale_(AddressTable.of(fitting), factor)
+    tables, rest = _tables_to_change(tensors)
+    for table in tables:
+        gpu.scale_(table, coef)
+    eager.scale_(rest, coef)
+
+
+def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
+    """Put every element within plus and minus `bound`, in place; NaN stays. Of complex ones both parts."""
+    tables, rest = _tables_to_change(tensors)
+    for table in tables:
+        gpu.clamp_(table, bound)
+    eager.clamp_(rest, bound)
+
+
+def zero_unless_(tensors: Sequence[Tensor], keep: Tensor) -> None:
+    """Set every element to zero, NaN and inf too, unless the 0-d bool tensor `keep` is true."""
+    if on_host(keep) and bool(keep):  # there is no device to wait for, and nothing to do
+        return
+    tables, rest = _tables_to_change(tensors)
+    for table in tables:
+        gpu.zero_unless_(table, keep)
+    eager.zero_unless_(rest, keep)
+
+
+def _tables_to_change(tensors: Sequence[Tensor]) -> tuple[list[gpu.DeviceTable], list[Tensor]]:
+    """A table for each GPU of what Triton's kernels may change there, and the tensors that are left."""
     fitting, rest = gpu.split(tensors)
     by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
     for tensor in fitting:
         by_device[tensor.device].append(tensor)
+    tables = []
     for members in by_device.values():
-        table = gpu.table_of(members)
-        if table is None or table.overlap:
+        if (table := _to_change(members)) is None:
             rest += members
         else:
-            torch.autograd.graph.increment_version(members)
-            gpu.scale_(table, coef)
-    eager.scale_(rest, coef)
+            tables.append(table)
+    return tables, rest
+
+
+def _to_change(tensors: Sequence[Tensor]) -> gpu.DeviceTable | None:
+    """The table of fitting tensors of one GPU, of whose change autograd is told; `None` where programs would
+    race for an element, or a graph is being captured that can't have it."""
+    table = gpu.table_of(tensors)
+    if table is None or table.overlap:
+        return None
+    torch.autograd.graph.increment_version(tensors)
+    return table
+
+
+def _coefs_at(coefs: Tensor, device: torch.device) -> Tensor:
+    """Coefficients, [n] fp64, on a GPU."""
+    if on_host(coefs):
+        return eager.on_device(coefs.tolist(), device)
+    return eager.moved(coefs, device, torch.float64)

@@ -155,10 +155,7 @@ class Gradients:
 
     def scale_each_(self, coefs: Tensor) -> None:
         """Multiply each by its own of [shards] coefficients, in place."""
-        memory = self.views()
-        there = [i for i, view in enumerate(memory) if view is not None]
-        mine = coefs if len(there) == len(memory) else coefs[there]
-        kernels.scale_each_([view for view in memory if view is not None], mine)
+        kernels.scale_each_(self.views(), coefs)
 
     def clamp_(self, bound: float, members: Sequence[int]) -> None:
         """Put every element of some gradients, by position, within plus and minus a bound."""

@@ -54,36 +54,9 @@ def test_on_the_gpu():
     cases()
 
 
-COMPILE = """
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-from distnorm.kernels import Kernel, gpu, gpu_code
-
-def ptx(function, **arguments):
-    signature = {name: a if isinstance(a, str) else "constexpr" for name, a in arguments.items()}
-    constants = {(i,): a for i, a in enumerate(arguments.values()) if not isinstance(a, str)}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(signature.values()) if a[0] == "*"}
-    source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
-    return compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
-
-for kernel in Kernel:
-    ptx(gpu_code.totals, parts="*fp64", runs="*i64", out="*fp64", KERNEL=int(kernel), BLOCK=gpu._BLOCK)
-for dtype, widest in zip(gpu_code.DTYPES, ("v4.b32", "v2.b64", "v4.b32", "v4.b32")):
-    made = [
-        ptx(gpu_code.partials, rows="*i64", first="i32", out="*fp64", DTYPE=dtype, KERNEL=k, BLOCK=gpu._BLOCK)
-        for k in map(int, Kernel)
-    ]
-    made.append(ptx(gpu_code.scale, rows="*i64", first="i32", coef="*fp64", DTYPE=dtype, BLOCK=gpu._BLOCK))
-    assert "st.global." + widest in made[-1]
-    for text in made:
-        assert "ld.global." + widest in text, "16 bytes at once"
-        assert ".ftz" not in text, "a subnormal is no zero"
-        assert "atom" not in text and "red.global" not in text, "no order of additions but the written one"
-"""
-
-
-def test_they_compile_for_a_gpu(tmp_path):
-    run("-c", COMPILE, TRITON_CACHE_DIR=str(tmp_path))
+@pytest.mark.parametrize("capability", [80, 90])
+def test_they_compile_for_a_gpu(capability, tmp_path):
+    run("tests/kernels/compile_kernels.py", str(capability), TRITON_CACHE_DIR=str(tmp_path))
 
 
 def test_without_a_gpu_triton_is_not_imported():
