@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distnorm.kernels import eager, gpu, native
+from distnorm.kernels import eager, gpu, gpu_statistics, native
 from distnorm.kernels.addresses import AddressTable, Ints, on_host
 from distnorm.kernels.marks import FiniteMarks
 
@@ -59,7 +59,7 @@ def measure(
         Its statistic, [1] fp64 on that device, or none if there was nothing for it; and the tensors that it
         left.
     """
-    if tensors and tensors[0].is_cuda:
+    if tensors and _is_on_gpu(tensors[0]):
         fitting, rest = gpu.split(tensors)
         table = gpu.table_of(fitting) if fitting else None
         return ([], tensors) if table is None else ([gpu.statistic(table, kernel, marks, fitting)], rest)
@@ -81,19 +81,25 @@ def summaries(tensors: Sequence[Tensor], kernel: native.Kernel) -> Tensor:
     """
     if not tensors:
         return torch.zeros(0, 4, dtype=torch.float64, device="cpu")
+    is_gpu = _is_on_gpu(tensors[0])
+    taken = [i for i, t in enumerate(tensors) if (gpu.fits(t) if is_gpu else not native.split([t])[1])]
+    found = _summarised([tensors[i] for i in taken], kernel) if taken else None
+    if found is not None and len(taken) == len(tensors):
+        return found
+    # No list of positions, which an index would copy to the device.
+    rows = {} if found is None else dict(zip(taken, found.unbind(), strict=True))
     with eager.mode_of(tensors):
-        rows = torch.zeros(len(tensors), 4, dtype=torch.float64, device=tensors[0].device)
-    fitting = [i for i, tensor in enumerate(tensors) if not native.split([tensor])[1]]
-    if fitting:
-        compiled = native.summaries(AddressTable.of([tensors[i] for i in fitting]), kernel)
-        if len(fitting) == len(tensors):
-            return compiled
-        rows[fitting] = compiled
-    taken = set(fitting)
-    for i, tensor in enumerate(tensors):
-        if i not in taken and tensor.numel():
-            rows[i] = eager.summary(tensor, kernel)
-    return rows
+        nothing = torch.zeros(4, dtype=torch.float64, device=tensors[0].device)
+    left = ((i, t) for i, t in enumerate(tensors) if i not in rows)
+    rows |= {i: eager.summary(t, kernel) if t.numel() else nothing for i, t in left}
+    return torch.stack([rows[i] for i in range(len(tensors))])
+
+
+def _summarised(tensors: Sequence[Tensor], kernel: native.Kernel) -> Tensor | None:
+    if not _is_on_gpu(tensors[0]):
+        return native.summaries(AddressTable.of(tensors), kernel)
+    table = gpu.table_of(tensors)
+    return None if table is None else gpu_statistics.summaries(table, kernel)
 
 
 def row_squares(tensors: Sequence[Tensor]) -> Tensor:
@@ -104,9 +110,25 @@ def row_squares(tensors: Sequence[Tensor]) -> Tensor:
     """
     if tensors and not native.split(tensors)[1] and all(map(Tensor.is_contiguous, tensors)):
         return native.row_squares(tensors)
+    taken = [i for i, tensor in enumerate(tensors) if _has_rows_on_gpu(tensor)]
+    table = gpu_statistics.rows_of([tensors[i] for i in taken]) if taken else None
     with eager.mode_of(tensors):
         none = torch.zeros(0, dtype=torch.float64, device=tensors[0].device if tensors else "cpu")
-    return torch.cat([none, *map(eager.row_squares, tensors)])
+    if table is None:
+        return torch.cat([none, *map(eager.row_squares, tensors)])
+    if len(taken) == len(tensors):
+        return table.squares()
+    found = torch.split(table.squares(), [len(tensors[i]) for i in taken])
+    rows = dict(zip(taken, found, strict=True))
+    return torch.cat([rows[i] if i in rows else eager.row_squares(t) for i, t in enumerate(tensors)])
+
+
+def _is_on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _has_rows_on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and gpu.fits(tensor)
 
 
 def checksum(tensor: Tensor) -> Tensor:
@@ -165,6 +187,29 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
     for table in tables:
         gpu.scale_(table, coef)
     eager.scale_(rest, coef)
+
+
+def scale_rows_(tensors: Sequence[Tensor], coefs: Tensor) -> None:
+    """Multiply each index along dim 0 of every tensor in place by its own coefficient.
+
+    The roundings are those of `scale_`. No device is waited for.
+
+    Args:
+        tensors: on any devices, of at least one dim each.
+        coefs: [rows of all tensors], tensor by tensor, on one device.
+    """
+    left = list(tensors)
+    for device in dict.fromkeys(t.device for t in tensors if _has_rows_on_gpu(t)):
+        here = [t.device == device and _has_rows_on_gpu(t) for t in left]
+        # Rows without elements in place of others, so that places in the table are those of coefficients.
+        other = [torch.empty(len(t), 0, device=device) for t in left]
+        members = [t if is_here else o for t, o, is_here in zip(left, other, here, strict=True)]
+        table = gpu_statistics.rows_of(members)
+        if table is not None and not table.overlap:
+            torch.autograd.graph.increment_version(members)
+            table.scale_(_coefs_at(coefs, device).contiguous())
+            left = [o if is_here else t for t, o, is_here in zip(left, other, here, strict=True)]
+    eager.scale_rows_(left, coefs)
 
 
 def clamp_(tensors: Sequence[Tensor], bound: float) -> None:

@@ -178,6 +178,25 @@ def scale_each_(tensors: Sequence[Tensor | None], coefs: Tensor) -> None:
         tensor.mul_(factor.view(1) if tensor.dim() else factor)
 
 
+def scale_rows_(tensors: Sequence[Tensor], coefs: Tensor) -> None:
+    """Multiply each index along dim 0 of every tensor in place by its own of [rows of all tensors]
+    coefficients, with the roundings of `scale_`."""
+    on: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
+    counts = list(map(len, tensors))
+    for i, tensor in enumerate(tensors):
+        if not tensor.numel():
+            continue
+        exact = tensor.dtype in (torch.float64, torch.complex128)
+        kind = (tensor.device, torch.float64 if exact else torch.float32)
+        if kind not in on:
+            on[kind] = torch.split(moved(coefs, *kind), counts)
+        factors = on[kind][i].view(-1, *[1] * (tensor.dim() - 1))
+        if tensor.dtype in _FLOAT8:
+            tensor.copy_(tensor.to(kind[1]) * factors)
+        else:
+            tensor.mul_(factors)
+
+
 def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
     """Put every element within plus and minus `bound`, in place; NaN stays. Of complex ones both parts."""
     real = [torch.view_as_real(t.conj() if t.is_conj() else t) if t.is_complex() else t for t in tensors]

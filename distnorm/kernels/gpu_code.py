@@ -1,8 +1,8 @@
 """What measures and changes tensors on the GPU, in Triton's language. `distnorm.kernels.gpu` launches it.
 
 A program takes one row of a table, [rows, 2] int64: the address of a chunk of a tensor; and in one number the
-chunk's elements, in the lower 32 bits, and the tensor's position, in the upper ones. Offsets in a chunk fit in
-32 bits; what lies beyond 2**31 elements of a tensor is in the address.
+chunk's elements, in the lower 32 bits, and the tensor's position, in the upper ones. Offsets in a chunk fit
+in 32 bits; what lies beyond 2**31 elements of a tensor is in the address.
 Chunks at addresses that are no multiple of 16 are read by blocks of another size: loads that share a block's
 indices share their layout too, and would be slowed down to the least aligned of them.
 """

@@ -10,7 +10,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from triton.runtime import JITFunction
 
-from distnorm.kernels import Kernel, gpu, gpu_code
+from distnorm.kernels import Kernel, gpu, gpu_code, sampling
+from distnorm.kernels import gpu_statistics_code as statistics
 
 TARGET = GPUTarget("cuda", int(sys.argv[1]), 32)
 WIDEST = dict(zip(gpu_code.DTYPES, ("v4.b32", "v2.b64", "v4.b32", "v4.b32"), strict=True))
@@ -38,23 +39,39 @@ def of_dtype(function: JITFunction, dtype: Any, **arguments: Any) -> str:
     return ptx(function, rows=ROWS, first=INT, **arguments, DTYPE=dtype, BLOCK=gpu._BLOCK)
 
 
-for kernel in Kernel:
-    ptx(gpu_code.totals, parts=FP64, runs=ROWS, out=FP64, KERNEL=int(kernel), BLOCK=gpu._BLOCK)
+def summary(function: JITFunction, kernel: int, **arguments: Any) -> str:
+    return ptx(function, **arguments, KERNEL=kernel, BLOCK=gpu._BLOCK)
+
+
+for kernel in map(int, Kernel):
+    ptx(gpu_code.totals, parts=FP64, runs=ROWS, out=FP64, KERNEL=kernel, BLOCK=gpu._BLOCK)
+    summary(statistics.summary_totals, kernel, parts=FP64, total=INT, runs=ROWS, out=FP64)
+ptx(statistics.row_totals, cut=ROWS, out=FP64, BLOCK=gpu._BLOCK)
+begin = {"fp64": INT, "bf16": INT, "fp16": INT}
+signs = sampling._SIGNS - (1 << 64)
+ptx(statistics.samples, rows=ROWS, runs=ROWS, **begin, out=FP64, SIGNS=signs)
 for dtype, widest in WIDEST.items():
     reading = [
         ptx(gpu_code.partials, rows=ROWS, first=INT, out=FP64, DTYPE=dtype, KERNEL=k, BLOCK=gpu._BLOCK)
         for k in map(int, Kernel)
     ]
+    reading += [
+        summary(statistics.summary_parts, k, rows=ROWS, first=INT, total=INT, out=FP64, DTYPE=dtype)
+        for k in map(int, Kernel)
+    ]
+    rows = {"table": ROWS, "first": INT}
+    reading.append(ptx(statistics.row_squares, **rows, out=FP64, DTYPE=dtype, BLOCK=gpu._BLOCK))
     changing = [
         of_dtype(gpu_code.scale, dtype, coef=FP64),
         of_dtype(gpu_code.scale_each, dtype, coefs=FP64),
         of_dtype(gpu_code.clamp, dtype, high=INT, low=INT),
+        ptx(statistics.scale_rows, **rows, coefs=FP64, DTYPE=dtype, BLOCK=gpu._BLOCK),
     ]
     zeroing = of_dtype(gpu_code.zero_unless, dtype, keep="*u8")
     assert all("ld.global." + widest in text for text in reading + changing), "16 bytes at once"
     assert all("st.global." + widest in text for text in [*changing, zeroing])
 
-for module in (gpu_code,):
+for module in (gpu_code, statistics):
     kernels = [value for name, value in vars(module).items() if isinstance(value, JITFunction)]
     left = [k for k in kernels if k not in compiled and not k.__name__.startswith("_")]
     assert not left, f"not compiled: {left}"

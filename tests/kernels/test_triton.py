@@ -40,18 +40,20 @@ def run(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-def cases(**environment: str) -> None:
-    told = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/triton_cases.py", **environment)
+def cases(name: str, **environment: str) -> None:
+    told = run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/{name}.py", **environment)
     assert " passed" in told and " skipped" not in told
 
 
-def test_in_the_interpreter():
-    cases(TRITON_INTERPRET="1")
+@pytest.mark.parametrize("name", ["triton_cases", "triton_statistics"])
+def test_in_the_interpreter(name):
+    cases(name, TRITON_INTERPRET="1")
 
 
 @on_gpu
-def test_on_the_gpu():
-    cases()
+@pytest.mark.parametrize("name", ["triton_cases", "triton_statistics"])
+def test_on_the_gpu(name):
+    cases(name)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
