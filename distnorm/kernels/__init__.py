@@ -25,7 +25,7 @@ from distnorm.kernels.marks import FiniteMarks
 from distnorm.kernels.memory import SharedMemoryError, is_all_there, memory_of, once
 from distnorm.kernels.modes import outside_graphs, plain_operators
 from distnorm.kernels.native import Kernel, split
-from distnorm.kernels.sampling import samples, samples_of
+from distnorm.kernels.sampling import samples, samples_are_cheap, samples_of
 from distnorm.kernels.walking import first_with_gradient, hold_just
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "plain_operators",
     "row_squares",
     "samples",
+    "samples_are_cheap",
     "samples_of",
     "scale_",
     "scale_at_",

@@ -56,6 +56,11 @@ def samples_of(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([rows[i] for i in range(len(tensors))])
 
 
+def samples_are_cheap(device: torch.device) -> bool:
+    """Whether `samples_of` is one pass or launch for all tensors there, and not some operators for each."""
+    return device.type == "cpu" or gpu.usable(device)
+
+
 def _by_torch(tensors: Sequence[Tensor]) -> Tensor:
     device = tensors[0].device
     with eager.mode_of(tensors):

@@ -30,6 +30,7 @@ from distnorm.kernels import (
 )
 from distnorm.kernels.addresses import is_dense
 from distnorm.measure.norms import norm
+from distnorm.measure.replica_check import ReplicaCheck
 from distnorm.monitor.snapshot import LayerSnapshot
 from tests import oracle
 from tests.kernels.triton_cases import (
@@ -307,11 +308,24 @@ def test_launches_of_a_monitored_step(counted):
     model = torch.nn.ParameterList(torch.ones(3, 1 + i, device=DEVICE) for i in range(300))
     for weight in model:
         weight.grad = torch.ones_like(weight)
-    meter = distnorm.GradClipper(model)._step.meter
+    meter = distnorm.GradClipper(model)._step._meter
     snapshot = LayerSnapshot(MonitorConfig(every=1), meter.ranks, norm(2), meter.shards, meter.shares)
     counted.clear()
     snapshot.local([weight.grad for weight in model], DEVICE)
     assert counted == ["summary_parts", "summary_totals"]
+
+
+def test_all_replicas_are_compared_in_every_step(counted, monkeypatch):
+    monkeypatch.setattr(gpu, "usable", lambda device: True)
+    gradients = [random(70 + i, torch.bfloat16) for i in range(30)]
+    one, weights = np.arange(30), np.ones(30)
+    check = ReplicaCheck(one, weights, one, one, unread_tolerance=0.0, turns=10)
+    asked: list[int] = []
+    samples_of = kernels.samples_of
+    monkeypatch.setattr(kernels, "samples_of", lambda given: asked.append(len(given)) or samples_of(given))
+    for _ in range(2):
+        check.of_tensors(gradients, DEVICE)
+    assert asked == [30, 30] and counted == ["samples"] * 2
 
 
 def company() -> list[torch.Tensor]:
