@@ -7,6 +7,7 @@ from distnorm.kernels.addresses import HOST, PLAIN, AddressTable, addresses_of, 
 from distnorm.kernels.dispatch import (
     Located,
     checksum,
+    clamp_,
     fingerprints,
     has_kernel,
     headed_statistic_at,
@@ -16,10 +17,12 @@ from distnorm.kernels.dispatch import (
     scale_,
     scale_at_,
     scale_each_,
+    scale_rows_,
     statistic_at,
     summaries,
+    zero_unless_,
 )
-from distnorm.kernels.eager import blocks, clamp_, moved, on_device, zero_unless_
+from distnorm.kernels.eager import blocks, moved, on_device
 from distnorm.kernels.finding import Finder, Found
 from distnorm.kernels.gpu_clip import Clipped, ClipTerms
 from distnorm.kernels.gpu_clip import clip_ as clip_at_
@@ -28,7 +31,7 @@ from distnorm.kernels.marks import FiniteMarks
 from distnorm.kernels.memory import SharedMemoryError, is_all_there, memory_of, once
 from distnorm.kernels.modes import is_captured, outside_graphs, plain_operators, refuse_capture
 from distnorm.kernels.native import Kernel, split
-from distnorm.kernels.sampling import samples, samples_of
+from distnorm.kernels.sampling import samples, samples_are_cheap, samples_of
 from distnorm.kernels.walking import first_with_gradient, hold_just
 
 __all__ = [
@@ -68,10 +71,12 @@ __all__ = [
     "refuse_capture",
     "row_squares",
     "samples",
+    "samples_are_cheap",
     "samples_of",
     "scale_",
     "scale_at_",
     "scale_each_",
+    "scale_rows_",
     "split",
     "statistic_at",
     "summaries",

@@ -127,12 +127,18 @@ class AddressTable:
         """What is equal for tables of the same rows."""
         return (self.device, self.starts.tobytes(), self.numels.tobytes(), self.codes.tobytes())
 
-    @cached_property
-    def chunks(self) -> Chunks:
-        """How gpu_code reads the rows, wherever they lie."""
+    @property
+    def chunk_size(self) -> int:
+        """The most elements that one program of a GPU takes: a power of two, so that chunks stay aligned."""
         size = _LEAST_CHUNK
         while size * _CHUNKS < self.total:
             size *= 2
+        return size
+
+    @cached_property
+    def chunks(self) -> Chunks:
+        """How gpu_code reads the rows, wherever they lie."""
+        size = self.chunk_size
         order = np.argsort(self.codes, kind="stable")
         count = -(-self.numels[order] // size)
         last = np.cumsum(count)
@@ -165,8 +171,9 @@ class Chunks:
     kinds: list[tuple[int, int, int]]
 
     def at(self, starts: Ints) -> Ints:
-        """[chunks, 2] address and number of elements of each, of rows that start at these addresses."""
-        return np.stack([starts[self.of] + self.offsets, self.numels], axis=1)
+        """[chunks, 2] of rows that start at these addresses: the address of each, and its number of elements
+        plus 2**32 times its row."""
+        return np.stack([starts[self.of] + self.offsets, self.numels + (self.of << 32)], axis=1)
 
 
 def addresses_of(tensors: Sequence[Tensor]) -> Ints:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from distnorm.kernels.addresses import AddressTable, Chunks, Ints
+from distnorm.kernels.addresses import AddressTable, Ints
 
 _REMEMBERED = 16  # tables
 
@@ -61,49 +61,74 @@ class PinnedRing:
 
 
 _ring = PinnedRing()
+_captured: list[Resident] = []
 
 
-@dataclass(eq=False)
-class DeviceTable:
+class Resident:
+    """Int64 numbers of the host in a GPU's memory, which one stream after the other uses.
+
+    Args:
+        values: the numbers.
+        device: where they get to, by a copy that nobody waits for.
+
+    Attributes:
+        device: where they are.
+        there: the numbers, in their shape.
+        is_captured: whether a graph reads them.
+    """
+
+    def __init__(self, values: Ints, device: torch.device) -> None:
+        self.device, self.is_captured = device, False
+        self.there = torch.empty(values.shape, dtype=torch.int64, device=device)
+        self._stream: torch.cuda.Stream | None = None
+        with on(device):
+            _ring.send(values, self.there)
+            if device.type == "cuda":
+                self._stream = torch.cuda.current_stream(device)
+
+    def ready(self) -> None:
+        """Before each use: let the current stream wait for what that of the last use has still to do with it.
+
+        In a graph that is being captured they stay as they are for ever: the graph reads them as long as that
+        lives, and nothing announces its end.
+        """
+        if self._stream is None:
+            return
+        if is_capturing(self.device):
+            self.is_captured = True
+            _captured.append(self)
+            return
+        stream = torch.cuda.current_stream(self.device)
+        if stream.cuda_stream != self._stream.cuda_stream:
+            stream.wait_stream(self._stream)
+            self.there.record_stream(stream)
+            self._stream = stream
+
+
+class DeviceTable(Resident):
     """An address table as gpu_code reads it. It keeps no tensor alive: use it while the tensors are there.
 
     Args:
-        addresses: what it was made from.
+        addresses: what it is made from.
         device: where it lies, and the tensors.
         is_shared: whether several callers may use it at the same time; else it has memory to work in.
 
     Attributes:
         kinds: code, first chunk and number of chunks of each dtype.
-        rows: [chunks, 2] int64 address and number of elements.
+        rows: [chunks, 2] int64; see `Chunks.at`.
         each, all: [rows or 1, 2] int64 from which to which chunk each row goes, or all together.
         parts: [chunks] fp64 to work in; `None` where the table is shared.
-        overlap: whether some element is in two rows.
     """
 
-    addresses: AddressTable
-    device: torch.device
-    is_shared: bool = True
-    kinds: list[tuple[int, int, int]] = field(init=False)
-    rows: Tensor = field(init=False)
-    each: Tensor = field(init=False)
-    all: Tensor = field(init=False)
-    parts: Tensor | None = field(init=False, default=None)
-    _chunks: Chunks = field(init=False)
-    _stream: torch.cuda.Stream | None = field(init=False, default=None)
-    _is_captured: bool = field(init=False, default=False)
-
-    def __post_init__(self) -> None:
-        chunks = self._chunks = self.addresses.chunks
-        self.kinds = chunks.kinds
-        rows = chunks.at(self.addresses.starts)
-        flat = np.concatenate([rows, chunks.runs, [[0, len(rows)]]])
-        on_device = torch.empty(flat.shape, dtype=torch.int64, device=self.device)
-        _ring.send(flat, on_device)
-        self.rows, self.each, self.all = torch.split(on_device, [len(rows), len(chunks.runs), 1])
-        if not self.is_shared:
-            self.parts = torch.empty(len(rows), dtype=torch.float64, device=self.device)
-        if self.device.type == "cuda":
-            self._stream = torch.cuda.current_stream(self.device)
+    def __init__(self, addresses: AddressTable, device: torch.device, *, is_shared: bool = True) -> None:
+        self.addresses, self._chunks = addresses, addresses.chunks
+        self.kinds = self._chunks.kinds
+        rows, runs = self._chunks.at(addresses.starts), self._chunks.runs
+        super().__init__(np.concatenate([rows, runs, [[0, len(rows)]]]), device)
+        self.rows, self.each, self.all = torch.split(self.there, [len(rows), len(runs), 1])
+        self.parts: Tensor | None = None
+        if not is_shared:
+            self.parts = torch.empty(len(rows), dtype=torch.float64, device=device)
 
     @property
     def overlap(self) -> bool:
@@ -111,32 +136,20 @@ class DeviceTable:
         return self.addresses.overlap
 
     def ready(self) -> None:
-        """Before each use: let the current stream wait for what that of the last use has still to do with it.
-
-        In a graph that is being captured it stays as it is for ever: the graph reads it as long as that
-        lives, and nothing announces its end.
-        """
-        if self._stream is None:
-            return
-        if is_capturing(self.device):
-            self._is_captured, _captured[id(self)] = True, self
-            return
-        stream = torch.cuda.current_stream(self.device)
-        if stream.cuda_stream != self._stream.cuda_stream:
-            stream.wait_stream(self._stream)
-            self.rows.record_stream(stream)
-            if self.parts is not None:
-                self.parts.record_stream(stream)
-            self._stream = stream
+        """See `Resident.ready`; the memory to work in goes along."""
+        before = self._stream
+        super().ready()
+        if self.parts is not None and self._stream is not None and self._stream is not before:
+            self.parts.record_stream(self._stream)
 
     def moved(self, addresses: AddressTable) -> DeviceTable:
         """The table of the same rows at other addresses, for the one caller of this one.
 
         It is written over this one, by one copy that nobody waits for, unless a graph reads this one.
         """
+        if self.is_captured:
+            return DeviceTable(addresses, self.device, is_shared=False)
         with on(self.device):
-            if self._is_captured:
-                return DeviceTable(addresses, self.device, is_shared=False)
             self.ready()
             self.addresses = addresses
             _ring.send(self._chunks.at(addresses.starts), self.rows)
@@ -144,7 +157,6 @@ class DeviceTable:
 
 
 _tables: OrderedDict[tuple[object, ...], DeviceTable] = OrderedDict()
-_captured: dict[int, DeviceTable] = {}
 
 
 def table_of(tensors: Sequence[Tensor]) -> DeviceTable | None:
@@ -160,8 +172,7 @@ def table_of(tensors: Sequence[Tensor]) -> DeviceTable | None:
     if is_capturing(device):
         return table
     if table is None:
-        with on(device):
-            table = _tables[key] = DeviceTable(addresses, device)
+        table = _tables[key] = DeviceTable(addresses, device)
         if len(_tables) > _REMEMBERED:
             _tables.popitem(last=False)
     _tables.move_to_end(key)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distnorm.kernels import eager, gpu, native
+from distnorm.kernels import eager, gpu, gpu_statistics, native
 from distnorm.kernels.addresses import AddressTable, Ints, on_host
 from distnorm.kernels.device_table import DeviceTable, is_capturing, on, table_of
 from distnorm.kernels.marks import FiniteMarks
@@ -20,7 +20,7 @@ Located = AddressTable | DeviceTable
 
 def has_kernel(tensor: Tensor) -> bool:
     """Whether compiled code can read and scale this very tensor where it lies."""
-    return not (gpu if gpu.usable(tensor.device) else native).split([tensor])[1]
+    return gpu.fits(tensor) or not native.split([tensor])[1]
 
 
 def located(table: AddressTable, before: Located | None = None) -> Located | None:
@@ -108,7 +108,7 @@ def measure(
         Its statistic, [1] fp64 on that device, or none if there was nothing for it; and the tensors that it
         left.
     """
-    if tensors and gpu.usable(tensors[0].device):
+    if tensors and _is_on_gpu(tensors[0]):
         fitting, rest = gpu.split(tensors)
         table = table_of(fitting) if fitting else None
         return ([], tensors) if table is None else ([gpu.statistic(table, kernel, marks, fitting)], rest)
@@ -130,19 +130,25 @@ def summaries(tensors: Sequence[Tensor], kernel: native.Kernel) -> Tensor:
     """
     if not tensors:
         return torch.zeros(0, 4, dtype=torch.float64, device="cpu")
+    is_gpu = _is_on_gpu(tensors[0])
+    taken = [i for i, t in enumerate(tensors) if (gpu.fits(t) if is_gpu else not native.split([t])[1])]
+    found = _summarised([tensors[i] for i in taken], kernel) if taken else None
+    if found is not None and len(taken) == len(tensors):
+        return found
+    # No list of positions, which an index would copy to the device.
+    rows = {} if found is None else dict(zip(taken, found.unbind(), strict=True))
     with eager.mode_of(tensors):
-        rows = torch.zeros(len(tensors), 4, dtype=torch.float64, device=tensors[0].device)
-    fitting = [i for i, tensor in enumerate(tensors) if not native.split([tensor])[1]]
-    if fitting:
-        compiled = native.summaries(AddressTable.of([tensors[i] for i in fitting]), kernel)
-        if len(fitting) == len(tensors):
-            return compiled
-        rows[fitting] = compiled
-    taken = set(fitting)
-    for i, tensor in enumerate(tensors):
-        if i not in taken and tensor.numel():
-            rows[i] = eager.summary(tensor, kernel)
-    return rows
+        nothing = torch.zeros(4, dtype=torch.float64, device=tensors[0].device)
+    left = ((i, t) for i, t in enumerate(tensors) if i not in rows)
+    rows |= {i: eager.summary(t, kernel) if t.numel() else nothing for i, t in left}
+    return torch.stack([rows[i] for i in range(len(tensors))])
+
+
+def _summarised(tensors: Sequence[Tensor], kernel: native.Kernel) -> Tensor | None:
+    if not _is_on_gpu(tensors[0]):
+        return native.summaries(AddressTable.of(tensors), kernel)
+    table = table_of(tensors)
+    return None if table is None else gpu_statistics.summaries(table, kernel)
 
 
 def row_squares(tensors: Sequence[Tensor]) -> Tensor:
@@ -153,9 +159,25 @@ def row_squares(tensors: Sequence[Tensor]) -> Tensor:
     """
     if tensors and not native.split(tensors)[1] and all(map(Tensor.is_contiguous, tensors)):
         return native.row_squares(tensors)
+    taken = [i for i, tensor in enumerate(tensors) if _has_rows_on_gpu(tensor)]
+    table = gpu_statistics.rows_of([tensors[i] for i in taken]) if taken else None
     with eager.mode_of(tensors):
         none = torch.zeros(0, dtype=torch.float64, device=tensors[0].device if tensors else "cpu")
-    return torch.cat([none, *map(eager.row_squares, tensors)])
+    if table is None:
+        return torch.cat([none, *map(eager.row_squares, tensors)])
+    if len(taken) == len(tensors):
+        return table.squares()
+    found = torch.split(table.squares(), [len(tensors[i]) for i in taken])
+    rows = dict(zip(taken, found, strict=True))
+    return torch.cat([rows[i] if i in rows else eager.row_squares(t) for i, t in enumerate(tensors)])
+
+
+def _is_on_gpu(tensor: Tensor) -> bool:
+    return gpu.usable(tensor.device)
+
+
+def _has_rows_on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and gpu.fits(tensor)
 
 
 def checksum(tensor: Tensor) -> Tensor:
@@ -166,25 +188,34 @@ def checksum(tensor: Tensor) -> Tensor:
     return eager.checksum(tensor)
 
 
-def scale_each_(tensors: Sequence[Tensor], coefs: Tensor) -> None:
+def scale_each_(tensors: Sequence[Tensor | None], coefs: Tensor) -> None:
     """Multiply every tensor in place by its own coefficient.
 
     The roundings are those of `scale_`. No device is waited for; coefficients in the host's memory of 1 cost
     nothing, and leave every bit alone.
 
     Args:
-        tensors: on any devices.
+        tensors: on any devices; `None` where there is none.
         coefs: [tensors], on one device.
     """
+    left = list(tensors)
+    for device in dict.fromkeys(t.device for t in tensors if t is not None and gpu.fits(t)):
+        here = [t is not None and t.device == device and gpu.fits(t) for t in left]
+        # An empty one in place of each other one, so that places in the table are those of coefficients.
+        nothing = torch.empty(0, device=device)
+        members = [t if t is not None and is_here else nothing for t, is_here in zip(left, here, strict=True)]
+        if (table := _to_change(members)) is not None:
+            gpu.scale_each_(table, _coefs_at(coefs, device))
+            left = [None if is_here else t for t, is_here in zip(left, here, strict=True)]
     if not on_host(coefs):
-        eager.scale_each_(tensors, coefs)
+        eager.scale_each_(left, coefs)
         return
     by_coef: dict[float, list[Tensor]] = defaultdict(list)
-    for tensor, factor in zip(tensors, coefs.tolist(), strict=True):
-        if factor != 1 and tensor.numel():
+    for tensor, factor in zip(left, coefs.tolist(), strict=True):
+        if tensor is not None and factor != 1 and tensor.numel():
             by_coef[factor if factor == factor else math.nan].append(tensor)
-    for factor, members in by_coef.items():
-        scale_(members, torch.tensor(factor, dtype=torch.float64, device="cpu"))
+    for factor, same in by_coef.items():
+        scale_(same, torch.tensor(factor, dtype=torch.float64, device="cpu"))
 
 
 def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
@@ -201,15 +232,80 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
         if fitting:
             torch.autograd.graph.increment_version(fitting)
             native.scale_(AddressTable.of(fitting), factor)
+    tables, rest = _tables_to_change(tensors)
+    for table in tables:
+        gpu.scale_(table, coef)
+    eager.scale_(rest, coef)
+
+
+def scale_rows_(tensors: Sequence[Tensor], coefs: Tensor) -> None:
+    """Multiply each index along dim 0 of every tensor in place by its own coefficient.
+
+    The roundings are those of `scale_`. No device is waited for.
+
+    Args:
+        tensors: on any devices, of at least one dim each.
+        coefs: [rows of all tensors], tensor by tensor, on one device.
+    """
+    left = list(tensors)
+    for device in dict.fromkeys(t.device for t in tensors if _has_rows_on_gpu(t)):
+        here = [t.device == device and _has_rows_on_gpu(t) for t in left]
+        # Rows without elements in place of others, so that places in the table are those of coefficients.
+        other = [torch.empty(len(t), 0, device=device) for t in left]
+        members = [t if is_here else o for t, o, is_here in zip(left, other, here, strict=True)]
+        table = gpu_statistics.rows_of(members)
+        if table is not None and not table.overlap:
+            torch.autograd.graph.increment_version(members)
+            table.scale_(_coefs_at(coefs, device).contiguous())
+            left = [o if is_here else t for t, o, is_here in zip(left, other, here, strict=True)]
+    eager.scale_rows_(left, coefs)
+
+
+def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
+    """Put every element within plus and minus `bound`, in place; NaN stays. Of complex ones both parts."""
+    tables, rest = _tables_to_change(tensors)
+    for table in tables:
+        gpu.clamp_(table, bound)
+    eager.clamp_(rest, bound)
+
+
+def zero_unless_(tensors: Sequence[Tensor], keep: Tensor) -> None:
+    """Set every element to zero, NaN and inf too, unless the 0-d bool tensor `keep` is true."""
+    if on_host(keep) and bool(keep):  # there is no device to wait for, and nothing to do
+        return
+    tables, rest = _tables_to_change(tensors)
+    for table in tables:
+        gpu.zero_unless_(table, keep)
+    eager.zero_unless_(rest, keep)
+
+
+def _tables_to_change(tensors: Sequence[Tensor]) -> tuple[list[DeviceTable], list[Tensor]]:
+    """A table for each GPU of what Triton's kernels may change there, and the tensors that are left."""
     fitting, rest = gpu.split(tensors)
     by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
     for tensor in fitting:
         by_device[tensor.device].append(tensor)
+    tables = []
     for members in by_device.values():
-        table = table_of(members)
-        if table is None or table.overlap:
+        if (table := _to_change(members)) is None:
             rest += members
         else:
-            torch.autograd.graph.increment_version(members)
-            gpu.scale_(table, coef)
-    eager.scale_(rest, coef)
+            tables.append(table)
+    return tables, rest
+
+
+def _to_change(tensors: Sequence[Tensor]) -> DeviceTable | None:
+    """The table of fitting tensors of one GPU, of whose change autograd is told; `None` where programs would
+    race for an element, or a graph is being captured that can't have it."""
+    table = table_of(tensors)
+    if table is None or table.overlap:
+        return None
+    torch.autograd.graph.increment_version(tensors)
+    return table
+
+
+def _coefs_at(coefs: Tensor, device: torch.device) -> Tensor:
+    """Coefficients, [n] fp64, on a GPU."""
+    if on_host(coefs):
+        return eager.on_device(coefs.tolist(), device)
+    return eager.moved(coefs, device, torch.float64)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distnorm.kernels.addresses import on_host
-from distnorm.kernels.modes import is_captured
+from distnorm.kernels.modes import is_captured, plain_operators
 from distnorm.kernels.native import Kernel
 
 # fp64 elements in a block. CPU: 2 MiB, which the caches still hold when it is read again, and large enough
@@ -160,10 +160,12 @@ def scale_(tensors: Sequence[Tensor], coef: Tensor) -> None:
             torch._foreach_mul_(members, factor)
 
 
-def scale_each_(tensors: Sequence[Tensor], coefs: Tensor) -> None:
+def scale_each_(tensors: Sequence[Tensor | None], coefs: Tensor) -> None:
     """Multiply every tensor in place by its own of [tensors] coefficients, with the roundings of `scale_`."""
     on: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
     for i, tensor in enumerate(tensors):
+        if tensor is None:
+            continue
         exact = tensor.dtype in (torch.float64, torch.complex128)
         kind = (tensor.device, torch.float64 if exact else torch.float32)
         if kind not in on:
@@ -176,6 +178,25 @@ def scale_each_(tensors: Sequence[Tensor], coefs: Tensor) -> None:
         tensor.mul_(factor.view(1) if tensor.dim() else factor)
 
 
+def scale_rows_(tensors: Sequence[Tensor], coefs: Tensor) -> None:
+    """Multiply each index along dim 0 of every tensor in place by its own of [rows of all tensors]
+    coefficients, with the roundings of `scale_`."""
+    on: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
+    counts = list(map(len, tensors))
+    for i, tensor in enumerate(tensors):
+        if not tensor.numel():
+            continue
+        exact = tensor.dtype in (torch.float64, torch.complex128)
+        kind = (tensor.device, torch.float64 if exact else torch.float32)
+        if kind not in on:
+            on[kind] = torch.split(moved(coefs, *kind), counts)
+        factors = on[kind][i].view(-1, *[1] * (tensor.dim() - 1))
+        if tensor.dtype in _FLOAT8:
+            tensor.copy_(tensor.to(kind[1]) * factors)
+        else:
+            tensor.mul_(factors)
+
+
 def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
     """Put every element within plus and minus `bound`, in place; NaN stays. Of complex ones both parts."""
     real = [torch.view_as_real(t.conj() if t.is_conj() else t) if t.is_complex() else t for t in tensors]
@@ -184,8 +205,10 @@ def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
             for part, wide in _widened_parts(members):
                 part.copy_(wide.clamp_(-bound, bound))
         else:
-            torch._foreach_clamp_max_(members, bound)
-            torch._foreach_clamp_min_(members, -bound)
+            with plain_operators():  # torch refuses a bound beyond the dtype's range, save inf
+                limit = float(torch.tensor(bound, dtype=torch.float64, device="cpu").to(dtype))
+            torch._foreach_clamp_max_(members, limit)
+            torch._foreach_clamp_min_(members, -limit)
 
 
 def zero_unless_(tensors: Sequence[Tensor], keep: Tensor) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
@@ -63,14 +64,17 @@ def _try_out(device: torch.device) -> None:
         gpu_code.partials[(1,)](rows, 0, out, gpu_code.DTYPES[0], int(Kernel.SQUARES), BLOCK)
 
 
+def fits(tensor: Tensor) -> bool:
+    """Whether the kernels can read and scale it: dense memory of a usable GPU, and a real dtype."""
+    return tensor.dtype in CODES and type(tensor) in PLAIN and usable(tensor.device) and is_dense(tensor)
+
+
 def split(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Those that the kernels can read and scale, dense memory of a usable GPU and a real dtype; the rest."""
+    """Those that fit; the rest."""
     fitting: list[Tensor] = []
     rest: list[Tensor] = []
     for tensor in tensors:
-        plain = tensor.dtype in CODES and type(tensor) in PLAIN and usable(tensor.device)
-        fits = plain and is_dense(tensor)
-        (fitting if fits else rest).append(tensor)
+        (fitting if fits(tensor) else rest).append(tensor)
     return fitting, rest
 
 
@@ -133,3 +137,33 @@ def scale_(table: DeviceTable, coef: Tensor, keep: Tensor | None = None) -> None
         table.ready()
         for code, first, rows in table.kinds:
             gpu_code.scale[(rows,)](table.rows, first, factor, gpu_code.DTYPES[code], BLOCK)
+
+
+def scale_each_(table: DeviceTable, coefs: Tensor) -> None:
+    """`scale_` of each tensor by its own of [tensors] coefficients, in one launch for each dtype."""
+    gpu_code = triton_code()
+    factors = coefs.to(table.device, torch.float64, non_blocking=True).contiguous()
+    with on(table.device):
+        table.ready()
+        for code, first, rows in table.kinds:
+            gpu_code.scale_each[(rows,)](table.rows, first, factors, gpu_code.DTYPES[code], BLOCK)
+
+
+def zero_unless_(table: DeviceTable, keep: Tensor) -> None:
+    """Set every element to zero unless `keep`, a 0-d bool tensor, is true: then none is touched."""
+    gpu_code = triton_code()
+    kept = keep.to(table.device, non_blocking=True).view(torch.uint8)
+    with on(table.device):
+        table.ready()
+        for code, first, rows in table.kinds:
+            gpu_code.zero_unless[(rows,)](table.rows, first, kept, gpu_code.DTYPES[code], BLOCK)
+
+
+def clamp_(table: DeviceTable, bound: float) -> None:
+    """Put every element within plus and minus a bound, in place; NaN stays."""
+    gpu_code = triton_code()
+    low, high = struct.unpack("<ii", struct.pack("<d", bound))
+    with on(table.device):
+        table.ready()
+        for code, first, rows in table.kinds:
+            gpu_code.clamp[(rows,)](table.rows, first, high, low, gpu_code.DTYPES[code], BLOCK)

@@ -1,7 +1,8 @@
-"""What runs on the GPU, in Triton's language. `distnorm.kernels.gpu` launches it; nobody else imports it.
+"""What measures and changes tensors on the GPU, in Triton's language. `distnorm.kernels.gpu` launches it.
 
-A program takes one row of a table, [rows, 2] int64: the address of a chunk of a tensor, and its number of
-elements. Offsets in a chunk fit in 32 bits; what lies beyond 2**31 elements of a tensor is in the address.
+A program takes one row of a table, [rows, 2] int64: the address of a chunk of a tensor; and in one number the
+chunk's elements, in the lower 32 bits, and the tensor's position, in the upper ones. Offsets in a chunk fit
+in 32 bits; what lies beyond 2**31 elements of a tensor is in the address.
 Chunks at addresses that are no multiple of 16 are read by blocks of another size: loads that share a block's
 indices share their layout too, and would be slowed down to the least aligned of them.
 """
@@ -68,6 +69,52 @@ def scale(rows, first, coef, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """Multiply each chunk from row `first` on, of one dtype, by an fp64 coefficient, unless that is 1; or set
     it to zero, if that is `ZERO`."""
     _scale(rows, first, tl.load(coef), DTYPE, BLOCK)
+
+
+@triton.jit(do_not_specialize=["first"])
+def scale_each(rows, first, coefs, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """`scale` by each tensor's own of [tensors] fp64 coefficients."""
+    row = first + tl.program_id(0)
+    packed = tl.load(rows + row * 2 + 1)
+    wide = tl.load(coefs + (packed >> 32))
+    if wide != 1.0:
+        address = tl.load(rows + row * 2)
+        factor = wide.to(tl.float32 if DTYPE.primitive_bitwidth < 64 else tl.float64)
+        if address % 16 == 0:
+            _multiply(_aligned(address, DTYPE), packed.to(tl.int32), factor, DTYPE, BLOCK)
+        else:
+            _multiply(address.to(tl.pointer_type(DTYPE)), packed.to(tl.int32), factor, DTYPE, BLOCK // 2)
+
+
+@triton.jit(do_not_specialize=["first"])
+def zero_unless(rows, first, keep, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """Set each chunk from row `first` on, of one dtype, to zero, unless a byte is not 0."""
+    if tl.load(keep) == 0:
+        row = first + tl.program_id(0)
+        address = tl.load(rows + row * 2)
+        count = tl.load(rows + row * 2 + 1).to(tl.int32)
+        if address % 16 == 0:
+            _fill_zero(_aligned(address, DTYPE), count, DTYPE, BLOCK)
+        else:
+            _fill_zero(address.to(tl.pointer_type(DTYPE)), count, DTYPE, BLOCK // 2)
+
+
+@triton.jit(do_not_specialize=["first", "high", "low"])
+def clamp(rows, first, high, low, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """Put each chunk from row `first` on, of one dtype, within plus and minus a bound.
+
+    The bound comes as the two halves of an fp64 number's bits: Triton takes a Python float as fp32.
+    """
+    bits = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+    wide = bits.to(tl.float64, bitcast=True)
+    bound = wide.to(tl.float32 if DTYPE.primitive_bitwidth < 64 else tl.float64)
+    row = first + tl.program_id(0)
+    address = tl.load(rows + row * 2)
+    count = tl.load(rows + row * 2 + 1).to(tl.int32)
+    if address % 16 == 0:
+        _clamp(_aligned(address, DTYPE), count, bound, DTYPE, BLOCK)
+    else:
+        _clamp(address.to(tl.pointer_type(DTYPE)), count, bound, DTYPE, BLOCK // 2)
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -150,9 +197,9 @@ def _scale(rows, first, wide, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
         count = tl.load(rows + row * 2 + 1).to(tl.int32)
         if wide == _ZERO:
             if address % 16 == 0:
-                _clear(_aligned(address, DTYPE), count, DTYPE, BLOCK)
+                _fill_zero(_aligned(address, DTYPE), count, DTYPE, BLOCK)
             else:
-                _clear(address.to(tl.pointer_type(DTYPE)), count, DTYPE, BLOCK // 2)
+                _fill_zero(address.to(tl.pointer_type(DTYPE)), count, DTYPE, BLOCK // 2)
         else:
             factor = wide.to(tl.float32 if DTYPE.primitive_bitwidth < 64 else tl.float64)
             if address % 16 == 0:
@@ -242,7 +289,31 @@ def _multiply(start, count, factor, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _clear(start, count, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+def _fill_zero(start, count, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
-    for at in range(0, count, BLOCK):
-        tl.store(start + at + lanes, tl.zeros([BLOCK], DTYPE), mask=at + lanes < count)
+    zeros = tl.zeros([BLOCK], DTYPE)
+    whole = count // BLOCK * BLOCK
+    for at in range(0, whole, BLOCK):
+        tl.store(start + at + lanes, zeros)
+    if whole < count:
+        tl.store(start + whole + lanes, zeros, mask=whole + lanes < count)
+
+
+@triton.jit
+def _clamp(start, count, bound, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    whole = count // BLOCK * BLOCK
+    for at in range(0, whole, BLOCK):
+        tl.store(start + at + lanes, _within(tl.load(start + at + lanes), bound, DTYPE))
+    if whole < count:
+        inside = whole + lanes < count
+        values = tl.load(start + whole + lanes, mask=inside, other=0)
+        tl.store(start + whole + lanes, _within(values, bound, DTYPE), mask=inside)
+
+
+@triton.jit
+def _within(values, bound, DTYPE: tl.constexpr):
+    wide = _widened(values)
+    # By comparisons, so that NaN, and the bits of what is within the bound, stay.
+    limited = tl.where(wide > bound, bound, tl.where(wide < -bound, -bound, wide))
+    return tl.where((wide > bound) | (wide < -bound), _rounded(limited, DTYPE), values)

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distnorm.kernels import eager, native
+from distnorm.kernels import eager, gpu, gpu_statistics, native
 from distnorm.kernels.addresses import AddressTable
+from distnorm.kernels.device_table import table_of
 
-# native.c has the same numbers.
+# native.c and gpu_statistics_code.py have the same numbers.
 _RUNS, _RUN = 4, 16
 _SAMPLE = _RUNS * _RUN
 _SIGNS = 0xB5297A4D68E31DA4
@@ -43,6 +44,25 @@ def samples_of(tensors: Sequence[Tensor]) -> Tensor:
         return torch.zeros(0, 2, dtype=torch.float64, device="cpu")
     if all(map(Tensor.is_contiguous, tensors)) and not native.split(tensors)[1]:
         return samples(AddressTable.of(tensors))
+    taken = [i for i, tensor in enumerate(tensors) if tensor.is_contiguous() and gpu.fits(tensor)]
+    table = table_of([tensors[i] for i in taken]) if taken else None
+    if table is None:
+        return _by_torch(tensors)
+    found = gpu_statistics.samples(table, _SIGNS)
+    if len(taken) == len(tensors):
+        return found
+    rows = dict(zip(taken, found.unbind(), strict=True))
+    left = [i for i in range(len(tensors)) if i not in rows]
+    rows |= dict(zip(left, _by_torch([tensors[i] for i in left]).unbind(), strict=True))
+    return torch.stack([rows[i] for i in range(len(tensors))])
+
+
+def samples_are_cheap(device: torch.device) -> bool:
+    """Whether `samples_of` is one pass or launch for all tensors there, and not some operators for each."""
+    return device.type == "cpu" or gpu.usable(device)
+
+
+def _by_torch(tensors: Sequence[Tensor]) -> Tensor:
     device = tensors[0].device
     with eager.mode_of(tensors):
         padding = torch.zeros(_SAMPLE, dtype=torch.float64, device=device)

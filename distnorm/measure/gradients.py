@@ -168,12 +168,7 @@ class Gradients:
 
     def scale_each_(self, coefs: Tensor) -> None:
         """Multiply each by its own of [shards] coefficients, in place."""
-        memory = self.views()
-        there = [i for i, view in enumerate(memory) if view is not None]
-        # An index would be copied from the host's memory.
-        each = coefs.unbind() if len(there) < len(memory) else ()
-        mine = torch.stack([each[i] for i in there]) if each and there else coefs
-        kernels.scale_each_([view for view in memory if view is not None], mine)
+        kernels.scale_each_(self.views(), coefs)
 
     def clamp_(self, bound: float, members: Sequence[int]) -> None:
         """Put every element of some gradients, by position, within plus and minus a bound."""

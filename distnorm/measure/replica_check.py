@@ -38,7 +38,7 @@ _ROUNDING = 1e-9  # of fp64 sums of equal numbers
 _MARGIN = 64  # so many units in the last place may replicas differ where nobody can compare them
 _IRRATIONALS = (2**0.5, 3**0.5, 5**0.5, 7**0.5)
 _ODD = np.uint64(0x9E3779B97F4A7C15)
-_AT_ONCE = 8  # shards a step where each sample costs launches: which of them changes from step to step
+_AT_ONCE = 8  # shards a step where each sample costs launches of its own: which of them changes by step
 
 
 @dataclass(slots=True)
@@ -152,7 +152,7 @@ class ReplicaCheck:
         return weights
 
     def _has_turn(self, device: torch.device, k: int) -> bool:
-        return device.type == "cpu" or int(self.keys[k]) % self.turns == self._step % self.turns
+        return kernels.samples_are_cheap(device) or int(self.keys[k]) % self.turns == self._step % self.turns
 
     def is_suspect(self, difference: float) -> bool:
         """Whether gradients have to be compared whole; with a NaN they have."""

@@ -26,7 +26,7 @@ from distnorm.plan.model_table import Ints, ModelTable
 from distnorm.plan.plan import Share, raise_named
 from distnorm.sources.shards import GradShard
 
-_ALL = "all that are counted"
+_ALL, _EVERY = "all that are counted", "all that are held"
 _NONE = np.zeros(0, dtype=np.int64)
 
 
@@ -92,8 +92,7 @@ class UnitStatistics:
         self._shards = tuple(shards)
         self._held = {i: _held_units(shards[i], shares[i], starts[table.slots[i]]) for i in held}
         self._indices = Indices()
-        for i, units in self._held.items():
-            self._indices[i] = units.units
+        self._indices[_EVERY] = np.concatenate([_NONE, *(units.units for units in self._held.values())])
         self._indices[_ALL] = np.concatenate([_NONE, *(units.counted for units in self._held.values())])
 
     @property
@@ -147,22 +146,15 @@ class UnitStatistics:
             gradients: their views in memory, in the order of `local`, each row with memory of its own.
             coefs: [units], on any device.
         """
-        on: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        for i, held in self._held.items():
-            gradient = gradients[i]
-            if gradient is None:
-                continue
-            exact = gradient.dtype in (torch.float64, torch.complex128)
-            kind = (gradient.device, torch.float64 if exact else torch.float32)
-            if kind not in on:
-                on[kind] = kernels.moved(coefs, *kind)
-            mine = on[kind][self._indices.at(i, gradient.device)]
-            rows = self._with_rows(i, gradient) if held.rows else gradient
-            mine = mine.view(-1, *[1] * (rows.dim() - 1)) if held.rows else mine.view(())
-            if rows.dtype.itemsize == 1:  # float8 has no arithmetic of its own
-                rows.copy_(rows.to(kind[1]) * mine)
-            else:
-                rows.mul_(mine)
+        if self._held:
+            rows = [self._all_rows(i, gradients[i], coefs.device) for i in self._held]
+            kernels.scale_rows_(rows, coefs[self._indices.at(_EVERY, coefs.device)])
+
+    def _all_rows(self, i: int, gradient: Tensor | None, device: torch.device) -> Tensor:
+        held = self._held[i]
+        if gradient is None:
+            return torch.empty(len(held.units), 0, device=device)
+        return self._with_rows(i, gradient) if held.rows else gradient.unsqueeze(0)
 
 
 def _units_of(shape: tuple[int, ...]) -> int:

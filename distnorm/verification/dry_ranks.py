@@ -120,10 +120,6 @@ class DryRanks(Ranks):
             self._arriving.append(self._arrivals(sums, world.origins[claims], differing))
         self.begin_again()
 
-    @property
-    def state(self) -> GroupState:
-        return self._state
-
     def _arrivals(
         self,
         rows: Tensor,

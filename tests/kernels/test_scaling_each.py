@@ -68,6 +68,20 @@ def test_elements_are_clamped(dtype: torch.dtype) -> None:
     np.testing.assert_array_equal(oracle.as_numpy(tensor).view(np.float64), wanted)
 
 
+def test_a_bound_beyond_the_range_of_a_dtype() -> None:
+    """torch's own operators refuse it."""
+    tensor = torch.tensor([3.0, math.inf, -65504.0], dtype=torch.float16)
+    kernels.clamp_([tensor, wide := torch.tensor([3.0, math.inf])], 1e5)
+    assert tensor.tolist() == [3.0, math.inf, -65504.0] and wide.tolist() == [3.0, 1e5]
+
+
+def test_missing_tensors_have_coefficients_too() -> None:
+    tensors = [torch.ones(2), None, torch.ones(2)]
+    for way in WAYS.values():
+        way(tensors, torch.tensor([0.5, 7.0, 0.25], dtype=torch.float64))
+    assert [t.tolist() for t in tensors if t is not None] == [[0.25] * 2, [0.0625] * 2]
+
+
 # ---- float8, which torch's operators can't compute with
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import distnorm
 from distnorm import kernels
-from distnorm.kernels import dispatch, eager, gpu
+from distnorm.kernels import device_table, dispatch, eager, gpu
 from distnorm.measure.norms import norm
 from tests import oracle
 
@@ -40,63 +40,25 @@ def run(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-def cases(**environment: str) -> None:
-    told = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/triton_cases.py", **environment)
+def cases(name: str, **environment: str) -> None:
+    told = run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/{name}.py", **environment)
     assert " passed" in told and " skipped" not in told
 
 
-def test_in_the_interpreter():
-    cases(TRITON_INTERPRET="1")
+@pytest.mark.parametrize("name", ["triton_cases", "triton_statistics"])
+def test_in_the_interpreter(name):
+    cases(name, TRITON_INTERPRET="1")
 
 
 @on_gpu
-def test_on_the_gpu():
-    cases()
+@pytest.mark.parametrize("name", ["triton_cases", "triton_statistics"])
+def test_on_the_gpu(name):
+    cases(name)
 
 
-COMPILE = """
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-from distnorm.kernels import Kernel, gpu, gpu_code
-
-def ptx(function, **arguments):
-    signature = {name: a if isinstance(a, str) else "constexpr" for name, a in arguments.items()}
-    constants = {(i,): a for i, a in enumerate(arguments.values()) if not isinstance(a, str)}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(signature.values()) if a[0] == "*"}
-    source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
-    return compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
-
-for kernel in Kernel:
-    ptx(
-        gpu_code.totals, parts="*fp64", runs="*i64", out="*fp64", before="i64", HAS_BEFORE=True,
-        KERNEL=int(kernel), BLOCK=gpu.BLOCK,
-    )
-for dtype, widest in zip(gpu_code.DTYPES, ("v4.b32", "v2.b64", "v4.b32", "v4.b32")):
-    made = [
-        ptx(gpu_code.partials, rows="*i64", first="i32", out="*fp64", DTYPE=dtype, KERNEL=k, BLOCK=gpu.BLOCK)
-        for k in map(int, Kernel)
-    ]
-    made.append(ptx(gpu_code.scale, rows="*i64", first="i32", coef="*fp64", DTYPE=dtype, BLOCK=gpu.BLOCK))
-    for mode in range(4):
-        for replicas, clips in ((False, True), (True, False)):
-            clip = ptx(
-                gpu_code.clip, rows="*i64", first="i32", reduced="*fp64", terms="*fp64", values="*fp64",
-                flags="*i1", NONFINITE=mode, ROOT=True, HAS_REPLICAS=replicas, MAY_CLIP=clips,
-                MAY_SCALE=True, DTYPE=dtype, BLOCK=gpu.BLOCK,
-            )
-            assert "sqrt.rn.f64" in clip and "div.rn.f32" not in clip
-            assert ("div.rn.f64" in clip) == clips
-            made += [clip] if clips else []
-    assert "st.global." + widest in made[-1]
-    for text in made:
-        assert "ld.global." + widest in text, "16 bytes at once"
-        assert ".ftz" not in text, "a subnormal is no zero"
-        assert "atom" not in text and "red.global" not in text, "no order of additions but the written one"
-"""
-
-
-def test_they_compile_for_a_gpu(tmp_path):
-    run("-c", COMPILE, TRITON_CACHE_DIR=str(tmp_path))
+@pytest.mark.parametrize("capability", [80, 90])
+def test_they_compile_for_a_gpu(capability, tmp_path):
+    run("tests/kernels/compile_kernels.py", str(capability), TRITON_CACHE_DIR=str(tmp_path))
 
 
 def test_without_a_gpu_triton_is_not_imported():
@@ -281,7 +243,7 @@ def test_a_graph_of_clipping_and_step():
 def test_capturing_without_a_step_before_is_left_to_torch():
     tensors = gradients(5)
     expected = norm(2).statistic(tensors, CUDA)
-    gpu._tables.clear()
+    device_table._tables.clear()
     peers = [tensor.clone() for tensor in tensors]
     eager.scale_(peers, torch.tensor(0.5, dtype=torch.float64, device=CUDA))
     coef = torch.tensor(0.5, dtype=torch.float64, device=CUDA)

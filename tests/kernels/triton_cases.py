@@ -172,14 +172,16 @@ def test_chunks_of_a_tensor_beyond_32_bits():
     for address, size, numel, (first, last) in zip(
         places.starts, (2, 4, 8, 2), numels.tolist(), runs.tolist(), strict=True
     ):
-        taken = rows[first:last].tolist()
+        taken = [(address, packed % (1 << 32)) for address, packed in rows[first:last].tolist()]
         assert sum(count for _, count in taken) == numel
         assert all(0 < count < 1 << 31 for _, count in taken)
         for start, count in taken:
             assert start == address
             address += count * size
+    assert [set(rows[first:last, 1] >> 32) for first, last in runs] == [{0}, {1}, set(), {3}]
     assert [code for code, _, _ in kinds] == [0, 2]
-    assert [sum(rows[first : first + many, 1]) for _, first, many in kinds] == [3 << 32, CHUNK + 6]
+    counts = rows[:, 1] % (1 << 32)
+    assert [sum(counts[first : first + many]) for _, first, many in kinds] == [3 << 32, CHUNK + 6]
 
 
 def test_a_table_is_made_anew_only_if_something_moved():
@@ -273,3 +275,91 @@ def test_a_coefficient_of_one_changes_no_bit(dtype):
     before = tensor.clone()
     scaled([tensor.view(dtype)], 1.0)
     assert torch.equal(tensor, before)
+
+
+# ---- coefficients for single tensors, bounds, zeros
+
+
+def assert_all_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for tensor, one in zip(found, expected, strict=True):
+        assert_same(tensor, one)
+
+
+def mixed(count: int) -> list[torch.Tensor]:
+    """Of all dtypes, at odd addresses, some of them empty or longer than a chunk."""
+    sizes = [SIZES[i % len(SIZES)] if i % 9 == 0 else (i * 7919) % 90 for i in range(count)]
+    return [random(size + 3, DTYPES[i % 4], seed=i)[i % 4 :][:size] for i, size in enumerate(sizes)]
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_each_tensor_has_its_own_coefficient():
+    tensors = mixed(66)
+    for i, tensor in enumerate(tensors):
+        if len(tensor):
+            tensor[-1] = EXTREMES[i % len(EXTREMES)]
+    coefs = [COEFFICIENTS[i % len(COEFFICIENTS)] if i % 2 else 1.0 for i in range(len(tensors))]
+    expected = [t.clone() if coef == 1 else by_torch(t, coef) for t, coef in zip(tensors, coefs, strict=True)]
+    peers = [tensor.clone() for tensor in tensors]
+    factors = torch.tensor(coefs, dtype=torch.float64, device=DEVICE)
+    gpu.scale_each_(table(tensors), factors)
+    eager.scale_each_(peers, factors)
+    assert_all_same(tensors, expected)
+    assert_all_same(peers, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_single_coefficients_change_nothing_else(dtype):
+    """Not the neighbours in memory, nor, by a coefficient of 1, the bits of a NaN that signals."""
+    kind = BITS[dtype.itemsize]
+    signalling = torch.full((CHUNK + 3,), math.inf, dtype=dtype).view(kind).add_(1).to(DEVICE)
+    whole = random(2 * CHUNK + 9, dtype)
+    for start in (3, 8):
+        before, kept = whole.clone(), signalling.clone()
+        parts = [signalling.view(dtype), whole[start : CHUNK + 5], whole[CHUNK + 5 : -1]]
+        gpu.scale_each_(table(parts), torch.tensor([1.0, 0.3, 1.0], dtype=torch.float64, device=DEVICE))
+        assert torch.equal(signalling, kept)
+        before[start : CHUNK + 5] = by_torch(before[start : CHUNK + 5], 0.3)
+        assert_same(whole, before)
+
+
+@pytest.mark.parametrize("bound", [0.5, 0.1, 1e-30, 3e38, 1e300, 7])
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_elements_are_put_within_a_bound(bound):
+    tensors = mixed(40)
+    for tensor in tensors:
+        tensor[: len(EXTREMES)] = torch.tensor(EXTREMES, dtype=torch.float64)[: len(tensor)].to(tensor.dtype)
+    peers = [tensor.clone() for tensor in tensors]
+    gpu.clamp_(table(tensors), bound)
+    eager.clamp_(peers, bound)
+    assert_all_same(tensors, peers)
+    for tensor in tensors:
+        wide = oracle.as_numpy(tensor.cpu())
+        most = torch.tensor(bound, dtype=torch.float64).to(tensor.dtype).double().item()
+        assert (np.isnan(wide) | (np.abs(wide) <= most)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bound", [1.0, 1 / 3, 1e-6, 60000.0])
+def test_bounds_of_every_pattern_of_the_small_dtypes(dtype, bound):
+    tensor = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype).to(DEVICE)
+    peer, before = tensor.clone(), tensor.clone()
+    gpu.clamp_(table([tensor]), bound)
+    eager.clamp_([peer], bound)
+    assert_same(tensor, peer)
+    within = ~(before.double().abs() > bound)  # NaN too, with all its bits
+    assert torch.equal(tensor[within].view(torch.int16), before[within].view(torch.int16))
+
+
+def test_all_becomes_zero_or_nothing_does():
+    whole = [random(CHUNK + 7, dtype) for dtype in DTYPES]
+    parts = [tensor[start:-1] for tensor, start in zip(whole, (1, 2, 3, 8), strict=True)]
+    for part in parts:
+        part[:3] = math.nan
+    before = [tensor.clone() for tensor in whole]
+    gpu.zero_unless_(table(parts), torch.tensor(True, device=DEVICE))
+    assert_all_same(whole, before)
+    gpu.zero_unless_(table(parts), torch.tensor(False, device=DEVICE))
+    for tensor, old, start in zip(whole, before, (1, 2, 3, 8), strict=True):
+        assert not tensor[start:-1].view(BITS[tensor.element_size()]).any()
+        assert torch.equal(tensor[:start], old[:start]) and torch.equal(tensor[-1:], old[-1:])
