@@ -4,6 +4,7 @@ reference."""
 from __future__ import annotations
 
 from distnorm.kernels.addresses import HOST, PLAIN, AddressTable, addresses_of, on_host
+from distnorm.kernels.device_table import DeviceTable
 from distnorm.kernels.dispatch import (
     Located,
     checksum,
@@ -31,7 +32,7 @@ from distnorm.kernels.marks import FiniteMarks
 from distnorm.kernels.memory import SharedMemoryError, is_all_there, memory_of, once
 from distnorm.kernels.modes import is_captured, outside_graphs, plain_operators, refuse_capture
 from distnorm.kernels.native import Kernel, split
-from distnorm.kernels.sampling import samples, samples_are_cheap, samples_of
+from distnorm.kernels.sampling import samples, samples_are_cheap, samples_at, samples_of
 from distnorm.kernels.walking import first_with_gradient, hold_just
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "AsyncHostCopy",
     "ClipTerms",
     "Clipped",
+    "DeviceTable",
     "Finder",
     "FiniteMarks",
     "Found",
@@ -72,6 +74,7 @@ __all__ = [
     "row_squares",
     "samples",
     "samples_are_cheap",
+    "samples_at",
     "samples_of",
     "scale_",
     "scale_at_",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distnorm.kernels import eager, gpu, gpu_statistics, native
 from distnorm.kernels.addresses import AddressTable
-from distnorm.kernels.device_table import table_of
+from distnorm.kernels.device_table import DeviceTable, table_of
 
 # native.c and gpu_statistics_code.py have the same numbers.
 _RUNS, _RUN = 4, 16
@@ -55,6 +55,11 @@ def samples_of(tensors: Sequence[Tensor]) -> Tensor:
     left = [i for i in range(len(tensors)) if i not in rows]
     rows |= dict(zip(left, _by_torch([tensors[i] for i in left]).unbind(), strict=True))
     return torch.stack([rows[i] for i in range(len(tensors))])
+
+
+def samples_at(place: DeviceTable) -> Tensor:
+    """The two sums of each row of contiguous tensors on a GPU, [rows, 2] fp64 there, not waited for."""
+    return gpu_statistics.samples(place, _SIGNS)
 
 
 def samples_are_cheap(device: torch.device) -> bool:

@@ -124,6 +124,12 @@ class FoundGradients(Gradients):
             return super().replica_numbers(check)
         return check.numbers_at(self._tables.whole, self._path.places(check))
 
+    def replica_difference(self, check: ReplicaCheck, device: torch.device) -> Tensor:
+        place = self._tables.all
+        if isinstance(place, kernels.AddressTable):
+            return super().replica_difference(check, device)
+        return check.of_table(place, self._path.places(check), device)
+
     def addresses(self) -> tuple[kernels.AddressTable | None, Ints]:
         return self._tables.whole if self._are_on_host else None, self._path.positions
 

@@ -107,6 +107,10 @@ class Gradients:
         """What is compared of replicas. Waits for the gradients' devices."""
         return check.numbers_of(self.tensors)
 
+    def replica_difference(self, check: ReplicaCheck, device: torch.device) -> Tensor:
+        """By how much replicas differ, this rank's summand on a device. Waits for nothing."""
+        return check.of_tensors(self.tensors, device)
+
     def addresses(self) -> tuple[kernels.AddressTable | None, Ints]:
         """Where the gradients lie in the CPU's memory, and the position of each; `None` if some lie
         elsewhere, or are not contiguous."""

@@ -67,6 +67,8 @@ class ReplicaCheck:
     _step: int = 0
     _weights_on: dict[torch.device, Tensor] = field(default_factory=dict)
     _compared: tuple[Any, Any, Any] = (None, None, None)  # a table, which rows are compared, and these
+    _rows_of: Ints | None = None  # whose weights are kept on the device, row by row
+    _of_rows: Tensor | None = None
 
     @classmethod
     def of(cls, ranks: Ranks, shards: Sequence[GradShard], shares: Sequence[Share]) -> ReplicaCheck:
@@ -137,10 +139,24 @@ class ReplicaCheck:
                 by_device[gradient.device][k] = gradient
         for here, members in by_device.items():
             weights = self._weights_of(list(members), here, is_captured=is_captured)
-            signed, magnitudes = kernels.samples_of(list(members.values())).unbind(dim=1)
-            numbers = torch.where(magnitudes == 0, 0.0, signed / magnitudes + magnitudes.log2())
-            total += kernels.moved((weights * numbers).sum(), device)
+            samples = kernels.samples_of(list(members.values()))
+            total += kernels.moved(_weighted(weights, samples), device)
         return total
+
+    def of_table(self, place: kernels.DeviceTable, places: Ints, device: torch.device) -> Tensor:
+        """`of_tensors` of gradients on a GPU, by one launch for all of them.
+
+        Args:
+            place: where they lie.
+            places: [positions] the row of each of ours there; -1 where it has no gradient.
+            device: of the result.
+        """
+        if self._rows_of is not places:
+            weights = np.zeros(place.each.shape[0])
+            weights[places[places >= 0]] = self.weights[places >= 0]
+            self._rows_of, self._of_rows = places, kernels.on_device(weights.tolist(), place.device)
+        assert self._of_rows is not None
+        return kernels.moved(_weighted(self._of_rows, kernels.samples_at(place)), device)
 
     def _weights_of(self, which: list[int], device: torch.device, *, is_captured: bool) -> Tensor:
         every = self._weights_on.get(device)
@@ -170,6 +186,13 @@ class ReplicaCheck:
 def _eps(dtype: torch.dtype) -> float:
     has_digits = (dtype.is_floating_point or dtype.is_complex) and dtype not in PACKED
     return torch.finfo(dtype).eps if has_digits else 0.0
+
+
+def _weighted(weights: Tensor, samples: Tensor) -> Tensor:
+    """The sum of weighted x, 0-d fp64, of [n] weights and [n, 2] samples."""
+    signed, magnitudes = samples.unbind(dim=1)
+    numbers = torch.where(magnitudes == 0, 0.0, signed / magnitudes + magnitudes.log2())
+    return (weights * numbers).sum()
 
 
 def numbers_of_samples(samples: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

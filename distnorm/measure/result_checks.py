@@ -58,7 +58,7 @@ class ResultChecks:
         nothing."""
         if self.replica_check is None:
             return 0.0
-        return self.replica_check.of_tensors(gradients.tensors, device)
+        return gradients.replica_difference(self.replica_check, device)
 
     def raise_disagreement(
         self,

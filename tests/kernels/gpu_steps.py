@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import distnorm
 from distnorm.kernels import gpu_code
@@ -220,3 +220,35 @@ class Meddled:
             return tensor
 
         return all_reduce_
+
+
+def replicas_that_differ(by: float) -> list[Any]:
+    """Two ranks with a copied parameter among sharded ones; from the third step on one copy is off."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    placed = ([Shard(0)], [Replicate()], [Shard(0)])
+    tensors = [distribute_tensor(torch.zeros(6, 5), mesh, placements) for placements in placed]
+    found, results = [nn.Parameter(tensor) for tensor in tensors], []
+    with as_on_a_gpu():
+        clipper = distnorm.GradClipper(found, {"clip": {"max_norm": 0.5, "nonfinite": "skip"}})
+        for seed in range(4):
+            generator = torch.Generator().manual_seed(seed)
+            for p, placements in zip(found, placed, strict=True):
+                whole = torch.randn(6, 5, generator=generator)
+                p.grad = distribute_tensor(whole, mesh, placements)
+            if seed >= 2 and dist.get_rank() == 1:
+                local(found[1].grad).mul_(1 + by)
+            results.append(clipper.clip().to_dict())
+    return results
+
+
+@pytest.mark.parametrize("by", [0.0, 1e-7, 0.5])
+def test_replicas_are_compared_in_every_step(ranks, by):
+    expected = [
+        math.sqrt(sum(torch.randn(6, 5, generator=g).double().square().sum().item() for _ in range(3)))
+        for g in (torch.Generator().manual_seed(seed) for seed in range(4))
+    ]
+    for results in ranks(2, replicas_that_differ, by, timeout=120):
+        for seed, result in enumerate(results):
+            is_bad = by > 1e-3 and seed >= 2
+            assert result["is_finite"] != is_bad and result["skipped"] == is_bad
+            assert is_bad or result["total_norm"] == pytest.approx(expected[seed], rel=1e-6)
