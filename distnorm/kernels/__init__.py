@@ -15,7 +15,7 @@ from distnorm.kernels.dispatch import (
     statistic_at,
     summaries,
 )
-from distnorm.kernels.eager import blocks, clamp_, moved, on_device, zero_unless_
+from distnorm.kernels.eager import blocks, clamp_, mode_of, moved, on_device, zero_unless_
 from distnorm.kernels.finding import Finder, Found
 from distnorm.kernels.host_copy import AsyncHostCopy
 from distnorm.kernels.marks import FiniteMarks
@@ -45,6 +45,7 @@ __all__ = [
     "is_all_there",
     "measure",
     "memory_of",
+    "mode_of",
     "moved",
     "on_device",
     "on_host",

@@ -115,6 +115,7 @@ class Meter:
 
     # ---- planning
 
+    @kernels.plain_operators()
     def prepare(self, read: Reader) -> None:
         """Read a set of shards and make its plan. Collective: every rank must call it.
 

@@ -113,7 +113,7 @@ class UnitStatistics:
         if not self._held:
             return values.view(-1)
         weights = trained_weights(self._shards, gradients, self._held)
-        counted = self._indices.at(_ALL, device)
+        counted = self._indices.at(_ALL, values)
         for row, tensors in zip(values, (gradients, weights), strict=True):
             rows = [self._rows(i, held, tensors[i], device) for i, held in self._held.items()]
             together = [rows] if len({one.device for one in rows}) == 1 else [[one] for one in rows]
@@ -156,7 +156,7 @@ class UnitStatistics:
             kind = (gradient.device, torch.float64 if exact else torch.float32)
             if kind not in on:
                 on[kind] = kernels.moved(coefs, *kind)
-            mine = on[kind][self._indices.at(i, gradient.device)]
+            mine = on[kind][self._indices.at(i, gradient)]
             rows = self._with_rows(i, gradient) if held.rows else gradient
             mine = mine.view(-1, *[1] * (rows.dim() - 1)) if held.rows else mine.view(())
             if rows.dtype.itemsize == 1:  # float8 has no arithmetic of its own
