@@ -143,7 +143,8 @@ class Meter:
             self.ranks, self.norm, self.raises, self.source, plan.shares, replica_check
         )
         if self.source is Source.GRADIENT and (self.managers is None or not self.managers.are_of(named)):
-            self.managers = Managers(named)
+            # What simulated ranks hold are pieces, and the managers of the whole were asked before.
+            self.managers = Managers(named if type(self.ranks) is Ranks else ())
         self._reader = self._reader_of(plan.shares)
         self.plan = plan
 

@@ -34,15 +34,12 @@ class EachRank(Generic[T]):
     Args:
         target: the caller's, of LocalTensors, of DTensors of them, or of tensors that all ranks have alike.
         group: the process group of the simulated ranks.
-        makes: what each rank makes of its target and its group, if anything.
 
     Attributes:
         each: what was made, by rank.
     """
 
-    def __init__(
-        self, target: Target, group: ProcessGroup | None, makes: Callable[[Target, Any], T] | None = None
-    ) -> None:
+    def __init__(self, target: Target, group: ProcessGroup | None) -> None:
         self._target, self._simulation = read_once(target), simulation_of(group)
         self._targets = {rank: Fleeting() for rank in self._simulation.members}
         self._tensors: list[tuple[Tensor, dict[int, Tensor]]] = []
@@ -50,13 +47,15 @@ class EachRank(Generic[T]):
         self._meshes: dict[tuple[int, int], RankMesh] = {}
         self._managers = Managers(())
         self.each: dict[int, T] = {}
-        if makes is not None:
-            self.each = self._run(lambda rank: makes(self._targets[rank], self._simulation.ranks[rank]))
 
     @property
-    def first(self) -> T:
-        """What the lowest rank has made."""
-        return next(iter(self.each.values()))
+    def tensors(self) -> list[Tensor]:
+        """The target's, as the caller gave them."""
+        return [tensor for tensor, _ in self._tensors]
+
+    def make(self, kind: Callable[..., T], *args: Any, **kwargs: Any) -> None:
+        """Let every rank make something of its target and its group, which methods are then called on."""
+        self.each = self._run(kind, args, kwargs)
 
     def call(self, function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
         """Call a function on every rank, of its target, or of what it has made of that; and join the results.
@@ -65,6 +64,20 @@ class EachRank(Generic[T]):
             function: gets further arguments as the rank has them; and its group, if it takes one.
             args, kwargs: these arguments.
         """
+        return cast(R, joined(self._run(function, args, kwargs)))
+
+    def ask(self, function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
+        """Call what is not collective, of what every rank has made, within LocalTensorMode or outside of it."""
+
+        def of_rank(rank: int) -> R:
+            return function(self.each[rank], *args, **kwargs)
+
+        within = local_tensor_mode() is not None
+        found = self._simulation.run(of_rank) if within else {rank: of_rank(rank) for rank in self.each}
+        return cast(R, joined(found))
+
+    def _run(self, function: Callable[..., R], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[int, R]:
+        """Run it on every rank, with its gradients as they are now."""
         takes_group = not self.each and "group" in inspect.signature(function).parameters
 
         def of_rank(rank: int) -> R:
@@ -75,15 +88,12 @@ class EachRank(Generic[T]):
                 named["group"] = self._simulation.ranks[rank]
             return function(self.each.get(rank, self._targets[rank]), *mine, **named)
 
-        return cast(R, joined(self._run(of_rank)))
-
-    def _run(self, work: Callable[[int], R]) -> dict[int, R]:
         with mode_in_force().disable(), kernels.plain_operators():
             self._refresh()
             self._managers.refuse_unreduced()
             given = self._lend_gradients()
         try:
-            return self._simulation.run(work)
+            return self._simulation.run(of_rank)
         finally:
             self._take_gradients(given)
 
@@ -176,6 +186,50 @@ def for_each_rank(
             return function(target, *args, **kwargs)
         group = cast(Any, kwargs.pop("group", None))
         return EachRank[None](target, group).call(function, *args, **kwargs)
+
+    return either
+
+
+def by_each_rank(*collective: str, own: Sequence[str] = ()) -> Callable[[type[T]], type[T]]:
+    """Let an object of a class that is made in LocalTensorMode stand for one object of each simulated rank.
+
+    Args:
+        collective: methods that all ranks call together. What other public methods and properties return is
+            joined too, but no rank may meet others in them.
+        own: names that are not of the ranks' objects.
+    """
+
+    def decorate(kind: type[T]) -> type[T]:
+        made = kind.__init__
+
+        @wraps(made)
+        def init(self: Any, target: Target, *args: Any, group: Any = None, **kwargs: Any) -> None:
+            self.of_ranks = None
+            if local_tensor_mode() is None:
+                made(self, target, *args, group=group, **kwargs)
+            else:
+                self.of_ranks = EachRank[T](target, group)
+                self.of_ranks.make(kind, *args, **kwargs)
+
+        kind.__init__ = init  # type: ignore[method-assign,assignment]
+        for name, of_one in list(vars(kind).items()):
+            if name.startswith("_") and name != "__repr__" or name in own:
+                continue
+            function = of_one.fget if isinstance(of_one, property) else of_one
+            wrapped = _by_each(function, name in collective)
+            setattr(kind, name, property(wrapped) if isinstance(of_one, property) else wrapped)
+        return kind
+
+    return decorate
+
+
+def _by_each(function: Callable[..., R], is_collective: bool) -> Callable[..., R]:
+    @wraps(function)
+    def either(self: Any, *args: Any, **kwargs: Any) -> R:
+        if self.of_ranks is None:
+            return function(self, *args, **kwargs)
+        ranks: EachRank[Any] = self.of_ranks
+        return (ranks.call if is_collective else ranks.ask)(function, *args, **kwargs)
 
     return either
 

@@ -176,9 +176,9 @@ def refuse_local_tensors() -> None:
     """Refuse to be one rank where torch simulates all of them.
 
     Raises:
-        DistnormError: torch's `LocalTensorMode` is in force.
+        DistnormError: torch's `LocalTensorMode` is in force, or this is code of one of its ranks.
     """
-    if local_tensor_mode() is not None:
+    if local_tensor_mode() is not None or isinstance(threading.current_thread(), _Turns):
         raise DistnormError(
             "expected one rank in this process, found torch's LocalTensorMode, which runs all of them; there "
             "GradClipper, get_total_norm, clip_grad_norm_ and clip_grads_with_norm_ work. Use torch's fake "

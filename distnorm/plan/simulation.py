@@ -133,8 +133,8 @@ class RankMesh(DeviceMesh):
 
     def __init__(self, simulation: Simulation, mesh: DeviceMesh, rank: int) -> None:
         # Each rank has another slice of a mesh that is one of several.
-        slices = mesh._layout.remap_to_tensor(mesh._rank_map)
-        own = next((one for one in slices if (one == rank).any()), mesh.mesh)
+        slices = mesh._layout.remap_to_tensor(torch.tensor(mesh._flatten_rank_map, device="cpu"))
+        own = next((one for one in slices if (one == rank).any()), slices[0])
         names = mesh.mesh_dim_names
         super().__init__(mesh.device_type, own, mesh_dim_names=names, _init_backend=False, _rank=rank)
         self._simulation, self._seen = simulation, mesh
@@ -154,7 +154,8 @@ class RankMesh(DeviceMesh):
             add_up = partial(simulation.add_up, group=real)
             return cast(Tensor, simulation.lockstep.meet(rank, real.group_name, members, buffer, add_up))
 
-        return SimulatedGroup(tuple(self.mesh[tuple(place)].tolist()), meet)
+        with kernels.plain_operators():
+            return SimulatedGroup(tuple(self.mesh[tuple(place)].tolist()), meet)
 
     def _axis(self, mesh_dim: int | str | None) -> int:
         return (self.mesh_dim_names or ()).index(mesh_dim) if isinstance(mesh_dim, str) else mesh_dim or 0

@@ -104,9 +104,10 @@ def recognise(target: Any, source: Source, fixed: tuple[object, ...]) -> tuple[K
         module, inventory = weakref.ref(target, lambda _: _known.pop(memo, None)), Inventory(target)
     is_gradient = source is Source.GRADIENT
     shapes = [tensor.shape for tensor in holders[:_MOST_SHAPES]]
-    key, managers = PlanKey((source, *fixed, *layouts)), Managers(named) if is_gradient else None
-    known = Known(key, managers, shapes, module, inventory)
     lasts = not isinstance(target, Fleeting)
+    key = PlanKey((source, *fixed, *layouts))
+    managers = Managers(named if lasts else ()) if is_gradient else None
+    known = Known(key, managers, shapes, module, inventory)
     if lasts and is_gradient and (inventory is not None or _is_flat(target, holders)):
         _keep(_known, memo, known)
     return known, holders
