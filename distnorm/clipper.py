@@ -18,6 +18,7 @@ from distnorm.errors import DistnormError
 from distnorm.kernels import outside_graphs, refuse_capture
 from distnorm.monitor import Monitor
 from distnorm.plan.collectives import Ranks
+from distnorm.plan.each_rank import by_each_rank
 from distnorm.policies.groups import PolicyGroups
 from distnorm.policies.results import ClipResult
 from distnorm.sources import (
@@ -35,6 +36,7 @@ from distnorm.sources.shards import GradShard
 from distnorm.step import Step
 
 
+@by_each_rank("clip", "decide", "measure", "note", own=["parameters"])
 class GradClipper(Joinable):
     """Measures and clips the gradient of one model, held in pieces by many ranks.
 
@@ -50,9 +52,6 @@ class GradClipper(Joinable):
         pp_mesh: a 1-d mesh of pipeline stages, where stages use the same names for other parameters:
             every name that is not tied is then prefixed by the stage's coordinate.
         tied: groups of names that are one parameter, such as ``[("tok.weight", "head.weight")]``.
-
-    Attributes:
-        config: the `Config` in force.
 
     Raises:
         ConfigError: the configuration, or a tied name, is wrong; or a pattern of `clip.groups` doesn't fit.
@@ -78,10 +77,9 @@ class GradClipper(Joinable):
         tied: Tied = (),
     ) -> None:
         super().__init__()
-        ranks = Ranks(group)
+        ranks = group if isinstance(group, Ranks) else Ranks(group)
         with ranks.together():
-            self.config = load_config(config)
-            self._step = Step(self.config, ranks, checked_tied(tied))
+            self._step = Step(load_config(config), ranks, checked_tied(tied))
             self._target, self._stage = read_once(target), stage_of(pp_mesh)
         self._tied = self._step.tied
         self.number_in_graphs = graphs.number_of(self)
@@ -163,6 +161,11 @@ class GradClipper(Joinable):
         self._step.note(loss, tokens)
 
     @property
+    def config(self) -> Config:
+        """The `Config` in force."""
+        return self._step.config
+
+    @property
     def last(self) -> ClipResult | None:
         """What the newest `clip` returned, or `None`."""
         return self._step.last
@@ -180,7 +183,7 @@ class GradClipper(Joinable):
     @property
     def parameters(self) -> list[Tensor]:
         """The target's tensors, each once."""
-        return list(self._inventory.holders)
+        return list(self._inventory.holders) if self.of_ranks is None else self.of_ranks.tensors
 
     @property
     def monitor(self) -> Monitor | None:

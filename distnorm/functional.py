@@ -18,6 +18,7 @@ from distnorm.measure.gradients import Gradients, read_with_care
 from distnorm.measure.meter import Meter
 from distnorm.measure.norms import norm
 from distnorm.plan.collectives import Ranks
+from distnorm.plan.each_rank import for_each_rank
 from distnorm.policies.deciding import apply
 from distnorm.sources import (
     Source,
@@ -42,6 +43,7 @@ def total_norm_given(tensors: Sequence[Tensor], norm_type: float, error_if_nonfi
 
 
 @graphs.in_graphs(graphs.trace_total_norm)
+@for_each_rank
 def get_total_norm(
     tensors: Target,
     norm_type: float = 2.0,
@@ -88,6 +90,7 @@ def get_total_norm(
 
 
 @kernels.outside_graphs
+@for_each_rank
 def clip_grads_with_norm_(
     parameters: Target, max_norm: float, total_norm: Tensor, foreach: bool | None = None
 ) -> None:
@@ -139,6 +142,7 @@ def clip_given(
 
 
 @graphs.in_graphs(graphs.trace_clip_grad_norm_)
+@for_each_rank
 def clip_grad_norm_(
     parameters: Target,
     max_norm: float,
@@ -215,7 +219,7 @@ def _measure(
     tied: Tied,
     max_norm: float | None = None,
 ) -> _Measured:
-    ranks, is_gradient = Ranks(group), source is Source.GRADIENT
+    ranks, is_gradient = (group if isinstance(group, Ranks) else Ranks(group)), source is Source.GRADIENT
     with torch.no_grad(), torch._C.DisableTorchFunction():
         try:
             target = read_once(target)

@@ -23,7 +23,7 @@ from distnorm.kernels.dispatch import (
     summaries,
     zero_unless_,
 )
-from distnorm.kernels.eager import blocks, moved, on_device
+from distnorm.kernels.eager import blocks, mode_of, moved, on_device
 from distnorm.kernels.finding import Finder, Found
 from distnorm.kernels.gpu_clip import Clipped, ClipTerms
 from distnorm.kernels.gpu_clip import clip_ as clip_at_
@@ -64,6 +64,7 @@ __all__ = [
     "located",
     "measure",
     "memory_of",
+    "mode_of",
     "moved",
     "on_device",
     "on_host",

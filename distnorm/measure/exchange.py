@@ -119,7 +119,7 @@ class Exchange:
         """
         device = statistic.device if statistic is not None else torch.device("cpu")
         device = self._ranks.reduce_device(device)
-        if statistic is None and isinstance(payload, int) and not payload:  # no values of the caller's
+        if statistic is None and isinstance(payload, int):  # no values of the caller's
             with kernels.plain_operators():
                 return self._reduced(None, header, 0, replicas, device)
         return self._reduced(statistic, header, payload, replicas, device)

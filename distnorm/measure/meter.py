@@ -119,6 +119,7 @@ class Meter:
 
     # ---- planning
 
+    @kernels.plain_operators()
     def prepare(self, read: Reader) -> None:
         """Read a set of shards and make its plan. Collective: every rank must call it.
 
@@ -147,7 +148,8 @@ class Meter:
         self._checks = ResultChecks(self.ranks, self.norm, *about)
         self._unread = UnreadReduction(self._exchange, self.norm, self._checks, plan.shares)
         if self.source is Source.GRADIENT and (self.managers is None or not self.managers.are_of(named)):
-            self.managers = Managers(named)
+            # What simulated ranks hold are pieces, and the managers of the whole were asked before.
+            self.managers = Managers(named if type(self.ranks) is Ranks else ())
         self._reader = self._reader_of(plan.shares)
         self.plan, self._newest_header = plan, ((), Header("join", False))
 

@@ -76,6 +76,7 @@ class StepMonitor:
         """Where the steps are reported."""
         return self._pending.monitor
 
+    @kernels.plain_operators()
     def prepare(self, shards: Sequence[GradShard], shares: Sequence[Share], overlap: Overlap | None) -> None:
         """Get ready for a set of shards. Collective.
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from itertools import accumulate
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from distnorm.payload.indices import Indices
@@ -61,18 +60,18 @@ class Columns:
         column = self.of(vector, name)
         if self._by_row[name]:
             assert self._rows is not None
-            mine = of_shards[self._indices.at("mine", vector.device)]
+            mine = of_shards[self._indices.at("mine", vector)]
             column[self._rows.start : self._rows.start + len(mine)] = mine
         else:
-            column.index_add_(0, self._indices.at("slots", vector.device), of_shards)
+            column.index_add_(0, self._indices.at("slots", vector), of_shards)
 
     def by_parameter(self, values: Tensor, name: str, how: str) -> Tensor:
         """[parameters] the ``sum`` or ``max`` of a column's values, or of others in their order."""
         if not self._by_row[name]:
             return values
-        by_slot = values[self._indices.at("by slot", values.device)]
-        return grouped(by_slot, self._indices.at("holders", values.device), how)
+        by_slot = values[self._indices.at("by slot", values)]
+        return grouped(by_slot, self._indices.at("holders", values), how)
 
-    def is_first(self, device: torch.device) -> Tensor:
+    def is_first(self, like: Tensor) -> Tensor:
         """[rows] whether the row is that of the first of its replicas."""
-        return self._indices.at("firsts", device).bool()
+        return self._indices.at("firsts", like).bool()

@@ -22,13 +22,16 @@ class Indices:
     def __setitem__(self, name: Hashable, values: Ints | Sequence[int]) -> None:
         self._arrays[name] = values
 
-    def at(self, name: Hashable, device: torch.device) -> Tensor:
-        """One array on a device."""
+    def at(self, name: Hashable, like: Tensor) -> Tensor:
+        """One array on the device of another tensor."""
+        device, values = like.device, self._arrays[name]
+        if type(like) is not Tensor:  # of a dry run: not to be kept for real steps
+            with kernels.mode_of([like]):
+                return torch.tensor(np.array(values, dtype=np.int64), device=device)
         if (name, device) not in self._copies:
             kernels.refuse_capture(
                 "expected gradients that a step before has had too, found others; call clip() once with the "
                 "same gradients before the capture"
             )
-            array = np.array(self._arrays[name], dtype=np.int64)
-            self._copies[name, device] = torch.from_numpy(array).to(device)
+            self._copies[name, device] = torch.from_numpy(np.array(values, dtype=np.int64)).to(device)
         return self._copies[name, device]

@@ -150,7 +150,7 @@ class ParameterStatistics:
         It reads the same from a copy in the host's memory.
         """
         columns = self._columns
-        elements = self._by_layer(self._numels(reduced.device)).clamp_(min=1)
+        elements = self._by_layer(self._numels(reduced)).clamp_(min=1)
         squares = self._by_layer(self._sums(reduced, "squares"))
         largest = self._by_layer(self._largest(reduced), "max") if "largest" in columns else None
         statistic = self._by_layer(self._sums(reduced, self._statistic)) if self._is_sum else largest
@@ -201,7 +201,7 @@ class ParameterStatistics:
         values = self._columns.of(reduced, column)
         if self._is_sum:
             return values
-        firsts = torch.where(self._columns.is_first(values.device), values, 0.0)
+        firsts = torch.where(self._columns.is_first(values), values, 0.0)
         sums = self._columns.by_parameter(firsts, column, "sum")
         return self._with_nan(sums, reduced) if column == "squares" else sums
 
@@ -216,11 +216,11 @@ class ParameterStatistics:
         return torch.where(has_nan, torch.nan, values)
 
     def _by_layer(self, values: Tensor, how: str = "sum") -> Tensor:
-        members = values[self._indices.at("members", values.device)]
-        return grouped(members, self._indices.at("sizes", values.device), how)
+        members = values[self._indices.at("members", values)]
+        return grouped(members, self._indices.at("sizes", values), how)
 
-    def _numels(self, device: torch.device) -> Tensor:
-        return self._indices.at("numels", device).double()
+    def _numels(self, like: Tensor) -> Tensor:
+        return self._indices.at("numels", like).double()
 
 
 def trained_weights(

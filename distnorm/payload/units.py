@@ -112,7 +112,7 @@ class UnitStatistics:
         if not self._held:
             return values.view(-1)
         weights = trained_weights(self._shards, gradients, self._held)
-        counted = self._indices.at(_ALL, device)
+        counted = self._indices.at(_ALL, values)
         for row, tensors in zip(values, (gradients, weights), strict=True):
             rows = [self._rows(i, held, tensors[i], device) for i, held in self._held.items()]
             together = [rows] if len({one.device for one in rows}) == 1 else [[one] for one in rows]
@@ -147,13 +147,14 @@ class UnitStatistics:
             coefs: [units], on any device.
         """
         if self._held:
-            rows = [self._all_rows(i, gradients[i], coefs.device) for i in self._held]
-            kernels.scale_rows_(rows, coefs[self._indices.at(_EVERY, coefs.device)])
+            rows = [self._all_rows(i, gradients[i], coefs) for i in self._held]
+            kernels.scale_rows_(rows, coefs[self._indices.at(_EVERY, coefs)])
 
-    def _all_rows(self, i: int, gradient: Tensor | None, device: torch.device) -> Tensor:
+    def _all_rows(self, i: int, gradient: Tensor | None, like: Tensor) -> Tensor:
         held = self._held[i]
         if gradient is None:
-            return torch.empty(len(held.units), 0, device=device)
+            with kernels.mode_of([like]):
+                return torch.empty(len(held.units), 0, device=like.device)
         return self._with_rows(i, gradient) if held.rows else gradient.unsqueeze(0)
 
 

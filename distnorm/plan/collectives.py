@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distnorm.errors import DistnormError
+from distnorm.plan.lockstep import SimulatedGroup, refuse_local_tensors
 from distnorm.plan.wording import name_ranks, shown
 
 _GATHERED = 8 << 20  # characters of text that an error gathers from all ranks together
@@ -76,6 +77,7 @@ class Ranks:
     """
 
     def __init__(self, group: ProcessGroup | None = None, *, alone: bool = False) -> None:
+        refuse_local_tensors()
         self.is_alone = alone
         self.is_connected = not alone and dist.is_available() and dist.is_initialized()
         whole = dist.group.WORLD if group is None and self.is_connected else group
@@ -277,19 +279,21 @@ class Ranks:
         return out.cpu()
 
 
-def reduce_partial_(buffer: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
+def reduce_partial_(buffer: Tensor, groups: Sequence[ProcessGroup | SimulatedGroup]) -> None:
     """Add up a buffer of partial gradients in place, over one mesh axis after the other.
 
     Every rank of every group must call it, with a buffer of the same length and dtype.
     """
     for group in groups:
-        dist.all_reduce(buffer, dist.ReduceOp.SUM, group)
-    return buffer
+        if isinstance(group, SimulatedGroup):
+            group.add_up_(buffer)
+        else:
+            dist.all_reduce(buffer, dist.ReduceOp.SUM, group)
 
 
-def ranks_of(group: ProcessGroup) -> tuple[int, ...]:
+def ranks_of(group: ProcessGroup | SimulatedGroup) -> tuple[int, ...]:
     """The members of a group, by their ranks in the world."""
-    return tuple(dist.get_process_group_ranks(group))
+    return group.ranks if isinstance(group, SimulatedGroup) else tuple(dist.get_process_group_ranks(group))
 
 
 def average_bucket(group: ProcessGroup, bucket: Any) -> Any:

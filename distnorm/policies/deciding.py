@@ -167,7 +167,7 @@ class Decider:
         if self._groups.is_single:
             return total_norm
         assert norms is not None and self._groups.ownership is not None
-        members = self._groups.ownership.members(group.index, norms.device)
+        members = self._groups.ownership.members(group.index, norms)
         return self._groups.norm.together(norms[members])
 
     def _decide_group(
@@ -203,8 +203,8 @@ class Decider:
         if found.norms is None:
             return step, None
         assert self._groups.ownership is not None
-        members = self._groups.ownership.members(group.index, found.norms.device)
-        each, numels = found.norms[members], self._groups.ownership.numels(found.norms.device)[members]
+        members = self._groups.ownership.members(group.index, found.norms)
+        each, numels = found.norms[members], self._groups.ownership.numels(found.norms)[members]
         return replace(step, parameter_norms=rounded(each), numels=numels.double()), each
 
     def _result(
@@ -270,7 +270,7 @@ class Decider:
             else:
                 coefs.append(decision.coef.expand(count) if decision.each is None else decision.each)
         every = torch.cat(coefs)
-        return every[ownership.places(every.device)]
+        return every[ownership.places(every)]
 
     def _shards_of(self, group: PolicyGroup, count: int) -> Sequence[int]:
         ownership = self._groups.ownership

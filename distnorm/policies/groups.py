@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distnorm import kernels
 from distnorm.config import ClipConfig, GroupConfig
 from distnorm.errors import ConfigError, DistnormError
 from distnorm.measure.exchange import Payload
@@ -82,6 +83,7 @@ class PolicyGroups:
         ConfigError: a policy doesn't go with the norm.
     """
 
+    @kernels.plain_operators()  # the policies' state is real in a dry run too
     def __init__(self, clip: ClipConfig, norm: Norm, ranks: Ranks) -> None:
         self.clip, self.norm = clip, norm
         self.groups = self._new_groups()
@@ -129,6 +131,7 @@ class PolicyGroups:
         value = self.clip.max_norm if group.config is None else group.config.max_norm
         return math.inf if value is None else value
 
+    @kernels.plain_operators()
     def bind(self, ranks: Ranks, shards: Sequence[GradShard], shares: Sequence[Share]) -> None:
         """Bind every group to its parameters, after every planning. Collective.
 
@@ -164,11 +167,13 @@ class PolicyGroups:
 
     # ---- what a checkpoint needs
 
+    @kernels.plain_operators()
     def state_dict(self) -> dict[str, Any]:
         """The policies' states, of numbers, strings and lists."""
         states = {group.config.name: group.policy.state_dict() for group in self.groups if group.config}
         return {"policy": self.default.state_dict(), "groups": states}
 
+    @kernels.plain_operators()
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Go on from a `state_dict`, or begin anew; if it doesn't fit, nothing has changed.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor
 
 from distnorm.config import GroupConfig
@@ -78,17 +77,17 @@ class Ownership:
         """How many parameters a group has."""
         return len(self._slots[group])
 
-    def members(self, group: int, device: torch.device) -> Tensor:
+    def members(self, group: int, like: Tensor) -> Tensor:
         """The places of a group's parameters in the table."""
-        return self._indices.at(group, device)
+        return self._indices.at(group, like)
 
-    def numels(self, device: torch.device) -> Tensor:
+    def numels(self, like: Tensor) -> Tensor:
         """The number of elements of each parameter of the table."""
-        return self._indices.at("numels", device)
+        return self._indices.at("numels", like)
 
-    def places(self, device: torch.device) -> Tensor:
+    def places(self, like: Tensor) -> Tensor:
         """For each of this rank's shards the place of its parameter among the members of all groups."""
-        return self._indices.at("places", device)
+        return self._indices.at("places", like)
 
     def shards(self, group: int) -> list[int]:
         """Positions, among this rank's shards, of those of a group's parameters."""

@@ -108,7 +108,13 @@ def _tensors(result: ClipResult | GroupResult) -> dict[str, Tensor]:
 
 
 def _plain(result: ClipResult | GroupResult) -> dict[str, Any]:
-    return {name: value.item() for name, value in _tensors(result).items()}
+    return {name: _number(value).item() for name, value in _tensors(result).items()}
+
+
+def _number(value: Tensor) -> Tensor:
+    """One rank's value of a LocalTensor, which has one bit for bit for each rank; NaN can't be read of all."""
+    of_ranks: Mapping[int, Tensor] = getattr(value, "_local_tensors", None) or {0: value}
+    return next(iter(of_ranks.values()))
 
 
 def _in_a_line(result: ClipResult | GroupResult) -> str:

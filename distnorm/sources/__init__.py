@@ -6,7 +6,6 @@ not imported already.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from distnorm.sources.inventory import Inventory, Managers, Replicated
 from distnorm.sources.recognition import recognise
 from distnorm.sources.shards import GradShard, Source
 from distnorm.sources.targets import (
+    Fleeting,
     Tied,
     canonical_names,
     checked_tied,
@@ -31,6 +31,7 @@ Target = Tensor | nn.Module | Iterable[Any]
 """One tensor, a module, or an iterable of tensors, of (name, tensor) pairs or of modules."""
 
 __all__ = [
+    "Fleeting",
     "Inventory",
     "Managers",
     "Replicated",
@@ -67,15 +68,8 @@ def shards_of(
 
     Raises:
         UnsupportedGradientError: a tensor that can't be described, named.
-        DistnormError: gradients were given where parameters are meant, or one name twice; or torch simulates
-            several ranks in this process.
+        DistnormError: gradients were given where parameters are meant, or one name twice.
     """
-    local_tensors = sys.modules.get("torch.distributed._local_tensor")
-    if local_tensors is not None and local_tensors.local_tensor_mode() is not None:
-        raise DistnormError(
-            "expected one rank in this process, found torch's LocalTensorMode, which runs all of them; use "
-            "torch's fake process group, or FakeTensorMode, for a dry run"
-        )
     if source is Source.GRADIENT and named and all(_never_has_grad(tensor) for _, tensor in named):
         raise DistnormError(
             f"expected parameters, found {len(named)} tensors that hold no gradient and require none; "

@@ -84,7 +84,7 @@ class Managers:
     def __init__(self, named: Sequence[tuple[str, Tensor]]) -> None:
         self._names = {id(tensor): name for name, tensor in named}
         self._trained = {id(tensor) for _, tensor in named if tensor.requires_grad}
-        found = _managing(self._names) if dist.is_available() and dist.is_initialized() else []
+        found = _managing(self._names) if named and dist.is_available() and dist.is_initialized() else []
         self._replicated = [weakref.ref(m) for m in found if isinstance(m, DistributedDataParallel)]
         self._unreduced = UnreducedGradients(found)
         gathered = {id(parameter) for module in found for parameter in gathered_parameters(module)}

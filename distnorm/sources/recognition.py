@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distnorm.sources.inventory import Inventory, Managers, Replicated
 from distnorm.sources.shards import Source
-from distnorm.sources.targets import named_tensors
+from distnorm.sources.targets import Fleeting, named_tensors
 
 _MOST_KNOWN = 64
 _MOST_SHAPES = 64
@@ -89,7 +89,7 @@ def recognise(target: Any, source: Source, fixed: tuple[object, ...]) -> tuple[K
         fixed: what else a plan depends on.
     """
     memo = (source, *fixed, *_identity(target))
-    known = _known.get(memo)
+    known = None if isinstance(target, Fleeting) else _known.get(memo)
     holders = None if known is None else known.holders(target)
     if known is not None and holders is not None:
         return known, holders
@@ -104,9 +104,11 @@ def recognise(target: Any, source: Source, fixed: tuple[object, ...]) -> tuple[K
         module, inventory = weakref.ref(target, lambda _: _known.pop(memo, None)), Inventory(target)
     is_gradient = source is Source.GRADIENT
     shapes = [tensor.shape for tensor in holders[:_MOST_SHAPES]]
-    key, managers = PlanKey((source, *fixed, *layouts)), Managers(named) if is_gradient else None
+    lasts = not isinstance(target, Fleeting)
+    key = PlanKey((source, *fixed, *layouts))
+    managers = Managers(named if lasts else ()) if is_gradient else None
     known = Known(key, managers, shapes, module, inventory)
-    if is_gradient and (inventory is not None or _is_flat(target, holders)):
+    if lasts and is_gradient and (inventory is not None or _is_flat(target, holders)):
         _keep(_known, memo, known)
     return known, holders
 

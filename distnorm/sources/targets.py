@@ -25,6 +25,11 @@ _WRAPPERS = {
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
 }
 
+
+class Fleeting(list[tuple[str, Tensor]]):
+    """A target of tensors that are made anew for one call: nothing is remembered of them."""
+
+
 _EXPECTED = "a tensor, a module, or an iterable of tensors, of (name, tensor) pairs or of modules"
 
 
