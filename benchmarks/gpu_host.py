@@ -130,6 +130,7 @@ def measured(count: int, nonfinite: str) -> list[str]:
         as_on_a_gpu(),
         mock.patch.object(gpu, "triton_code", lambda: launches.modules),
         mock.patch.object(gpu_clip, "triton_code", lambda: launches.modules),
+        mock.patch.object(gpu_clip, "clip_code", lambda: launches.modules),
     ):
         for _ in range(5):
             clipper.clip()

@@ -18,7 +18,7 @@ from distnorm.errors import DistnormError
 from distnorm.kernels import outside_graphs, refuse_capture
 from distnorm.monitor import Monitor
 from distnorm.plan.collectives import Ranks
-from distnorm.plan.each_rank import by_each_rank
+from distnorm.plan.each_rank import EachRank, by_each_rank
 from distnorm.policies.groups import PolicyGroups
 from distnorm.policies.results import ClipResult
 from distnorm.sources import (
@@ -66,6 +66,8 @@ class GradClipper(Joinable):
         >>> result = clipper.clip()
         >>> optimizer.step()
     """
+
+    of_ranks: EachRank[GradClipper] | None
 
     def __init__(
         self,

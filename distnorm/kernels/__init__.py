@@ -6,20 +6,14 @@ from __future__ import annotations
 from distnorm.kernels.addresses import HOST, PLAIN, AddressTable, addresses_of, on_host
 from distnorm.kernels.device_table import DeviceTable
 from distnorm.kernels.dispatch import (
-    Located,
     checksum,
     clamp_,
     fingerprints,
-    has_kernel,
-    headed_statistic_at,
-    located,
     measure,
     row_squares,
     scale_,
-    scale_at_,
     scale_each_,
     scale_rows_,
-    statistic_at,
     summaries,
     zero_unless_,
 )
@@ -28,6 +22,14 @@ from distnorm.kernels.finding import Finder, Found
 from distnorm.kernels.gpu_clip import Clipped, ClipTerms
 from distnorm.kernels.gpu_clip import clip_ as clip_at_
 from distnorm.kernels.host_copy import AsyncHostCopy
+from distnorm.kernels.located import (
+    Located,
+    has_kernel,
+    headed_statistic_at,
+    located,
+    scale_at_,
+    statistic_at,
+)
 from distnorm.kernels.marks import FiniteMarks
 from distnorm.kernels.memory import SharedMemoryError, is_all_there, memory_of, once
 from distnorm.kernels.modes import is_captured, outside_graphs, plain_operators, refuse_capture

@@ -7,6 +7,9 @@ with the same bits.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -14,6 +17,12 @@ from torch import Tensor
 
 from distnorm.kernels.device_table import DeviceTable, on
 from distnorm.kernels.gpu import BLOCK, triton_code
+
+
+@cache
+def clip_code() -> ModuleType:
+    """The kernel. Triton is imported here."""
+    return import_module("distnorm.kernels.gpu_clip_code")
 
 
 class Clipped(NamedTuple):
@@ -86,15 +95,15 @@ def clip_(table: DeviceTable, reduced: Tensor, terms: ClipTerms) -> Clipped:
             have a tolerance of it.
         terms: by what it is decided.
     """
-    gpu_code = triton_code()
+    gpu_code, code = triton_code(), clip_code()
     values = torch.empty(5, dtype=torch.float64, device=table.device)
     flags = torch.empty(3, dtype=torch.bool, device=table.device)
     with on(table.device):
         table.ready()
         numbers = terms.at(table.device)
         kinds = table.kinds if terms.may_scale else [(table.kinds[0][0], 0, 1)]
-        for code, first, rows in kinds:
-            gpu_code.clip[(rows,)](
+        for kind, first, rows in kinds:
+            code.clip[(rows,)](
                 table.rows,
                 first,
                 reduced,
@@ -102,7 +111,7 @@ def clip_(table: DeviceTable, reduced: Tensor, terms: ClipTerms) -> Clipped:
                 values,
                 flags,
                 *terms.options,
-                gpu_code.DTYPES[code],
+                gpu_code.DTYPES[kind],
                 BLOCK,
             )
     norm, _, coef, clipped_norm, threshold = values.unbind()

@@ -1,7 +1,7 @@
 """What is called once in torch's LocalTensorMode is done by each rank that it simulates.
 
-Each rank gets the target as it would hold it: its pieces of every tensor, on meshes that know its place. Scaling
-changes the pieces in place. What the ranks return is joined to LocalTensors.
+Each rank gets the target as it would hold it: its pieces of every tensor, on meshes that know its place.
+Scaling changes the pieces in place. What the ranks return is joined to LocalTensors.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import fields, is_dataclass, replace
 from functools import wraps
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
 
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -67,7 +66,7 @@ class EachRank(Generic[T]):
         return cast(R, joined(self._run(function, args, kwargs)))
 
     def ask(self, function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
-        """Call what is not collective, of what every rank has made, within LocalTensorMode or outside of it."""
+        """Call what is not collective, of what every rank has made, within LocalTensorMode or without."""
 
         def of_rank(rank: int) -> R:
             return function(self.each[rank], *args, **kwargs)
@@ -189,7 +188,7 @@ def for_each_rank(
         group = cast(Any, kwargs.pop("group", None))
         return EachRank[None](target, group).call(function, *args, **kwargs)
 
-    return either
+    return cast(Callable[Concatenate[Target, P], R], either)
 
 
 def by_each_rank(*collective: str, own: Sequence[str] = ()) -> Callable[[type[T]], type[T]]:
@@ -202,7 +201,7 @@ def by_each_rank(*collective: str, own: Sequence[str] = ()) -> Callable[[type[T]
     """
 
     def decorate(kind: type[T]) -> type[T]:
-        made = kind.__init__
+        made: Callable[..., None] = kind.__init__
 
         @wraps(made)
         def init(self: Any, target: Target, *args: Any, group: Any = None, **kwargs: Any) -> None:
@@ -217,7 +216,7 @@ def by_each_rank(*collective: str, own: Sequence[str] = ()) -> Callable[[type[T]
         for name, of_one in list(vars(kind).items()):
             if (name.startswith("_") and name != "__repr__") or name in own:
                 continue
-            function = of_one.fget if isinstance(of_one, property) else of_one
+            function: Any = of_one.fget if isinstance(of_one, property) else of_one
             wrapped = _by_each(function, name in collective)
             setattr(kind, name, property(wrapped) if isinstance(of_one, property) else wrapped)
         return kind
@@ -251,12 +250,14 @@ def _pieces(tensor: Tensor) -> Mapping[int, Tensor] | None:
 
 def _as_dtensor(local: Tensor, like: Tensor, mesh: DeviceMesh) -> Tensor:
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
     assert isinstance(like, DTensor)
-    with torch.no_grad():
-        return DTensor.from_local(
-            local, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-        )
+    # `from_local` would ask the mesh for a place that not every simulated rank has on it.
+    meta = TensorMeta(like.shape, like.stride(), local.dtype)
+    spec = DTensorSpec(mesh, like.placements, tensor_meta=meta)
+    made: Tensor = DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return made
 
 
 def joined(values: Mapping[int, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""torch's LocalTensorMode: what is called once in this process is done by each of the ranks that it simulates.
+"""torch's LocalTensorMode: what is called once in this process, each of the simulated ranks does.
 
 Each rank runs the code of a process of its own (see `distnorm.plan.lockstep`), and what the ranks reduce is
 reduced by torch, in one call for all of them.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -43,14 +43,10 @@ class SimulatedRanks(Ranks):
             False,
         )
 
-    @property
-    def state(self) -> GroupState:
-        return self._state
-
     def all_reduce_(self, tensor: Tensor, op: str) -> Tensor:
         def reduced(values: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
-            with self._simulation.together():
-                self._simulation.real.all_reduce_(local_tensor(values), op)
+            with self._simulation.together(values) as joined:
+                self._simulation.real.all_reduce_(joined, op)
             return values
 
         return cast(Tensor, self._meet(("all-reduce", op), tensor, reduced))
@@ -61,13 +57,21 @@ class SimulatedRanks(Ranks):
 
         return cast(list[Any], self._meet("gather", fact, gathered))
 
-    def join(self, keys: Tensor, rows: Tensor, answer: Callable[[Tensor], Tensor]) -> Tensor:
-        def answered(values: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
-            with kernels.plain_operators():
-                replies = answer(torch.cat(list(values.values())))
-                return dict(zip(values, replies.split([len(own) for own in values.values()]), strict=True))
+    def exchange(self, rows: Tensor, send: Mapping[int, int], receive: Mapping[int, int]) -> Tensor:
+        members = self._simulation.members
 
-        return cast(Tensor, self._meet("join", rows, answered))
+        def delivered(values: Mapping[int, Any]) -> Mapping[int, Tensor]:
+            with kernels.plain_operators():
+                sent = {
+                    members.index(rank): dict(zip(to, torch.split(own, list(to.values())), strict=True))
+                    for rank, (own, to, _) in values.items()
+                }
+                return {
+                    rank: torch.cat([sent[sender][members.index(rank)] for sender in of])
+                    for rank, (_, _, of) in values.items()
+                }
+
+        return cast(Tensor, self._meet("exchange", (rows, send, receive), delivered))
 
     def _meet(self, key: object, value: Any, combine: Combine) -> Any:
         simulation = self._simulation
@@ -88,11 +92,15 @@ class Simulation:
         self.ranks = {rank: SimulatedRanks(self, rank) for rank in members}
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """The mode, for collectives of all ranks' tensors, while each rank's own code runs without it."""
+    def together(self, values: Mapping[int, Tensor]) -> Iterator[Tensor]:
+        """The ranks' tensors as one, and the mode for a collective of it; ranks' own code runs without."""
+        from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+        are_fake = any(isinstance(value, FakeTensor) for value in values.values())
         self._mode.enable_()
         try:
-            yield
+            with nullcontext() if are_fake else unset_fake_temporarily():
+                yield local_tensor(values)
         finally:
             self._mode.disable_()
 
@@ -104,8 +112,8 @@ class Simulation:
 
     def add_up(self, values: Mapping[int, Tensor], group: ProcessGroup) -> Mapping[int, Tensor]:
         """Add up tensors in place, over a group and over those that lie beside it on a mesh."""
-        with self.together():
-            reduce_partial_(local_tensor(values), [group])
+        with self.together(values) as joined:
+            reduce_partial_(joined, [group])
         return values
 
 
@@ -113,13 +121,18 @@ _simulations: weakref.WeakKeyDictionary[ProcessGroup, Simulation] = weakref.Weak
 
 
 def simulation_of(group: ProcessGroup | None) -> Simulation:
+    """The simulation of a group's ranks, made once.
+
+    Raises:
+        DistnormError: there is no group, or LocalTensorMode simulates other ranks than the group's.
+    """
     mode = mode_in_force()
     with mode.disable():
         real = Ranks(group)
         if real.group is None:
             raise DistnormError(
-                "expected a process group of the ranks that LocalTensorMode simulates, found none; make one with "
-                'torch.distributed.init_process_group("fake", ...)'
+                "expected a process group of the ranks that LocalTensorMode simulates, found none; make one "
+                'with torch.distributed.init_process_group("fake", ...)'
             )
         members = tuple(dist.get_process_group_ranks(real.group))
         if set(members) != mode.ranks:
@@ -183,7 +196,7 @@ def local_tensor(values: Mapping[int, Tensor]) -> Tensor:
     """The LocalTensor of the ranks' own tensors."""
     from torch.distributed._local_tensor import LocalTensor
 
-    made: Tensor = LocalTensor(dict(values))
+    made: Tensor = LocalTensor(dict(values))  # type: ignore[no-untyped-call]
     return made
 
 

@@ -112,7 +112,7 @@ def _plain(result: ClipResult | GroupResult) -> dict[str, Any]:
 
 
 def _number(value: Tensor) -> Tensor:
-    """One rank's value of a LocalTensor, which has one bit for bit for each rank; NaN can't be read of all."""
+    """One rank's value of a LocalTensor, the same bits on each rank; NaN could not be read of all at once."""
     of_ranks: Mapping[int, Tensor] = getattr(value, "_local_tensors", None) or {0: value}
     return next(iter(of_ranks.values()))
 

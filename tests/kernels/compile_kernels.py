@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from triton.runtime import JITFunction
 
-from distnorm.kernels import Kernel, gpu, gpu_code, sampling
+from distnorm.kernels import Kernel, gpu, gpu_clip_code, gpu_code, sampling
 from distnorm.kernels import gpu_statistics_code as statistics
 
 TARGET = GPUTarget("cuda", int(sys.argv[1]), 32)
@@ -72,14 +72,14 @@ for dtype, widest in WIDEST.items():
     results = {"reduced": FP64, "terms": FP64, "values": FP64, "flags": "*i1"}
     for mode, (replicas, clips) in product(range(4), ((False, True), (True, False))):
         options = {"NONFINITE": mode, "ROOT": True, "HAS_REPLICAS": replicas, "MAY_CLIP": clips}
-        clip = of_dtype(gpu_code.clip, dtype, **results, **options, MAY_SCALE=True)
+        clip = of_dtype(gpu_clip_code.clip, dtype, **results, **options, MAY_SCALE=True)
         assert "sqrt.rn.f64" in clip and ("div.rn.f64" in clip) == clips
         changing += [clip] if clips else []
     zeroing = of_dtype(gpu_code.zero_unless, dtype, keep="*u8")
     assert all("ld.global." + widest in text for text in reading + changing), "16 bytes at once"
     assert all("st.global." + widest in text for text in [*changing, zeroing])
 
-for module in (gpu_code, statistics):
+for module in (gpu_code, gpu_clip_code, statistics):
     kernels = [value for name, value in vars(module).items() if isinstance(value, JITFunction)]
     left = [k for k in kernels if k not in compiled and not k.__name__.startswith("_")]
     assert not left, f"not compiled: {left}"

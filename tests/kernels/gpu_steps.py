@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import distnorm
-from distnorm.kernels import gpu_code
+from distnorm.kernels import gpu_clip_code, gpu_code
 from distnorm.measure.fast_path import FastPath, FoundGradients
 from distnorm.measure.gradients import Gradients
 from distnorm.plan.collectives import Ranks
@@ -29,6 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),  # numpy's, in the interpreter
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
 ]
+KERNELS = {"partials": gpu_code, "totals": gpu_code, "scale": gpu_code, "clip": gpu_clip_code}
 FIELDS = ("total_norm", "clip_coef", "clipped_norm", "threshold", "is_finite", "was_clipped", "skipped")
 
 
@@ -43,8 +44,8 @@ def group() -> Iterator[None]:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels, as they are launched."""
     names: list[str] = []
-    for name in ("partials", "totals", "scale", "clip"):
-        monkeypatch.setattr(gpu_code, name, Counted(getattr(gpu_code, name), name, names))
+    for name, module in KERNELS.items():
+        monkeypatch.setattr(module, name, Counted(getattr(module, name), name, names))
     return names
 
 
@@ -113,8 +114,8 @@ def test_no_operator_but_the_results_and_no_wait(launched, monkeypatch):
         for seed in range(3):
             fill(found, seed)
             clipper.clip()
-        for name in ("partials", "totals", "clip"):  # the interpreter uses operators itself
-            monkeypatch.setattr(gpu_code, name, Counted(None, name, launched))
+        for name, module in KERNELS.items():  # the interpreter uses operators itself
+            monkeypatch.setattr(module, name, Counted(None, name, launched))
         seen: list[str] = []
         with Operators(seen):
             clipper.clip()
