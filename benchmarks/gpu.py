@@ -241,6 +241,7 @@ def many(session: Session) -> None:
         raise AssertionError("coefficients of single tensors: not the bits of torch's operators")
     if not session.dry:
         session.say("| | ms on the device | ms of the host | launches | waits |\n|---|---|---|---|---|")
+    wrong = []
     for name, (call, most) in calls.items():
         least = session.timed(call)
         launches, waits = counted(call, dry=session.dry)
@@ -249,9 +250,11 @@ def many(session: Session) -> None:
         else:
             session.say(f"| {name} | {least:.3f} | {on_host(call):.3f} | {launches} | {waits} |")
         if not 0 < launches <= most or waits:
-            raise AssertionError(f"{name}: expected {most} launches, no wait; found {launches}, {waits}")
+            wrong.append(f"{name}: expected {most} launches, no wait; found {launches}, {waits}")
     if any(tensor.any() for tensor in tensors):
-        raise AssertionError("expected zeros")
+        wrong.append("expected zeros")
+    if wrong:
+        raise AssertionError("; ".join(wrong))
 
 
 def with_gradients(gradients: Sequence[Tensor]) -> distnorm.GradClipper:

@@ -7,6 +7,7 @@ calls follows the number of bytes, not the number of tensors.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distnorm.kernels.addresses import on_host
-from distnorm.kernels.modes import is_captured, plain_operators
+from distnorm.kernels.modes import is_captured
 from distnorm.kernels.native import Kernel
 
 # fp64 elements in a block. CPU: 2 MiB, which the caches still hold when it is read again, and large enough
@@ -205,10 +206,18 @@ def clamp_(tensors: Sequence[Tensor], bound: float) -> None:
             for part, wide in _widened_parts(members):
                 part.copy_(wide.clamp_(-bound, bound))
         else:
-            with plain_operators():  # torch refuses a bound beyond the dtype's range, save inf
-                limit = float(torch.tensor(bound, dtype=torch.float64, device="cpu").to(dtype))
+            limit = _in_range(bound, dtype)
             torch._foreach_clamp_max_(members, limit)
             torch._foreach_clamp_min_(members, -limit)
+
+
+def _in_range(bound: float, dtype: torch.dtype) -> float:
+    """What a bound beyond a dtype's range is rounded to, of which torch's operators take inf alone."""
+    info = torch.finfo(dtype)
+    if bound <= info.max:
+        return bound
+    halfway = info.max / (1 - info.eps / 2) * (1 - info.eps / 4)  # to the power of two above the range
+    return info.max if bound < halfway else math.inf
 
 
 def zero_unless_(tensors: Sequence[Tensor], keep: Tensor) -> None:

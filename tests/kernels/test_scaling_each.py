@@ -73,6 +73,12 @@ def test_a_bound_beyond_the_range_of_a_dtype() -> None:
     tensor = torch.tensor([3.0, math.inf, -65504.0], dtype=torch.float16)
     kernels.clamp_([tensor, wide := torch.tensor([3.0, math.inf])], 1e5)
     assert tensor.tolist() == [3.0, math.inf, -65504.0] and wide.tolist() == [3.0, 1e5]
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        most = torch.finfo(dtype).max
+        for bound in (most, 65519.0, 65520.0, 3.395e38, 3.397e38, 1e308):
+            kernels.clamp_([tensor := torch.tensor([math.inf, -math.inf], dtype=dtype)], bound)
+            rounded = torch.tensor(bound, dtype=torch.float64).to(dtype)
+            assert torch.equal(tensor, torch.stack([rounded, -rounded])), (dtype, bound)
 
 
 def test_missing_tensors_have_coefficients_too() -> None:
