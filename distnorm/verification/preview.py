@@ -38,7 +38,7 @@ class Collectives:
         kind: as in `Message`.
         number: how many.
         sent, received: their bytes together.
-        peers: with how many other ranks at most; `None` where the backend decides that.
+        peers: with how many other ranks at most in one of them; `None` where the backend decides that.
     """
 
     kind: str
@@ -268,7 +268,7 @@ def _collective(one: Collectives) -> str:
     )
     if one.kind == "exchange":
         return (
-            f"{one.number} {name} with at most {one.peers:,} other ranks: "
+            f"{one.number} {name} with at most {one.peers:,} other ranks each: "
             f"{_size(one.sent)} out, {_size(one.received)} in"
         )
     over = "all ranks" if one.peers is None else f"{one.peers + 1:,} ranks"
