@@ -64,19 +64,21 @@ class Replays:
         self._counts: Tensor | None = None  # int64: steps, those not finite, those of ranks that disagree
         self._counted, self._raised = 0, (0, 0)  # what the host knows of them
 
-    def counts(self, norm: Tensor) -> bool:
-        """Count a step of this norm if it is captured, and say so; else get ready for others that are."""
+    def leaves_out(self, norm: Tensor) -> bool:
+        """Whether a step of this norm isn't counted on the host: that of a dry run isn't at all, and one that
+        is captured is counted here. Others get everything ready for those."""
         if kernels.is_captured():
             assert self._counts is not None
             self._counts[0].add_(1)
             self._is_captured = True
             return True
-        if type(norm) is Tensor:  # not in a dry run
-            self.is_ready = True
-            if self._counts is None:
-                self._counts = torch.zeros(3, dtype=torch.int64, device=norm.device)
-            elif self._counts.device != norm.device:
-                self._counts = self._counts.to(norm.device)
+        if type(norm) is not Tensor:
+            return True
+        self.is_ready = True
+        if self._counts is None:
+            self._counts = torch.zeros(3, dtype=torch.int64, device=norm.device)
+        elif self._counts.device != norm.device:
+            self._counts = self._counts.to(norm.device)
         return False
 
     def require_ready(self) -> None:

@@ -113,7 +113,7 @@ class Step:
                     gradients, reduced = meter.reduce(gradients, payload)
                 else:
                     gradients.raise_problems()
-                    reduced = without_norm(gradients.device)
+                    reduced = without_norm(gradients.tensors, gradients.device)
             except DistnormError as error:
                 self._failed(number, error, meter)
                 raise
@@ -151,9 +151,10 @@ class Step:
             self.deferred.refused(error)
 
     def made(self, number: int, outcome: Outcome) -> None:
-        """Count a step; one that is captured is counted when it is replayed."""
+        """Count a step; not that of a dry run, and one that is captured when it is replayed."""
         self.last, self.outcome = outcome.result, outcome
-        self.count = self.count if self._replays.counts(outcome.result.total_norm) else number
+        if not self._replays.leaves_out(outcome.result.total_norm):
+            self.count = number
         self._announce_snapshot()
 
     def _names_not_finite(self, reduced: ReducedStatistics | UnreadStatistics) -> bool:

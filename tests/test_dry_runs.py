@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -224,16 +225,18 @@ def test_functions_of_fake_tensors_and_then_of_real_ones():
 # ---- torch's fake process group
 
 
-def dry_step(path: Path, rank: int) -> None:
-    """One clipper and one function of a shipped topology, seen by one of its ranks."""
+def dry_step(path: Path, rank: int, mode: Any) -> None:
+    """One clipper and one function of a shipped topology, seen by one of its ranks; gradients are made, and
+    steps taken, in a mode. torch's device meshes can't be made in FakeTensorMode."""
     tiny = {"train": {"model": {"dim": 16, "layers": 4, "heads": 4, "context": 16}, "device": "cpu"}}
     document = distnorm.load_config(path).model_dump(exclude_unset=True)
     document["train"]["model"] = {**document["train"].get("model", {}), **tiny["train"]["model"]}
     config = distnorm.Config.model_validate(document)
     size = math.prod(int(getattr(config.train.parallel, axis)) for axis in AXES)
     fake_group(size, rank % size)
-    with open_world(config) as world:
+    with open_world(config) as world, ExitStack() as stack:
         engine = Engine(Job(config, world, None, make_topology(config, world)), build_model(config))  # type: ignore[arg-type]
+        stack.enter_context(mode)
         for parameter in engine.named_parameters().values():
             if parameter.numel():
                 parameter.grad = torch.ones_like(parameter)
@@ -253,11 +256,8 @@ def dry_steps(paths: list[Path], fakes: bool) -> list[str]:
     for path in paths:
         for rank in (0, 7):
             try:
-                if fakes:
-                    with FakeTensorMode(allow_non_fake_inputs=True):
-                        dry_step(path, rank)
-                else:
-                    dry_step(path, rank)
+                mode = FakeTensorMode(allow_non_fake_inputs=True) if fakes else nullcontext()
+                dry_step(path, rank, mode)
             except Exception as error:
                 wrong.append(f"{path.name}, rank {rank}: {type(error).__name__}: {error}")
     return wrong
@@ -359,17 +359,20 @@ def clipped_right(
     gradients = [torch.randn(shape, generator=dice) for shape, *_ in held]
     extra = torch.randn(5, generator=dice)
     parameters: list[Any] = []
+    # torch makes the tensors of a pipeline's stage while it simulates that stage's ranks alone.
+    is_whole = all(ids.numel() == size for _, ids, _, _ in held)
     every = torch.arange(size)
     plain = nn.Parameter(LocalTensor({rank: torch.zeros(5) for rank in range(size)}))
     plain.grad = LocalTensor({rank: extra.clone() for rank in range(size)})
-    with LocalTensorMode(size):
+    with LocalTensorMode(size) if is_whole else nullcontext():
         for gradient, (_, ids, placements, arrived) in zip(gradients, held, strict=True):
             with LocalTensorMode(frozenset(ids.flatten().tolist())):
                 mesh = DeviceMesh("cpu", ids)
                 parameter = nn.Parameter(simulated(torch.zeros_like(gradient), mesh, ids, placements))
                 parameter.grad = simulated(gradient, mesh, ids, arrived)
             parameters.append(parameter)
-        parameters.append(plain)
+    parameters.append(plain)
+    with LocalTensorMode(size):
         expected = dense([*gradients, extra], order)
         for _ in range(2):
             found = values(distnorm.clip_grad_norm_(parameters, 1e9, order))
@@ -412,19 +415,23 @@ def test_64_local_tensor_ranks_give_the_dense_norm(layout, order):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_topology_of_local_tensors(path):
+def test_every_shipped_topology_of_local_tensors(ranks, path):
     parallel = distnorm.load_config(path).train.parallel
     degrees = [int(getattr(parallel, axis)) for axis in AXES]
     stages = torch.arange(math.prod(degrees)).view(degrees)
-    replicates = Replicate() if parallel.backend in ("fsdp2", "fsdp1") else Replicate()
     held: list[Any] = []
     for ids in stages:
-        cut = [replicates, Shard(0), Shard(1)]
+        cut = [Replicate(), Shard(0), Shard(1)]
         held.append(((9, 8), ids, cut, cut))
-        norm = [replicates, Shard(0), Replicate()]
+        norm = [Replicate(), Shard(0), Replicate()]
         arrived = [*norm[:2], Partial()] if parallel.sequence_parallel else norm
         held.append(((7,), ids, norm, arrived))
-    clipped_right(math.prod(degrees), held, 2.0)
+    # In a process of its own: torch takes a mesh for that of an earlier world if their ranks are equal.
+    if parallel.sequence_parallel and len(stages) > 1:
+        (failure,) = ranks(1, clipped_right, math.prod(degrees), held, 2.0, expect_errors=True)
+        assert "partial gradients of a pipeline's stage" in str(failure)
+    else:
+        ranks(1, clipped_right, math.prod(degrees), held, 2.0)
 
 
 @st.composite

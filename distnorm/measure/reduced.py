@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from distnorm import kernels
 from distnorm.measure.header import DecodedHeader, Packing
 from distnorm.measure.norms import Norm
 
@@ -81,7 +82,8 @@ class UnreadStatistics:
         return self._read
 
 
-def without_norm(device: torch.device) -> ReducedStatistics:
-    """What stands for a reduction where no norm is needed: a total norm of NaN."""
-    norm = torch.full((), math.nan, dtype=torch.float64, device=device)
+def without_norm(gradients: Sequence[Tensor | None], device: torch.device) -> ReducedStatistics:
+    """What stands for a reduction of gradients where no norm is needed: a total norm of NaN on a device."""
+    with kernels.mode_of([gradient for gradient in gradients if gradient is not None]):
+        norm = torch.full((), math.nan, dtype=torch.float64, device=device)
     return ReducedStatistics(norm, norm.view(1)[:0], lambda: DecodedHeader({}), True, True, norm)

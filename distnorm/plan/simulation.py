@@ -165,7 +165,7 @@ class RankMesh(DeviceMesh):
     def get_group(self, mesh_dim: int | str | None = None) -> Any:
         axis = self._axis(mesh_dim)
         place = [slice(None) if a == axis else at for a, at in enumerate(self.get_coordinate() or ())]
-        simulation, rank, real = self._simulation, self._rank, self._seen.get_group(axis)
+        simulation, rank, real = self._simulation, self._rank, self._real_group(axis)
 
         def meet(buffer: Tensor, members: tuple[int, ...]) -> Tensor:
             add_up = partial(simulation.add_up, group=real)
@@ -173,6 +173,15 @@ class RankMesh(DeviceMesh):
 
         with kernels.plain_operators():
             return SimulatedGroup(tuple(self.mesh[tuple(place)].tolist()), meet)
+
+    def _real_group(self, axis: int) -> ProcessGroup:
+        try:
+            return self._seen.get_group(axis)
+        except (IndexError, RuntimeError) as error:
+            raise DistnormError(
+                "expected a device mesh that has process groups in LocalTensorMode, found one without, such as "
+                "torch makes for some of the ranks: partial gradients of a pipeline's stage can't be simulated"
+            ) from error
 
     def _axis(self, mesh_dim: int | str | None) -> int:
         return (self.mesh_dim_names or ()).index(mesh_dim) if isinstance(mesh_dim, str) else mesh_dim or 0
