@@ -240,10 +240,7 @@ class GradClipper(Joinable):
     def rebind(self, group: ProcessGroup | None = None) -> None:
         """Go on with another process group, after the old one was destroyed: histories and step counts stay.
 
-        Collective: every rank of the new group must call it, with clippers of the same state.
-
-        Args:
-            group: the ranks that hold the model now; default: the whole world, or this process alone.
+        Collective: every rank of the new group (default: the whole world) must call it, with equal states.
 
         Raises:
             DistnormError: as the constructor.
@@ -260,8 +257,6 @@ class GradClipper(Joinable):
 
     def __repr__(self) -> str:
         return f"GradClipper({len(self._inventory.holders)} tensors, {self._step.describe()})"
-
-    # ---- torch's Join
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
         """For `Join`: a rank that is out of data does nothing, and takes over the histories at the end."""

@@ -153,8 +153,7 @@ class Step:
     def made(self, number: int, outcome: Outcome) -> None:
         """Count a step; not that of a dry run, and one that is captured when it is replayed."""
         self.last, self.outcome = outcome.result, outcome
-        if not self._replays.leaves_out(outcome.result.total_norm):
-            self.count = number
+        self.count = self.count if self._replays.leaves_out(outcome.result.total_norm) else number
         self._announce_snapshot()
 
     def _names_not_finite(self, reduced: ReducedStatistics | UnreadStatistics) -> bool:

@@ -144,11 +144,11 @@ class Meter:
             self._weights = dict(presence_weights(plan.shares))
             if plan.has_replicas:
                 replica_check = ReplicaCheck.of(self.ranks, self.shards, plan.shares)
-        about = (self.raises, self.source, plan.shares, replica_check)
-        self._checks = ResultChecks(self.ranks, self.norm, *about)
+        of_plan = (plan.shares, replica_check)
+        self._checks = ResultChecks(self.ranks, self.norm, self.raises, self.source, *of_plan)
         self._unread = UnreadReduction(self._exchange, self.norm, self._checks, plan.shares)
         if self.source is Source.GRADIENT and (self.managers is None or not self.managers.are_of(named)):
-            # What simulated ranks hold are pieces, and the managers of the whole were asked before.
+            # For simulated ranks, which hold pieces, those of the whole were asked before.
             self.managers = Managers(named if type(self.ranks) is Ranks else ())
         self._reader = self._reader_of(plan.shares)
         self.plan, self._newest_header = plan, ((), Header("join", False))
@@ -168,8 +168,8 @@ class Meter:
     def prepare_anew(self, read: Reader, payload_length: int = 0) -> None:
         """Make another plan, after the set of shards changed. Collective.
 
-        A rank can't know alone whether the others saw the change too. So it first takes part in the
-        all-reduce that ranks with a plan are waiting in, with a payload as long as theirs.
+        A rank can't know alone whether the others saw that too. So it first takes part in the all-reduce that
+        ranks with a plan are waiting in, with a payload as long as theirs.
 
         Raises:
             DisagreementError: the set changed on this rank and not on every other.
@@ -180,10 +180,8 @@ class Meter:
         self.prepare(read)
 
     def abort(self, error: DistnormError) -> NoReturn:
-        """Raise an error of this rank that came before it could measure, without leaving other ranks waiting.
-
-        Ranks that were about to plan raise it too; ranks with a plan raise that this one has none.
-        """
+        """Raise an error of this rank that came before it could measure, and leave no other rank waiting:
+        ranks that were about to plan raise it too; ranks with a plan raise that this one has none."""
         with suppress(DisagreementError):  # which the others raise; here the cause is raised
             self._poll("plan", {SET: f"aborted: {error}"})
             self.ranks.raise_together(error)

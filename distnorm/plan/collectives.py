@@ -73,7 +73,7 @@ class Ranks:
         alone: whether this process measures alone, whatever groups there are.
 
     Raises:
-        DistnormError: this process is no member of the group, or the group was destroyed.
+        DistnormError: this process is no member of the group, or that was destroyed.
     """
 
     def __init__(self, group: ProcessGroup | None = None, *, alone: bool = False) -> None:
@@ -81,15 +81,13 @@ class Ranks:
         self.is_alone = alone
         self.is_connected = not alone and dist.is_available() and dist.is_initialized()
         whole = dist.group.WORLD if group is None and self.is_connected else group
-        # Plans are kept by group and know their ranks. Held from there, a destroyed group would never end;
-        # its threads would still be there when the interpreter ends, and abort it.
+        # Plans are kept by group and know their ranks: held from there, a destroyed group would never end,
+        # and its threads would abort the interpreter at its end.
         self._group = weakref.ref(whole) if isinstance(whole, ProcessGroup) else None
         self._state: GroupState | None = None
         is_member = group is None or not self.is_connected or isinstance(group, ProcessGroup)
         if group is not None and is_member and not (self.is_connected and self.is_current):
-            raise DistnormError(
-                "group: expected a process group of this process, found one that was destroyed"
-            )
+            raise DistnormError("group: expected a group of this process, found one that was destroyed")
         if not is_member:
             raise DistnormError("expected a process group that this rank is a member of")
         self.rank = dist.get_rank(self.group) if self.is_connected else 0
@@ -227,10 +225,8 @@ class Ranks:
         self.raise_together(error)
 
     def raise_together(self, error: DistnormError | None) -> None:
-        """Raise on every rank if any rank has an error; its kind is that of the lowest such rank.
-
-        Every rank must call it, with its own error or `None`.
-        """
+        """Raise on every rank if any rank has an error; its kind is that of the lowest such rank. Every rank
+        must call it, with its own error or `None`."""
         if self.size == 1:
             if error is not None:
                 raise error
