@@ -179,8 +179,8 @@ class RankMesh(DeviceMesh):
             return self._seen.get_group(axis)
         except (IndexError, RuntimeError) as error:
             raise DistnormError(
-                "expected a device mesh that has process groups in LocalTensorMode, found one without, such as "
-                "torch makes for some of the ranks: partial gradients of a pipeline's stage can't be simulated"
+                "expected a device mesh that has process groups in LocalTensorMode, found one without, as "
+                "torch makes for some ranks: partial gradients of a pipeline's stage can't be simulated"
             ) from error
 
     def _axis(self, mesh_dim: int | str | None) -> int:
