@@ -115,11 +115,11 @@ class AcceleratedClipper:
                 f"norm_type: expected none, or {self._config.norm.type} as norm.type says, found {norm_type}"
             )
         clipper = self.plan(max_norm)
-        if not isinstance(clipper, GradClipper):
-            return None if clipper.last is None else clipper.last.total_norm
         if not self._accelerator.sync_gradients:
             return torch.full((), torch.nan, dtype=torch.float64, device=self._accelerator.device)
-        return self._clipped(clipper).total_norm
+        if isinstance(clipper, GradClipper):
+            return self._clipped(clipper).total_norm
+        return None if clipper.last is None else clipper.last.total_norm
 
     def _clipped(self, clipper: GradClipper) -> ClipResult:
         scaler = self._scaler()
