@@ -205,7 +205,7 @@ def poison(model: nn.Module, step: int, rank: int = 0) -> None:
         here = not dist.is_initialized() or dist.get_rank() == rank
         return gradient.fill_(torch.inf) if calls[0] == step and here else gradient
 
-    head = model.get_submodule("lm_head")
+    [head] = [module for name, module in model.named_modules() if name.endswith("lm_head")]
     head.register_full_backward_pre_hook(lambda _, gradients: tuple(infinite(g.clone()) for g in gradients))
 
 
