@@ -81,9 +81,9 @@ class AcceleratedClipper:
         if self._clipper is None:
             self._refuse_overflow_as_error(config.clip.nonfinite)
             refuse_other_clippers(self._accelerator._optimizers)
-            self._clipper = GradClipper(self._model, config, tied=self._tied)
-            self._config = config
-            self._late.bind(self._clipper)
+            clipper = GradClipper(self._model, config, tied=self._tied)
+            self._late.bind(clipper)
+            self._config, self._clipper = config, clipper
         elif config is not self._config:
             raise ConfigError(
                 f"max_norm: expected none, as clip.max_norm was none when the first step was clipped (with "
@@ -188,7 +188,7 @@ class AcceleratedClipper:
         self._late.load_state_dict(state)
 
     def close(self) -> None:
-        """Close the clipper, and let a DeepSpeed engine clip by itself again. Not collective."""
+        """Write the monitor's last rows, and let a DeepSpeed engine clip by itself again. Not collective."""
         if self._handle is not None:
             self._handle.remove()
         if self._clipper is not None:

@@ -21,6 +21,10 @@ from distnorm.integrations.taking_over import ConfigSource, taken_over
 
 _LIMIT = "TrainingArguments.max_grad_norm"
 _STATE = "distnorm"
+_SEAMS = (
+    *("_clip_grad_norm", "_get_grad_norm", "_prepare_for_training", "_finalize_training"),
+    "_save_checkpoint",
+)
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -46,6 +50,7 @@ class DistnormMixin(_Trainer):  # type: ignore[misc]
 
     Raises:
         ConfigError: the configuration is wrong, or `max_grad_norm` is another limit.
+        DistnormError: a trainer is named before the mixin, or is of a version without the methods it needs.
 
     Example:
         >>> class MyTrainer(DistnormMixin, Trainer): ...
@@ -56,7 +61,27 @@ class DistnormMixin(_Trainer):  # type: ignore[misc]
     _clipping: AcceleratedClipper | None = None
     _loss: Tensor | None = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse what would leave the Trainer's own clipping in place.
+
+        Raises:
+            DistnormError: a trainer is named before the mixin.
+        """
+        super().__init_subclass__(**kwargs)
+        for kind in cls.__mro__[: cls.__mro__.index(DistnormMixin)]:
+            if not issubclass(kind, DistnormMixin) and hasattr(kind, _SEAMS[0]):
+                raise DistnormError(
+                    f"expected DistnormMixin to be named before {kind.__name__}, found class {cls.__name__} "
+                    "with it behind, where the trainer's own clipping comes first"
+                )
+
     def __init__(self, *args: Any, distnorm: ConfigSource = None, **kwargs: Any) -> None:
+        for seam in _SEAMS:
+            if not hasattr(super(), seam):
+                raise DistnormError(
+                    f"expected a transformers.Trainer with the method {seam}, as version 5.24 has it, found "
+                    f"none in {type(self).__name__}"
+                )
         super().__init__(*args, **kwargs)
         sources = (distnorm, getattr(self.args, "distnorm", None), self.distnorm)
         given = next((source for source in sources if source is not None), None)
@@ -97,6 +122,11 @@ class DistnormMixin(_Trainer):  # type: ignore[misc]
         if "grad_norm" in logs:
             logs.update(_floats(self.clipper))
         super().log(logs, *args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.clipper is not None:
+            self.clipper.flush()  # the last step's row, and on an accelerator its error
+        return super()._finalize_training(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         if self._clipping is not None:
@@ -145,6 +175,7 @@ class DistnormCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             )
         self._detach(args)  # of a train() that raised
         config = taken_over(self._source, args.max_grad_norm, _LIMIT)
+        self._late = LateState()
         self._late.load_state_dict(_stored(state.stateful_callbacks.get(type(self).__name__)))
         state.stateful_callbacks.setdefault(type(self).__name__, {})  # a run without it was saved
         self.handle = attach(model, optimizer, config)

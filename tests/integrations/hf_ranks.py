@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import warnings
@@ -13,26 +14,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distnorm import testing
 from tests.integrations import hf
 
-PRELOAD = (
+_PRELOADED = (
     "transformers.models.llama.modeling_llama",
     "transformers.trainer",
     "transformers.distributed.mixin",
     "accelerate",
+    "torchdata.stateful_dataloader",
     "peft",
+    "deepspeed",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # imports torch's compiler, as stage 3 does
     "distnorm.integrations.transformers",
     "distnorm.integrations.accelerate",
     "tests.integrations.hf",
     "tests.integrations.hf_ranks",
+    "tests.integrations.accelerate_ranks",
 )
 WRAPPED = ["LlamaDecoderLayer"]
 SHARDED = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": WRAPPED}}
 NATIVE = {"tp": (2, 1), "fsdp2_by_transformers": (1, 2), "fsdp2_x_tp": (2, 2)}
 
 
+def preload() -> None:
+    """Have the ranks' server import what they need, once; to be called as tests are collected."""
+    if importlib.util.find_spec("deepspeed") is not None:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # as it is imported
+    testing.preload(*(name for name in _PRELOADED if importlib.util.find_spec(name.split(".")[0])))
+
+
 def prepare() -> None:
-    """What a launcher and a user would set, and quiet."""
+    """What a launcher and a user would set, and quiet; nothing in the tests' own process."""
+    if not dist.is_initialized():
+        return
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29500", DS_ACCELERATOR="cpu", DS_BUILD_OPS="0")
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")

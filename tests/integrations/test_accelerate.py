@@ -9,11 +9,9 @@ import pytest
 import torch
 
 import distnorm
-from distnorm.testing import preload
 from tests.integrations import accelerate_ranks, hf, hf_ranks
 
-pytest.importorskip("accelerate")
-preload(*hf_ranks.PRELOAD, "tests.integrations.accelerate_ranks")
+hf_ranks.preload()
 
 TIMEOUT = 120.0
 pytestmark = pytest.mark.filterwarnings("ignore")  # the frameworks' own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, ClassVar
 
 import pytest
@@ -9,11 +10,10 @@ import torch
 from torch import Tensor
 
 import distnorm
-from distnorm.testing import dense_norm, preload
+from distnorm.testing import dense_norm
 from tests.integrations import hf, hf_ranks
 
-pytest.importorskip("transformers")
-preload(*hf_ranks.PRELOAD)
+hf_ranks.preload()
 
 TIMEOUT = 120.0
 pytestmark = pytest.mark.filterwarnings("ignore")  # the frameworks' own
@@ -66,7 +66,6 @@ def test_without_a_process_group(tmp_path):
 
 
 def test_adapters_of_peft(ranks, tmp_path):
-    pytest.importorskip("peft")
     model = hf_ranks.lora()
     norms, true = hf.dense_steps(model)
     assert 0 < sum(p.requires_grad for p in model.parameters()) < len(true)
@@ -144,6 +143,18 @@ def test_the_configuration_may_be_a_field_or_a_class_attribute(tmp_path):
     trainer.args.distnorm = {"norm": {"type": 3.0}}
     made = Mine(hf.llama(), trainer.args, train_dataset=hf.data())
     assert made._config.norm.type == 3.0
+
+
+def test_the_trainers_own_clipping_can_not_come_first():
+    from transformers import Trainer
+
+    from distnorm.integrations.transformers import DistnormMixin
+
+    with pytest.raises(distnorm.DistnormError, match="DistnormMixin to be named before Trainer"):
+        type("Mine", (Trainer, DistnormMixin), {})
+    other = type("Other", (DistnormMixin,), {})
+    with pytest.raises(distnorm.DistnormError, match="with the method _clip_grad_norm, as version"):
+        type("Mine", (other, object), {"__doc__": ""})()
 
 
 # ---- steps that don't happen
@@ -276,6 +287,24 @@ def test_layers_of_monitored_steps_are_logged(tmp_path):
     assert len(of_layers) > model.config.num_hidden_layers
 
 
+@pytest.mark.parametrize("kind", ["mixin", "callback"])
+def test_the_last_steps_row_is_written(tmp_path, kind):
+    from transformers import Trainer
+
+    from distnorm.integrations.transformers import DistnormCallback
+
+    config = {"monitor": {"dir": str(tmp_path)}}
+    if kind == "mixin":
+        trainer = hf_ranks.trainer_of("plain", tmp_path, config=config)
+    else:
+        callbacks = [DistnormCallback(config)]
+        trainer = hf_ranks.trainer_of("plain", tmp_path, base=Trainer, callbacks=callbacks)
+    trainer.train()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    norms = [json.loads(line)["grad_norm"] for line in lines]
+    assert norms == [pytest.approx(norm, rel=1e-5) for norm in hf.oracle()[0]]
+
+
 def test_a_helper_that_steps_counts_nothing(tmp_path):
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -331,7 +360,6 @@ def test_the_callback_refuses_deepspeed():
 
 
 def test_trls_trainers(tmp_path):
-    pytest.importorskip("trl")
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
