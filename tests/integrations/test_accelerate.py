@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -205,3 +207,12 @@ def test_an_optimizer_that_is_attached_is_refused(accelerator):
     with pytest.raises(distnorm.DistnormError, match="expected an optimizer that nothing is attached to"):
         accelerate_ranks.step(accelerator, model, optimizer, 1.0)
     handle.remove()
+
+
+def test_neither_distnorm_nor_the_adapter_imports_accelerate():
+    code = (
+        "import sys, distnorm, distnorm.integrations.accelerate; distnorm.GradClipper\n"
+        "print([name for name in ('accelerate', 'transformers', 'peft', 'deepspeed') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
