@@ -126,21 +126,18 @@ class AcceleratedClipper:
         if scaler is None and not clipper.rules.may_skip:
             return clipper.clip()
         steppers = list(self._steppers(clipper))
-        if scaler is None:
-            result = clipper.clip()
-            skips = bool(result.skipped)
-            for outer in steppers:
-                outer._is_overflow = skips  # what optimizer_step_was_skipped reads
-            if skips:
-                for parameter in clipper.parameters:
-                    parameter.grad = None
-            return result
-        inner = [_innermost(outer) for outer in steppers]
-        for optimizer in inner:
+        for optimizer in map(_innermost, steppers) if scaler is not None else ():
             amp.unscale(scaler, optimizer, ())
         result = clipper.clip()
-        for optimizer in inner:  # all ranks skip together, whichever found the overflow
-            amp.set_found_inf(scaler, optimizer, ~result.is_finite | result.skipped)
+        if scaler is not None:
+            for optimizer in map(_innermost, steppers):  # all ranks skip, whichever found the overflow
+                amp.set_found_inf(scaler, optimizer, ~result.is_finite)
+        skips = clipper.rules.may_skip and bool(result.skipped)
+        if skips:
+            for parameter in clipper.parameters:
+                parameter.grad = None
+        for outer in steppers:
+            outer._is_overflow = skips  # optimizer_step_was_skipped; a scaler's step sets it anew
         return result
 
     def _scaler(self) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.integrations import hf, hf_ranks
 
@@ -128,13 +128,27 @@ def skipping(topology: str, config: Any) -> list[dict[str, Any]]:
     return seen
 
 
+INPUTS = torch.arange(8.0).view(2, 4) / 8
+
+
+def stage(rank: int) -> nn.Module:
+    """A part of a model that one rank holds alone, as a pipeline stage or an expert."""
+    torch.manual_seed(rank)
+    return nn.ModuleDict({f"stage{rank}": nn.Linear(4, 3)})
+
+
+def loss_of(stage: nn.Module) -> Tensor:
+    [layer] = stage.children()
+    loss: Tensor = layer(INPUTS.to(layer.weight.dtype)).square().sum()
+    return loss
+
+
 def overflowing(scale: float) -> list[tuple[float, float, bool, dict[str, Tensor]]]:
-    """Under a loss scaler, as fp16 on a GPU has it, with an overflow in the second step on the last rank.
+    """Under a loss scaler, as fp16 on a GPU has it; the second step overflows on the last rank alone.
 
     Returns:
-        Each step's norm, the scale after it, whether it was skipped, and the weights.
+        Each step's norm, the scale after it, whether it was skipped, and this rank's weights.
     """
-    from accelerate import PartialState
     from torch.amp import GradScaler
 
     from distnorm.integrations.accelerate import clip_with
@@ -142,12 +156,18 @@ def overflowing(scale: float) -> list[tuple[float, float, bool, dict[str, Tensor
     hf_ranks.prepare()
     accelerator = accelerator_of("ddp")
     accelerator.scaler = GradScaler("cpu", init_scale=scale)  # Accelerate makes none for a CPU
-    model, optimizer = prepared(accelerator, "ddp")
+    model = stage(dist.get_rank())
+    optimizer = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=hf.RATE))
     clip_with(accelerator, model, {"clip": {"nonfinite": "skip"}})
-    hf_ranks.poison(model, 2, rank=PartialState().num_processes - 1)
-    seen = []
+    seen: list[Any] = []
     for _ in range(3):
-        [norm] = step(accelerator, model, optimizer, hf.MAX_NORM)
+        optimizer.zero_grad()
+        accelerator.backward(loss_of(model))
+        if len(seen) == 1 and dist.get_rank() == 1:
+            for parameter in model.parameters():
+                parameter.grad.fill_(torch.inf)
+        norm = accelerator.clip_grad_norm_(model.parameters(), hf.MAX_NORM)
+        optimizer.step()
         scale = accelerator.scaler.get_scale()
         seen.append((float(norm), scale, accelerator.optimizer_step_was_skipped, weights(model)))
     return seen

@@ -225,10 +225,14 @@ def poison(model: nn.Module, step: int, rank: int = 0) -> None:
     head.register_full_backward_pre_hook(lambda _, gradients: tuple(infinite(g.clone()) for g in gradients))
 
 
-def skipping(topology: str, folder: str, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+def skipping(
+    topology: str, folder: str, config: Mapping[str, Any], by_callback: bool
+) -> list[dict[str, Any]]:
     """Weights, optimizer state, learning rate and what was logged after each of three steps, the second of
     which is infinite on rank 1."""
-    from transformers import TrainerCallback
+    from transformers import Trainer, TrainerCallback
+
+    from distnorm.integrations.transformers import DistnormCallback
 
     prepare()
     seen: list[dict[str, Any]] = []
@@ -247,8 +251,9 @@ def skipping(topology: str, folder: str, config: Mapping[str, Any]) -> list[dict
         topology,
         folder,
         model=model,
-        config=config,
-        callbacks=[Recording()],
+        base=Trainer if by_callback else None,
+        config=None if by_callback else config,
+        callbacks=[Recording(), *([DistnormCallback(config)] if by_callback else [])],
         optim="adamw_torch",
         lr_scheduler_type="linear",
     )

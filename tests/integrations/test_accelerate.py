@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import distnorm
+from distnorm.testing import dense_norm
 from tests.integrations import accelerate_ranks, hf, hf_ranks
 
 hf_ranks.preload()
@@ -156,15 +157,50 @@ def test_a_skipped_step_leaves_everything_bit_for_bit(ranks, topology, world):
         assert first["rate"] == second["rate"] != third["rate"]  # the schedule waits
 
 
+def dense_stages(steps: int) -> tuple[list[float], list[dict[str, torch.Tensor]]]:
+    """Both ranks' stages trained in one process in fp64: norms, and weights of each."""
+    stages = [accelerate_ranks.stage(rank).double() for rank in range(2)]
+    parameters = {name: p for stage in stages for name, p in stage.named_parameters()}
+    norms = []
+    for _ in range(steps):
+        for stage in stages:
+            stage.zero_grad()
+            accelerate_ranks.loss_of(stage).backward()
+        norms.append(dense_norm({name: p.grad for name, p in parameters.items()}))
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter -= hf.RATE * min(1.0, hf.MAX_NORM / (norms[-1] + 1e-6)) * parameter.grad
+    return norms, [{name: p.detach() for name, p in stage.named_parameters()} for stage in stages]
+
+
 def test_an_overflow_under_a_loss_scaler_is_found_by_all_ranks(ranks):
-    true_norms, true = hf.dense_steps(hf.llama(), steps=2)
-    for first, second, third in ranks(2, accelerate_ranks.overflowing, 1024.0, timeout=TIMEOUT):
+    true_norms, true = dense_stages(2)
+    results = ranks(2, accelerate_ranks.overflowing, 1024.0, timeout=TIMEOUT)
+    for (first, second, third), expected in zip(results, true, strict=True):
         assert [s[2] for s in (first, second, third)] == [False, True, False]
         assert [s[1] for s in (first, second, third)] == [1024.0, 512.0, 512.0]
         assert [first[0], third[0]] == [pytest.approx(norm, rel=1e-5) for norm in true_norms]
         assert not math.isfinite(second[0])
         assert hf.furthest(second[3], first[3]) == 0
-        assert hf.furthest(third[3], true) < 1e-5
+        assert hf.furthest(third[3], expected) < 1e-5
+
+
+def test_a_spike_under_a_loss_scaler_is_skipped_and_keeps_the_scale(accelerator):
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    model = accelerate_ranks.stage(0)
+    optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), lr=0.1))
+    policy = {"name": "skip_spikes", "window": 4, "after": 2}
+    clipping = clip_with(accelerator, model, {"clip": {"policy": policy, "nonfinite": "skip"}})
+    for factor in (1, 1, 1000):
+        optimizer.zero_grad()
+        before = hf.whole(model.named_parameters())
+        accelerator.backward(accelerate_ranks.loss_of(model) * factor)
+        accelerator.clip_grad_norm_(model.parameters())
+        optimizer.step()
+        skipped = bool(clipping.last.skipped)
+        assert skipped is (factor == 1000)
+        assert (hf.furthest(hf.whole(model.named_parameters()), before) == 0) is skipped
+        assert accelerator.scaler.get_scale() == 1024.0
 
 
 def test_beside_a_loss_scaler_an_overflow_is_no_error(accelerator):

@@ -160,10 +160,13 @@ def test_the_trainers_own_clipping_can_not_come_first():
 # ---- steps that don't happen
 
 
-@pytest.mark.parametrize(("topology", "world"), [("plain", 0), ("ddp", 2), ("fsdp2", 2)])
-def test_a_skipped_step_leaves_everything_bit_for_bit(ranks, tmp_path, topology, world):
+@pytest.mark.parametrize(
+    ("topology", "world", "by_callback"),
+    [("plain", 0, False), ("plain", 0, True), ("ddp", 2, False), ("fsdp2", 2, False)],
+)
+def test_a_skipped_step_leaves_everything_bit_for_bit(ranks, tmp_path, topology, world, by_callback):
     config = {"clip": {"nonfinite": "skip"}}
-    body = (hf_ranks.skipping, topology, str(tmp_path), config)
+    body = (hf_ranks.skipping, topology, str(tmp_path), config, by_callback)
     runs = ranks(world, *body, timeout=TIMEOUT) if world else [hf_ranks.skipping(*body[1:])]
     for first, second, third in runs:
         assert [step["skipped"] for step in (first, second, third)] == [0.0, 1.0, 0.0]
