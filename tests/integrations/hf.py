@@ -23,7 +23,20 @@ def llama(**settings: Any) -> nn.Module:
     """The same weights in every process, whatever its rank."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**sizes(), **settings}))
+
+
+def qwen() -> nn.Module:
+    """A model with norms inside attention, whose weights all heads share."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(Qwen3Config(**sizes(), head_dim=8))
+
+
+def sizes() -> dict[str, Any]:
+    return {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -33,8 +46,6 @@ def llama(**settings: Any) -> nn.Module:
         "max_position_embeddings": 32,
         "tie_word_embeddings": False,
     }
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **settings}))
 
 
 def rows() -> Tensor:

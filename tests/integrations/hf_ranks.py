@@ -184,16 +184,16 @@ def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
     return hf.whole((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
 
 
-def trained_in_bf16(
-    folder: str, autocasts: bool
-) -> list[tuple[float, dict[str, Tensor], dict[str, Tensor], float]]:
+Step = tuple[float, dict[str, Tensor], dict[str, Tensor], float]
+
+
+def recorded(topology: str, folder: str, model: nn.Module, **settings: Any) -> list[Step]:
     """Each step: the norm logged, the whole gradients before and after clipping, and the coefficient."""
     from transformers import Trainer
 
     from distnorm.integrations.transformers import DistnormMixin
 
-    prepare()
-    seen = []
+    seen: list[Step] = []
 
     class Recording(DistnormMixin, Trainer):
         def _clip_grad_norm(self, model: Any) -> Any:
@@ -203,13 +203,28 @@ def trained_in_bf16(
             seen.append((float(norm), before, whole_gradients(model), coefficient))
             return norm
 
-    model = hf.llama() if autocasts else hf.llama().bfloat16()
-    trainer = trainer_of("fsdp2", folder, base=Recording, model=model, bf16=autocasts)
+    trainer = trainer_of(topology, folder, base=Recording, model=model, **settings)
     trainer.train()
-    assert [entry["grad_norm"] for entry in logged(trainer)] == [
-        torch.tensor(norm).item() for norm, *_ in seen
-    ]
+    norms = [torch.tensor(norm).item() for norm, *_ in seen]
+    assert [entry["grad_norm"] for entry in logged(trainer)] == norms
     return seen
+
+
+def trained_in_bf16(folder: str, autocasts: bool) -> list[Step]:
+    prepare()
+    model = hf.llama() if autocasts else hf.llama().bfloat16()
+    return recorded("fsdp2", folder, model, bf16=autocasts)
+
+
+def trained_with_replicated_norms(folder: str, saved: str, accumulation: int) -> list[Step]:
+    """Under tensor parallelism, a model whose heads share the weights of a norm."""
+    from transformers import Qwen3ForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    prepare()
+    sizes = DistributedConfig(tp_size=2)
+    model = Qwen3ForCausalLM.from_pretrained(saved, distributed_config=sizes, dtype=torch.float32)
+    return recorded("tp", folder, model, accumulation=accumulation)
 
 
 def poison(model: nn.Module, step: int, rank: int = 0) -> None:

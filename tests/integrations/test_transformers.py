@@ -88,6 +88,20 @@ def test_bf16_is_measured_exactly_and_clipped_within_its_rounding(ranks, tmp_pat
                 assert bool(((after[name].double() - exact).abs() <= exact.abs() * rounding).all()), name
 
 
+def test_under_tensor_parallelism_the_norm_is_that_of_the_gradients_transformers_holds(ranks, tmp_path):
+    """With accumulation transformers 5.24 reduces what it has accumulated for such norms again in every
+    micro-batch: those gradients aren't those of one process. Their norm is exact all the same."""
+    hf.qwen().save_pretrained(tmp_path)
+    norms, _ = hf.dense_steps(hf.qwen())
+    for accumulation in (1, 2):
+        body = (hf_ranks.trained_with_replicated_norms, str(tmp_path), str(tmp_path), accumulation)
+        for of_rank in ranks(2, *body, timeout=TIMEOUT):
+            found = [norm for norm, *_ in of_rank]
+            assert found == [pytest.approx(dense_norm(held), rel=1e-6) for _, held, *_ in of_rank]
+            if accumulation == 1:
+                assert found == [pytest.approx(norm, rel=1e-5) for norm in norms]
+
+
 # ---- one clipper
 
 
