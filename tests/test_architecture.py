@@ -23,13 +23,24 @@ PACKAGE = Path(distnorm.__file__).parent
 ORDER = [
     *("errors", "config", "kernels", "sources", "plan", "measure", "payload", "policies", "monitor"),
     *("deferred", "step", "graphs"),
-    *("clipper", "functional", "verification", "hooks", "trainer", "bench", "cli", "__main__"),
+    *("clipper", "functional", "verification", "hooks", "integrations"),
+    *("trainer", "bench", "cli", "__main__"),
 ]
 MOST_MODULES, MOST_PACKAGES = 10, 14
 # These import the catalogue, `from distnorm import Config`, like any user.
 USERS_OF_PUBLIC_NAMES = {"trainer", "bench", "cli", "__main__"}
 APART = {"testing"}
-FRAMEWORKS = {"deepspeed", "megatron", "transformers", "accelerate", "lightning"}
+FRAMEWORKS = {
+    "deepspeed",
+    "megatron",
+    "transformers",
+    "accelerate",
+    "lightning",
+    "torchtitan",
+    "trl",
+    "peft",
+    "ray",
+}
 COLLECTIVES = re.compile(
     r"(all_reduce|all_gather|all_to_all|reduce_scatter|broadcast|gather|scatter|reduce|barrier|send|recv"
     r"|isend|irecv|batch_isend_irecv)(_\w+)?"
@@ -234,7 +245,9 @@ def test_the_trainer_and_the_bench_import_public_names_only():
 
 
 def test_no_framework_is_imported_at_module_level():
+    """But its own by an adapter, which nothing of ours imports, since it may derive classes from it."""
     for source in sources():
+        own = {source.path.stem} if source.room == "integrations" else set()
         top = [
             node
             for node in ast.walk(source.tree)
@@ -242,7 +255,7 @@ def test_no_framework_is_imported_at_module_level():
         ]
         inside = {inner for function in top for inner in ast.walk(function)}
         outside = (node for node in runtime_nodes(source.tree) if node not in inside)
-        assert not {name.split(".")[0] for name in imported(outside)} & FRAMEWORKS, source.module
+        assert not {name.split(".")[0] for name in imported(outside)} & (FRAMEWORKS - own), source.module
 
 
 def test_only_collectives_issues_collectives():

@@ -31,7 +31,15 @@ def _groups(module: nn.Module) -> Iterator[Any]:
 def managed_parameters(module: nn.Module) -> Iterator[Tensor]:
     """The sharded parameters that FSDP2 manages for this very module."""
     for group in _groups(module):
-        yield from (managed.sharded_param for managed in group.fsdp_params)
+        yield from map(_sharded, group.fsdp_params)
+
+
+def _sharded(managed: Any) -> Tensor:
+    """The sharded parameter itself; what has replaced it, of which FSDP2 learns in its next forward only."""
+    info = managed._module_info
+    shown = info.module._parameters.get(info.param_name) if managed.sharded_state.name == "SHARDED" else None
+    sharded: Tensor = managed.sharded_param if shown is None else shown
+    return sharded
 
 
 def gathered_parameters(module: nn.Module) -> Iterator[Tensor]:
@@ -51,7 +59,7 @@ def sharded_parameters(module: nn.Module) -> Mapping[tuple[int, str], Tensor]:
                 info = managed._module_info
                 owners = [(info.module, info.param_name)]
                 owners += zip(info.shared_modules, info.shared_param_names, strict=True)
-                found |= {(id(owner), name): managed.sharded_param for owner, name in owners}
+                found |= {(id(owner), name): _sharded(managed) for owner, name in owners}
     return found
 
 

@@ -135,3 +135,27 @@ def test_a_clipper_made_before_fully_shard_looks_for_its_modules_again(ranks):
     for first, later in ranks(2, sharded_afterwards, timeout=TIMEOUT):
         assert first == ("", pytest.approx(true_norm(), rel=1e-6))
         assert later[0] == "UnsupportedGradientError"
+
+
+def replaced_after_sharding() -> tuple[list[float], Heard]:
+    """Norms by a clipper made after parameters were replaced, as transformers' loader does, and before that;
+    and what is said of gradients that FSDP2 holds back then."""
+    norms = []
+    for makes_clipper_first in (False, True):
+        net = model((2,))
+        made = [clipper(net, "propagate", None)] if makes_clipper_first else []
+        for layer in (net[0], net[2]):
+            layer.weight = nn.Parameter(layer.weight.detach().clone())
+        clipping = (made or [clipper(net, "propagate", None)])[0]
+        backward(net)
+        norms.append(float(clipping.clip().total_norm))
+        net.zero_grad()
+    unsynchronised(net)
+    return norms, heard(clipping.clip)
+
+
+def test_parameters_replaced_between_fully_shard_and_the_first_forward_are_those_measured(ranks):
+    """FSDP2 knew of the old ones until its first forward, and so did distnorm: the norm was 0."""
+    for norms, said in ranks(2, replaced_after_sharding, timeout=TIMEOUT):
+        assert norms == [pytest.approx(true_norm(), rel=1e-6)] * 2
+        assert said[0] == "UnsupportedGradientError"

@@ -1,0 +1,254 @@
+"""Accelerate: its documentation's loop, against one process in fp64."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+import distnorm
+from distnorm.testing import dense_norm
+from tests.integrations import accelerate_ranks, hf, hf_ranks
+
+hf_ranks.preload()
+
+TIMEOUT = 120.0
+pytestmark = pytest.mark.filterwarnings("ignore")  # the frameworks' own
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("llama")
+    hf.llama().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def accelerator() -> Any:
+    """One without a process group; `Accelerator`s share their state, which is put back."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield accelerate_ranks.accelerator_of("plain")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def clip_with(*args: Any, **kwargs: Any) -> Any:
+    from distnorm.integrations.accelerate import clip_with
+
+    return clip_with(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("topology", "world", "accumulation", "limit", "config"),
+    [
+        ("ddp", 2, 1, (hf.MAX_NORM,), None),
+        ("ddp", 2, 2, (), {"clip": {"max_norm": hf.MAX_NORM}}),
+        ("fsdp2", 2, 1, (hf.MAX_NORM,), {"clip": {"nonfinite": "skip"}}),
+        ("fsdp2", 2, 2, (hf.MAX_NORM,), {"clip": {"max_norm": hf.MAX_NORM}}),
+        ("fsdp2_x_tp", 4, 2, (hf.MAX_NORM,), None),
+        ("zero1", 2, 1, (hf.MAX_NORM,), None),
+        ("zero2", 2, 2, (), None),
+        ("zero3", 2, 1, (), {"clip": {"max_norm": hf.MAX_NORM}}),
+    ],
+)
+def test_every_topology_is_clipped_as_one_process_would(
+    ranks, saved, topology, world, accumulation, limit, config
+):
+    if topology.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    true_norms, true = hf.oracle()
+    body = (accelerate_ranks.trained, topology, saved, accumulation, limit, config)
+    for norms, found, steps in ranks(world, *body, timeout=TIMEOUT):
+        assert [of_step[-1] for of_step in norms] == [pytest.approx(norm, rel=1e-5) for norm in true_norms]
+        assert all(math.isnan(norm) for of_step in norms for norm in of_step[:-1])
+        assert hf.furthest(found, true) < 1e-5
+        assert steps == hf.STEPS  # none while gradients are accumulated
+
+
+# ---- one clipper
+
+
+def test_torchs_functions_have_nothing_to_do(accelerator, monkeypatch):
+    def second_clipper(*_: Any, **__: Any) -> None:
+        raise AssertionError("something else clips, or measures")
+
+    for name in ("clip_grad_norm_", "clip_grads_with_norm_", "get_total_norm"):
+        monkeypatch.setattr(torch.nn.utils, name, second_clipper)
+    model, optimizer = accelerate_ranks.prepared(accelerator, "plain")
+    clipping = clip_with(accelerator, model)
+    [norm] = accelerate_ranks.step(accelerator, model, optimizer, 0.25)
+    assert float(norm) == pytest.approx(hf.oracle()[0][0], rel=1e-5)
+    assert clipping.clipper.config.clip.max_norm == 0.25
+    assert float(clipping.last.clipped_norm) == pytest.approx(0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "first", "later", "message"),
+    [
+        ({"clip": {"max_norm": 0.5}}, (1.0,), (), "max_norm: expected 0, or 0.5 as clip.max_norm says"),
+        ({}, (1.0,), (0.5,), "max_norm: expected 0, or 1.0 as clip.max_norm says, found 0.5"),
+        ({}, (), (1.0,), "max_norm: expected none, as clip.max_norm was none"),
+        ({}, (1.0, math.inf), (), "norm_type: expected none, or 2.0 as norm.type says, found inf"),
+    ],
+)
+def test_another_limit_is_refused_by_its_key(accelerator, config, first, later, message):
+    model, optimizer = accelerate_ranks.prepared(accelerator, "plain")
+    clip_with(accelerator, model, config)
+    with pytest.raises(distnorm.ConfigError, match=message):
+        for limit in (first, later):
+            accelerate_ranks.step(accelerator, model, optimizer, *limit)
+
+
+def test_deepspeeds_own_limit_is_taken_over_or_refused(ranks):
+    pytest.importorskip("deepspeed")
+    failures = ranks(
+        *(2, accelerate_ranks.trained, "zero2", "", 1, (), {"clip": {"max_norm": 0.3}}),
+        expect_errors=True,
+        timeout=TIMEOUT,
+    )
+    for failure in failures:
+        assert "gradient_clipping: expected 0, or 0.3" in failure.message
+
+
+def test_other_models_are_clipped_as_before(accelerator):
+    model, optimizer = accelerate_ranks.prepared(accelerator, "plain")
+    other, _ = accelerate_ranks.prepared(accelerator, "plain")
+    clipping = clip_with(accelerator, model)
+    accelerate_ranks.step(accelerator, model, optimizer, 1.0)
+    rows = hf.rows()
+    accelerator.backward(other(input_ids=rows, labels=rows).loss)
+    norm = accelerator.clip_grad_norm_(other.parameters(), 0.25)
+    assert float(norm) == pytest.approx(hf.oracle()[0][0], rel=1e-5)
+    assert clipping.state_dict()["steps"] == 1
+    with pytest.raises(distnorm.DistnormError, match="all parameters of the model that distnorm clips"):
+        accelerator.clip_grad_norm_(list(model.parameters())[1:], 1.0)
+    with pytest.raises(distnorm.DistnormError, match="found 21 others"):
+        accelerator.clip_grad_norm_([*model.parameters(), *other.parameters()], 1.0)
+
+
+def test_two_models_have_a_clipper_each(accelerator):
+    pairs = [accelerate_ranks.prepared(accelerator, "plain") for _ in range(2)]
+    clippings = [clip_with(accelerator, model) for model, _ in pairs]
+    for (model, optimizer), limit in zip(pairs, (0.25, 0.5), strict=True):
+        accelerate_ranks.step(accelerator, model, optimizer, limit)
+    assert [clipping.clipper.config.clip.max_norm for clipping in clippings] == [0.25, 0.5]
+    assert [clipping.state_dict()["steps"] for clipping in clippings] == [1, 1]
+
+
+# ---- steps that don't happen
+
+
+@pytest.mark.parametrize(("topology", "world"), [("ddp", 2), ("fsdp2", 2)])
+def test_a_skipped_step_leaves_everything_bit_for_bit(ranks, topology, world):
+    body = (accelerate_ranks.skipping, topology, {"clip": {"nonfinite": "skip"}})
+    for first, second, third in ranks(world, *body, timeout=TIMEOUT):
+        assert [s["skipped"] for s in (first, second, third)] == [False, True, False]
+        assert [s["result"] for s in (first, second, third)] == [False, True, False]
+        assert all(torch.equal(first["weights"][name], second["weights"][name]) for name in first["weights"])
+        assert len(first["moments"]) > 0
+        assert all(map(torch.equal, first["moments"], second["moments"]))
+        assert first["rate"] == second["rate"] != third["rate"]  # the schedule waits
+
+
+def dense_stages(steps: int) -> tuple[list[float], list[dict[str, torch.Tensor]]]:
+    """Both ranks' stages trained in one process in fp64: norms, and weights of each."""
+    stages = [accelerate_ranks.stage(rank).double() for rank in range(2)]
+    parameters = {name: p for stage in stages for name, p in stage.named_parameters()}
+    norms = []
+    for _ in range(steps):
+        for stage in stages:
+            stage.zero_grad()
+            accelerate_ranks.loss_of(stage).backward()
+        norms.append(dense_norm({name: p.grad for name, p in parameters.items()}))
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter -= hf.RATE * min(1.0, hf.MAX_NORM / (norms[-1] + 1e-6)) * parameter.grad
+    return norms, [{name: p.detach() for name, p in stage.named_parameters()} for stage in stages]
+
+
+def test_an_overflow_under_a_loss_scaler_is_found_by_all_ranks(ranks):
+    true_norms, true = dense_stages(2)
+    results = ranks(2, accelerate_ranks.overflowing, 1024.0, timeout=TIMEOUT)
+    for (first, second, third), expected in zip(results, true, strict=True):
+        assert [s[2] for s in (first, second, third)] == [False, True, False]
+        assert [s[1] for s in (first, second, third)] == [1024.0, 512.0, 512.0]
+        assert [first[0], third[0]] == [pytest.approx(norm, rel=1e-5) for norm in true_norms]
+        assert not math.isfinite(second[0])
+        assert hf.furthest(second[3], first[3]) == 0
+        assert hf.furthest(third[3], expected) < 1e-5
+
+
+def test_a_spike_under_a_loss_scaler_is_skipped_and_keeps_the_scale(accelerator):
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    model = accelerate_ranks.stage(0)
+    optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), lr=0.1))
+    policy = {"name": "skip_spikes", "window": 4, "after": 2}
+    clipping = clip_with(accelerator, model, {"clip": {"policy": policy, "nonfinite": "skip"}})
+    for factor in (1, 1, 1000):
+        optimizer.zero_grad()
+        before = hf.whole(model.named_parameters())
+        accelerator.backward(accelerate_ranks.loss_of(model) * factor)
+        accelerator.clip_grad_norm_(model.parameters())
+        optimizer.step()
+        skipped = bool(clipping.last.skipped)
+        assert skipped is (factor == 1000)
+        assert (hf.furthest(hf.whole(model.named_parameters()), before) == 0) is skipped
+        assert accelerator.scaler.get_scale() == 1024.0
+
+
+def test_beside_a_loss_scaler_an_overflow_is_no_error(accelerator):
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    model, optimizer = accelerate_ranks.prepared(accelerator, "plain")
+    clip_with(accelerator, model)
+    with pytest.raises(distnorm.ConfigError, match=r"clip\.nonfinite: expected skip beside a loss scaler"):
+        accelerate_ranks.step(accelerator, model, optimizer, 1.0)
+
+
+# ---- checkpoints
+
+
+@pytest.mark.parametrize(("topology", "world"), [("ddp", 2), ("fsdp2", 2)])
+def test_a_resumed_run_has_the_same_histories_bit_for_bit(ranks, tmp_path, topology, world):
+    for (state, found), (state_resumed, found_resumed) in ranks(
+        world, accelerate_ranks.resumed, topology, str(tmp_path), timeout=TIMEOUT
+    ):
+        assert state["steps"] == 4
+        assert state == state_resumed
+        assert all(torch.equal(found[name], found_resumed[name]) for name in found)
+
+
+def test_a_helper_that_steps_counts_nothing(accelerator):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model, optimizer = accelerate_ranks.prepared(accelerator, "plain", adam=True)
+    clipping = clip_with(accelerator, model, {"clip": {"policy": "zclip"}})
+    accelerate_ranks.step(accelerator, model, optimizer, 1.0)
+    before = clipping.state_dict()
+    optimizer.optimizer.state.clear()
+    get_optimizer_state_dict(model, optimizer.optimizer)
+    assert clipping.state_dict() == before
+
+
+def test_an_optimizer_that_is_attached_is_refused(accelerator):
+    model, optimizer = accelerate_ranks.prepared(accelerator, "plain")
+    clip_with(accelerator, model)
+    handle = distnorm.attach(model, optimizer, {"clip": {"max_norm": 1.0}})
+    with pytest.raises(distnorm.DistnormError, match="expected an optimizer that nothing is attached to"):
+        accelerate_ranks.step(accelerator, model, optimizer, 1.0)
+    handle.remove()
+
+
+def test_neither_distnorm_nor_the_adapter_imports_accelerate():
+    code = (
+        "import sys, distnorm, distnorm.integrations.accelerate; distnorm.GradClipper\n"
+        "print([name for name in ('accelerate', 'transformers', 'peft', 'deepspeed') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
