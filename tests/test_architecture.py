@@ -23,13 +23,24 @@ PACKAGE = Path(distnorm.__file__).parent
 ORDER = [
     *("errors", "config", "kernels", "sources", "plan", "measure", "payload", "policies", "monitor"),
     *("deferred", "step", "graphs"),
-    *("clipper", "functional", "verification", "hooks", "trainer", "bench", "cli", "__main__"),
+    *("clipper", "functional", "verification", "hooks", "integrations"),
+    *("trainer", "bench", "cli", "__main__"),
 ]
 MOST_MODULES, MOST_PACKAGES = 10, 14
 # These import the catalogue, `from distnorm import Config`, like any user.
 USERS_OF_PUBLIC_NAMES = {"trainer", "bench", "cli", "__main__"}
 APART = {"testing"}
-FRAMEWORKS = {"deepspeed", "megatron", "transformers", "accelerate", "lightning"}
+FRAMEWORKS = {
+    "deepspeed",
+    "megatron",
+    "transformers",
+    "accelerate",
+    "lightning",
+    "torchtitan",
+    "trl",
+    "peft",
+    "ray",
+}
 COLLECTIVES = re.compile(
     r"(all_reduce|all_gather|all_to_all|reduce_scatter|broadcast|gather|scatter|reduce|barrier|send|recv"
     r"|isend|irecv|batch_isend_irecv)(_\w+)?"

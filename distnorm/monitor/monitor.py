@@ -48,6 +48,7 @@ class Monitor:
         self._has_warned = False
         self._sinks: Sinks | None = None
         self._closed = False
+        self._newest_layers: tuple[LayerRow, ...] = ()
         self.non_finite_in_a_row = 0
 
     def write_here(self, writes: bool) -> None:
@@ -106,6 +107,7 @@ class Monitor:
 
     def layers(self, step: int, rows: Sequence[LayerRow]) -> None:
         """Take in a monitored step's rows of all layers, in the order of the model."""
+        self._newest_layers = tuple(rows)
         if (sinks := self._open()) is not None:
             sinks.layers(step, rows)
             self._warn_of_no_place(sinks)
@@ -213,3 +215,9 @@ def callbacks_held(monitor: Monitor) -> Iterator[None]:
     finally:
         monitor._holds -= 1
     monitor._deliver()
+
+
+def take_layers(monitor: Monitor) -> tuple[LayerRow, ...]:
+    """The rows of the newest monitored step that has been reported, once; then none until the next."""
+    rows, monitor._newest_layers = monitor._newest_layers, ()
+    return rows
