@@ -89,7 +89,11 @@ class DistnormCallback(Callback):  # type: ignore[misc]
                 self._logged[number] = handle.last
                 end = f"/{number}" if len(self.handles) > 1 else ""
                 values = {name + end: value for name, value in log_values(handle.clipper).items()}
-                pl_module.log_dict(values, on_step=True, on_epoch=False)
+                layers = {name: value for name, value in values.items() if isinstance(value, float)}
+                self.log_dict({name: value for name, value in values.items() if name not in layers})
+                # Lightning repeats what was logged once in every later step of the epoch.
+                for logger in trainer.loggers if layers else ():
+                    logger.log_metrics(layers, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Put everything back, and keep the state for a later fit."""

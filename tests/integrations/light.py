@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from distnorm.integrations.lightning import DistnormCallback
 from distnorm.testing import dense_norm
 
-BATCH, STEPS, RATE, MAX_NORM = 8, 3, 0.5, 0.05
+BATCH, STEPS, RATE, MOMENTUM, MAX_NORM = 8, 3, 0.5, 0.9, 0.05
 NAMES = ["grad_norm", "grad_norm_clipped", "clip_coef", "clip_threshold", "skipped"]
 
 
@@ -43,7 +43,10 @@ class Net(nn.Module):
 def samples(steps: int = STEPS) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     count = BATCH * steps
-    return torch.randn(count, 8, generator=generator), torch.randn(count, 4, generator=generator)
+    return (
+        torch.randn(64, 8, generator=generator)[:count],
+        torch.randn(64, 4, generator=generator)[:count],
+    )
 
 
 def loader(kind: str, accumulation: int = 1, steps: int = STEPS) -> Any:
@@ -56,19 +59,22 @@ def loader(kind: str, accumulation: int = 1, steps: int = STEPS) -> Any:
 
 
 @functools.cache
-def oracle(steps: int = STEPS, max_norm: float = MAX_NORM) -> tuple[list[float], dict[str, Tensor]]:
+def oracle(loss_scale: float = 1.0) -> tuple[list[float], dict[str, Tensor]]:
     """The norms before clipping, and the weights at the end."""
     net, norms = Net().double(), []
-    x, y = samples(steps)
-    for k in range(steps):
+    velocity = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
+    x, y = samples()
+    for k in range(STEPS):
         net.zero_grad()
         batch = slice(k * BATCH, (k + 1) * BATCH)
-        (net(x[batch].double()) - y[batch].double()).square().mean().backward()
+        loss = (net(x[batch].double()) - y[batch].double()).square().mean()
+        (loss * loss_scale).backward()
         norms.append(dense_norm({name: p.grad for name, p in net.named_parameters() if p.grad is not None}))
         with torch.no_grad():
-            for p in net.parameters():
+            for name, p in net.named_parameters():
                 assert p.grad is not None
-                p -= RATE * min(1.0, max_norm / (norms[-1] + 1e-6)) * p.grad
+                velocity[name].mul_(MOMENTUM).add_(min(1.0, MAX_NORM / (norms[-1] + 1e-6)) * p.grad)
+                p -= RATE * velocity[name]
     return norms, {name: p.detach() for name, p in net.named_parameters()}
 
 
@@ -91,7 +97,7 @@ class Lit(pl.LightningModule):
             fully_shard(self.net, mesh=mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.trainer.model.parameters(), RATE, fused=self.fused)
+        return torch.optim.SGD(self.trainer.model.parameters(), RATE, MOMENTUM, fused=self.fused)
 
     def loss(self, batch: list[Tensor]) -> Tensor:
         loss: Tensor = (self.net(batch[0]) - batch[1]).square().mean()
@@ -146,6 +152,10 @@ class OnCpu(FSDPStrategy):
 class Engine(DeepSpeedStrategy):
     """Lightning asks for GPUs, by their numbers; DeepSpeed does not."""
 
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", 0)
+
     def setup_environment(self) -> None:
         super(DeepSpeedStrategy, self).setup_environment()
 
@@ -160,7 +170,7 @@ def strategy(kind: str) -> Any:
     if kind == "ddp":
         return DDPStrategy(**gloo)
     if kind == "fsdp1":
-        return OnCpu(**gloo, use_orig_params=False)
+        return OnCpu(**gloo, use_orig_params=False, state_dict_type="sharded")
     if kind == "fsdp1-orig":
         return OnCpu(**gloo, auto_wrap_policy={nn.Linear})
     if kind.startswith("zero"):
