@@ -16,7 +16,8 @@ from distnorm import ConfigError, NonFiniteGradientError, testing
 from distnorm.integrations import lightning as adapter
 from distnorm.testing import dense_norm
 from tests.integrations import light
-from tests.integrations.light import MAX_NORM, NAMES, STEPS, Lit, Manual, fitted, oracle
+from tests.integrations.light import NAMES, Lit, Manual, fitted
+from tests.integrations.tiny import MAX_NORM, STEPS, Net, oracle, samples
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 testing.preload("deepspeed", "lightning.pytorch", "lightning.pytorch.strategies", "tests.integrations.light")
@@ -244,7 +245,7 @@ def test_several_optimizers_clip_their_own_parameters() -> None:
             first.step()
             second.step()
 
-    net, (x, y) = light.Net().double(), light.samples()
+    net, (x, y) = Net().double(), samples()
     (net(x[:8].double()) - y[:8].double()).square().mean().backward()
     grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
     expected = [
