@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -96,13 +98,19 @@ class OnCpu(FSDPStrategy):
     """Lightning asks for a GPU where the class itself is given, and FSDP1 does where no device is."""
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
-        wrap = FullyShardedDataParallel.__init__
-
-        def on_cpu(*args: Any, **kwargs: Any) -> None:
-            wrap(*args, **{**kwargs, "device_id": torch.device("cpu")})
-
-        with mock.patch.object(FullyShardedDataParallel, "__init__", on_cpu):
+        with fsdp1_on_cpu():
             return super()._setup_model(model)
+
+
+@contextmanager
+def fsdp1_on_cpu() -> Iterator[None]:
+    wrap = FullyShardedDataParallel.__init__
+
+    def on_cpu(*args: Any, **kwargs: Any) -> None:
+        wrap(*args, **{**kwargs, "device_id": torch.device("cpu")})
+
+    with mock.patch.object(FullyShardedDataParallel, "__init__", on_cpu):
+        yield
 
 
 class Engine(DeepSpeedStrategy):
@@ -136,15 +144,20 @@ def strategy(kind: str) -> Any:
     return ModelParallelStrategy(dp, tp, save_distributed_checkpoint=False, **gloo)
 
 
+def elastic() -> None:
+    """Let Lightning find the processes that are there, as under torchrun."""
+    rank, world = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": "0"}
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+
+
 def trainer(kind: str, callback: Any, **settings: Any) -> Any:
     """A Trainer in a process that has its group, or that is alone."""
     warnings.simplefilter("ignore")
     distributed: dict[str, Any] = {"devices": 1}
     if kind != "one":
-        rank, world = str(dist.get_rank()), str(dist.get_world_size())
-        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": "0"}
-        os.environ |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-        distributed = {"devices": int(world), "strategy": strategy(kind)}
+        elastic()
+        distributed = {"devices": dist.get_world_size(), "strategy": strategy(kind)}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     defaults = {
         "max_epochs": 1,
@@ -166,7 +179,9 @@ def whole(root: nn.Module) -> dict[str, Tensor]:
     else:
         for name, p in root.named_parameters():
             found[name] = (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-    return {name.replace("_fsdp_wrapped_module.", "").rpartition("net.")[2]: p for name, p in found.items()}
+    for wrapper in ("_fsdp_wrapped_module.", "module.", "net."):
+        found = {name.replace(wrapper, ""): p for name, p in found.items()}
+    return found
 
 
 def fitted(
