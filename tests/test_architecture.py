@@ -245,7 +245,9 @@ def test_the_trainer_and_the_bench_import_public_names_only():
 
 
 def test_no_framework_is_imported_at_module_level():
+    """But its own by an adapter, which nothing of ours imports, since it may derive classes from it."""
     for source in sources():
+        own = {source.path.stem} if source.room == "integrations" else set()
         top = [
             node
             for node in ast.walk(source.tree)
@@ -253,7 +255,7 @@ def test_no_framework_is_imported_at_module_level():
         ]
         inside = {inner for function in top for inner in ast.walk(function)}
         outside = (node for node in runtime_nodes(source.tree) if node not in inside)
-        assert not {name.split(".")[0] for name in imported(outside)} & FRAMEWORKS, source.module
+        assert not {name.split(".")[0] for name in imported(outside)} & (FRAMEWORKS - own), source.module
 
 
 def test_only_collectives_issues_collectives():

@@ -150,6 +150,13 @@ def attach_trainer(trainer: Any, config: ConfigSource = None, *, tied: Tied = ()
         >>> trainer.train()
     """
     clipping = TrainerClipper(trainer, config, tied=tied)
+    _put_in_place(trainer, clipping)
+    if (states := getattr(trainer.checkpointer, "states", None)) is not None:
+        states[_STATE] = clipping
+    return clipping
+
+
+def _put_in_place(trainer: Any, clipping: TrainerClipper) -> None:
     train_step, step, log = trainer.train_step, trainer.optimizers.step, trainer.metrics_processor.log
 
     def clipped_train_step(*args: Any, **kwargs: Any) -> Any:
@@ -171,6 +178,3 @@ def attach_trainer(trainer: Any, config: ConfigSource = None, *, tied: Tied = ()
 
     trainer.train_step, trainer.optimizers.step = clipped_train_step, step_unless_skipped
     trainer.metrics_processor.log = log_more
-    if (states := getattr(trainer.checkpointer, "states", None)) is not None:
-        states[_STATE] = clipping
-    return clipping
