@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from distnorm import functional
 from distnorm.clipper import GradClipper
 from distnorm.errors import ConfigError
 from distnorm.hooks.optimizers import refuse_other_clippers
-from distnorm.integrations.common import LateState, log_values
+from distnorm.integrations.common import log_values
 from distnorm.integrations.taking_over import ConfigSource, taken_over
 from distnorm.policies.results import ClipResult
 from distnorm.sources import Tied
@@ -58,13 +57,13 @@ def clip_grad_norm_(
 class TrainerClipper:
     """Clips a torchtitan `Trainer`'s steps; what `attach_trainer` returns.
 
-    Its two methods of state are those of torch's `Stateful`. The state is one string of JSON, because a
-    distributed checkpoint restores only those numbers of a list that the fresh list has as well.
-
     Args:
         trainer: a `torchtitan.trainer.Trainer`, or one derived from it.
         config: as for `GradClipper`.
         tied: as for `GradClipper`.
+
+    Attributes:
+        clipper: the `GradClipper`, whose state the trainer's checkpoints keep.
     """
 
     def __init__(self, trainer: Any, config: ConfigSource = None, *, tied: Tied = ()) -> None:
@@ -73,8 +72,6 @@ class TrainerClipper:
         taken = taken_over(config, self._limit, "training.max_norm")
         # Pipeline parts keep the whole model's names, so no stage has to be put before them.
         self.clipper = GradClipper(trainer.model_parts, taken, tied=tied)
-        self._late = LateState()
-        self._late.bind(self.clipper)
 
     @property
     def last(self) -> ClipResult | None:
@@ -110,14 +107,6 @@ class TrainerClipper:
             raise ConfigError(f"norm_type: expected {own} as norm.type says, found {norm_type}")
         return self.clipper.clip().total_norm.to(torch.float32)
 
-    def state_dict(self) -> dict[str, Any]:
-        """As `GradClipper.state_dict`, as one string."""
-        return {"state": json.dumps(self._late.state_dict())}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """As `GradClipper.load_state_dict`."""
-        self._late.load_state_dict(json.loads(state_dict["state"]))
-
 
 def attach_trainer(trainer: Any, config: ConfigSource = None, *, tied: Tied = ()) -> TrainerClipper:
     """Have a torchtitan `Trainer` measure, clip and log by distnorm, and its checkpoints keep the histories.
@@ -152,7 +141,7 @@ def attach_trainer(trainer: Any, config: ConfigSource = None, *, tied: Tied = ()
     clipping = TrainerClipper(trainer, config, tied=tied)
     _put_in_place(trainer, clipping)
     if (states := getattr(trainer.checkpointer, "states", None)) is not None:
-        states[_STATE] = clipping
+        states[_STATE] = clipping.clipper
     return clipping
 
 

@@ -27,7 +27,7 @@ testing.preload("torchtitan.trainer", "tests.integrations.titan")
 
 WORLDS = {"one": 1, "fsdp2": 2, "tp": 2, "fsdp2xtp": 4, "pp": 2}
 SKIP = {"clip": {"nonfinite": "skip"}}
-HISTORY = {"clip": {"policy": {"name": "zclip", "warmup": 2}}}
+HISTORY = {"clip": {"policy": {"name": "percentile", "window": 8}}, "monitor": {"every": 2}}
 
 
 def test_the_signature_is_torchtitans() -> None:
@@ -154,14 +154,14 @@ def test_skip_leaves_parameters_bit_for_bit(ranks: Any, kind: str) -> None:
 
 def train_resumed(kind: str, folder: str) -> tuple[Any, Any, Any]:
     straight = Tiny(kind)
-    expected = attach_trainer(straight, HISTORY)
+    expected = attach_trainer(straight, HISTORY).clipper
     straight.trained(6)
     saving = Tiny(kind)
     attach_trainer(saving, HISTORY)
     saving.trained(4)
     dcp.save(saving.checkpointer.states, checkpoint_id=folder)
     loading = Tiny(kind)
-    found = attach_trainer(loading, HISTORY)
+    found = attach_trainer(loading, HISTORY).clipper
     empty = found.state_dict()
     dcp.load(loading.checkpointer.states, checkpoint_id=folder)
     before = found.state_dict()
