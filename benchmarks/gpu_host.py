@@ -1,6 +1,6 @@
 """What the host does in a step on a GPU, up to the launches, measured without a GPU.
 
-    OMP_NUM_THREADS=1 python benchmarks/gpu_host.py
+    OMP_NUM_THREADS=1 PYTHONPATH=. python benchmarks/gpu_host.py
 
 The CPU's memory stands in for a GPU's, and the kernels' launches are replaced by functions that count. So
 neither the launches themselves are in the times, nor the streams and events of CUDA, nor the all-reduce: one
