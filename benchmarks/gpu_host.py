@@ -32,6 +32,7 @@ from distnorm.kernels import gpu, gpu_clip
 from tests.counting import as_on_a_gpu
 
 COUNTS, STEPS = (288, 3000), 300
+KERNELS = ("partials", "totals", "scale", "zero_unless", "clip")
 WAITS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")
 
 
@@ -41,7 +42,7 @@ class Launches:
     def __init__(self) -> None:
         self.counted: Counter[str] = Counter()
         self.modules = SimpleNamespace(
-            **{name: self._kernel(name) for name in ("partials", "totals", "scale", "clip")},
+            **{name: self._kernel(name) for name in KERNELS},
             DTYPES=range(4),
             ZERO=float("-inf"),
         )
