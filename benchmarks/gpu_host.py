@@ -1,6 +1,6 @@
 """What the host does in a step on a GPU, up to the launches, measured without a GPU.
 
-    OMP_NUM_THREADS=1 python benchmarks/gpu_host.py
+    OMP_NUM_THREADS=1 PYTHONPATH=. python benchmarks/gpu_host.py
 
 The CPU's memory stands in for a GPU's, and the kernels' launches are replaced by functions that count. So
 neither the launches themselves are in the times, nor the streams and events of CUDA, nor the all-reduce: one
@@ -32,6 +32,7 @@ from distnorm.kernels import gpu, gpu_clip
 from tests.counting import as_on_a_gpu
 
 COUNTS, STEPS = (288, 3000), 300
+KERNELS = ("partials", "totals", "scale", "zero_unless", "clip")
 WAITS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")
 
 
@@ -41,7 +42,7 @@ class Launches:
     def __init__(self) -> None:
         self.counted: Counter[str] = Counter()
         self.modules = SimpleNamespace(
-            **{name: self._kernel(name) for name in ("partials", "totals", "scale", "clip")},
+            **{name: self._kernel(name) for name in KERNELS},
             DTYPES=range(4),
             ZERO=float("-inf"),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import distnorm
+from distnorm.sources import recognition
 from tests import oracle
 from tests.counting import as_on_an_accelerator, collectives_and_reads
 from tests.refusals import TIMEOUT, distributed, heard, rank, with_ones
@@ -242,3 +244,25 @@ def results_of_dtensors() -> list[bool]:
 
 def test_results_are_plain_tensors_and_torch_s_dtensors_are_accepted(ranks):
     assert ranks(2, results_of_dtensors, timeout=TIMEOUT) == [[True, True, True]] * 2
+
+
+def test_a_list_of_modules_is_recognised_and_its_plan_used_again(monkeypatch):
+    """As a pipeline's parts are given: to search the process for their managers takes longer than a step."""
+    parts = [nn.Linear(3, 4), nn.Linear(4, 2)]
+    named = [(f"{i}.{name}", p) for i, part in enumerate(parts) for name, p in part.named_parameters()]
+    searches = []
+    original = recognition.Managers
+    monkeypatch.setattr(recognition, "Managers", lambda found: searches.append(found) or original(found))
+    for step in range(4):
+        if step == 3:  # another parameter in its place has to be found
+            parts[1].bias = nn.Parameter(torch.zeros(2))
+            named[3] = (named[3][0], parts[1].bias)
+        for i, (_, parameter) in enumerate(named):
+            parameter.grad = torch.full_like(parameter, float(i + step))
+        expected = math.sqrt(sum((i + step) ** 2 * p.numel() for i, (_, p) in enumerate(named)))
+        assert float(distnorm.clip_grad_norm_(parts, math.inf)) == pytest.approx(expected, rel=1e-6)
+        assert len(searches) == (2 if step == 3 else 1)
+    gone = weakref.ref(parts[0])
+    del parts, named, parameter
+    gc.collect()
+    assert gone() is None

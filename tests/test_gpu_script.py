@@ -39,7 +39,7 @@ def test_a_dry_run_checks_every_part_and_measures_nothing():
     for part in ("bandwidth", "published", "sizes", "many", "graph", "tests", "sanitizer"):
         assert f"\n## {part}\n" in told
     assert told.count("distnorm: correct") == 2 and "statistics of each tensor: launches: 2" in told
-    assert "a step of GradClipper: launches: 2" in told, "a coefficient of 1 in the host's memory costs none"
+    assert "a step of GradClipper: launches: 3" in told, "two for the norm, and one that scales"
     assert not re.search(r"\d ?(ms|GB/s)\b(?! by)", told), "no figure"
 
 

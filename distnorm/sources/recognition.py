@@ -45,21 +45,27 @@ class Known:
         key: of its plan.
         managers: of its parameters; `None` for other tensors.
         shapes: of the first parameters: another list may have got the `id`s of one that was freed.
-        module: the target, if it is one.
-        inventory: the module's.
+        modules: those that the target is, or lists; none where it lists tensors.
+        inventories: theirs.
+        listed: the tensors of all of them.
     """
 
     key: PlanKey
     managers: Managers | None
     shapes: list[torch.Size]
-    module: weakref.ref[nn.Module] | None
-    inventory: Inventory | None
+    modules: Sequence[weakref.ref[nn.Module]] = ()
+    inventories: Sequence[Inventory] = ()
+    listed: Sequence[Tensor] = ()
 
     def holders(self, target: Any) -> Sequence[Tensor] | None:
         """The target's tensors, if they are those that were measured, without reading most of them."""
-        if self.inventory is not None:
-            same = self.module is not None and self.module() is target and self.inventory.is_current
-            return self.inventory.holders if same else None
+        if self.modules:
+            modules = _modules(target)
+            same = len(modules) == len(self.modules) and all(
+                known() is module and inventory.is_current
+                for known, module, inventory in zip(self.modules, modules, self.inventories, strict=True)
+            )
+            return self.listed if same else None
         holders = _tensors(target)
         return holders if [tensor.shape for tensor in holders[:_MOST_SHAPES]] == self.shapes else None
 
@@ -99,16 +105,17 @@ def recognise(target: Any, source: Source, fixed: tuple[object, ...]) -> tuple[K
         (name, t.shape, t.dtype, getattr(t, "placements", None), getattr(t, "device_mesh", None))
         for name, t in named
     )
-    module = inventory = None
-    if isinstance(target, nn.Module):
-        module, inventory = weakref.ref(target, lambda _: _known.pop(memo, None)), Inventory(target)
+    modules = _modules(target)
     is_gradient = source is Source.GRADIENT
     shapes = [tensor.shape for tensor in holders[:_MOST_SHAPES]]
     lasts = not isinstance(target, Fleeting)
     key = PlanKey((source, *fixed, *layouts))
     managers = Managers(named if lasts else ()) if is_gradient else None
-    known = Known(key, managers, shapes, module, inventory)
-    if lasts and is_gradient and (inventory is not None or _is_flat(target, holders)):
+    known = Known(key, managers, shapes)
+    if modules:
+        known.modules = [weakref.ref(module, lambda _: _known.pop(memo, None)) for module in modules]
+        known.inventories, known.listed = list(map(Inventory, modules)), holders
+    if lasts and is_gradient and (modules or _is_flat(target, holders)):
         _keep(_known, memo, known)
     return known, holders
 
@@ -126,6 +133,14 @@ def _identity(target: Any) -> tuple[object, ...]:
     return tuple(
         (item[0], id(item[1])) if isinstance(item, tuple) and len(item) == 2 else id(item) for item in items
     )
+
+
+def _modules(target: Any) -> Sequence[nn.Module]:
+    """The modules that a target is, or lists; none where anything else is among them."""
+    if isinstance(target, nn.Module):
+        return (target,)
+    are_listed = isinstance(target, list | tuple) and all(isinstance(item, nn.Module) for item in target)
+    return target if are_listed else ()
 
 
 def _tensors(target: Any) -> Sequence[Tensor]:
