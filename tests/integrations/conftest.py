@@ -1,0 +1,14 @@
+"""The frameworks are large: `launch/test.sh` leaves them and their tests out, `launch/test_frameworks.sh` not."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+FRAMEWORKS = ("transformers", "accelerate", "peft", "trl", "lightning", "torchtitan", "ray")
+MISSING = [name for name in FRAMEWORKS if find_spec(name) is None]
+collect_ignore = [
+    path.name
+    for path in Path(__file__).parent.glob("test_*.py")
+    if MISSING and path.name not in ("test_common.py", "test_installed.py")
+]
