@@ -10,6 +10,7 @@ from pathlib import Path
 import distnorm
 
 ROOT = Path(__file__).parent.parent
+OF_ADAPTERS = ("transformers", "accelerate", "lightning", "torchtitan", "peft", "ray[train]", "trl")
 EXTRAS = ("dev", "deepspeed", "report", "tensorboard", "wandb", "prometheus", "rich")
 
 
@@ -40,4 +41,6 @@ def test_what_is_installed_is_this_tree():
     assert importlib.metadata.version("distnorm") == distnorm.__version__
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project]")[2]
     for line in re.findall(r'[\[ ]"(\w[\w-]+>=[^"]*)"', project):
+        if line.split(">=")[0] in OF_ADAPTERS:  # tests/integrations/test_installed.py asks for these
+            continue
         assert installed(line), f"{line} is in pyproject.toml; the installed metadata is older than it"

@@ -1,4 +1,4 @@
-"""The frameworks are large: `launch/test.sh` leaves them and their tests out, `launch/test_frameworks.sh` not."""
+"""The frameworks are large: `launch/test.sh` leaves them and their tests out, `test_frameworks.sh` doesn't."""
 
 from __future__ import annotations
 
