@@ -1,4 +1,4 @@
-"""The frameworks are large: `launch/test.sh` leaves them and their tests out, `test_frameworks.sh` doesn't."""
+"""The frameworks are large: `launch/test_frameworks.sh` installs them, and runs the tests that need them."""
 
 from __future__ import annotations
 
