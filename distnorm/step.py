@@ -111,7 +111,7 @@ class Step:
                     gradients, reduced = meter.reduce(gradients, payload)
                 else:
                     gradients.raise_problems()
-                    reduced = without_norm(gradients.device)
+                    reduced = without_norm(gradients.device, gradients.fake)
             except DistnormError as error:
                 self._failed(number, error, meter)
                 raise

@@ -67,9 +67,10 @@ class ReducedStatistics:
     replica_difference: Tensor | float | None = None
 
 
-def without_norm(device: torch.device) -> ReducedStatistics:
-    """What stands for a reduction where no norm is needed: a total norm of NaN."""
-    norm = torch.full((), math.nan, dtype=torch.float64, device=device)
+def without_norm(device: torch.device, fake: Tensor | None = None) -> ReducedStatistics:
+    """What stands for a reduction where no norm is needed: a total norm of NaN, fake where gradients are."""
+    with kernels.mode_of([] if fake is None else [fake]):
+        norm = torch.full((), math.nan, dtype=torch.float64, device=device)
     return ReducedStatistics(norm, norm.view(1)[:0], lambda: DecodedHeader({}), True, True, norm)
 
 

@@ -12,7 +12,6 @@ from dataclasses import fields, is_dataclass, replace
 from functools import wraps
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
 
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -170,9 +169,10 @@ class EachRank(Generic[T]):
             stored = {rank: view.grad for rank, view in views.items() if view.grad is not None}
             if len(stored) == len(views) and any(stored[rank] is not before[rank] for rank in views):
                 like = next(iter(stored.values()))
-                local = local_tensor({rank: _inner(gradient) for rank, gradient in stored.items()})
-                tensor.grad = None
-                tensor.grad = _as_dtensor(local, like, tensor.device_mesh)  # type: ignore[attr-defined]
+                with kernels.plain_operators():  # a mode of all ranks can't take what only some have
+                    local = local_tensor({rank: _inner(gradient) for rank, gradient in stored.items()})
+                    tensor.grad = None
+                    tensor.grad = _as_dtensor(local, like, tensor.device_mesh)  # type: ignore[attr-defined]
 
 
 def for_each_rank(
@@ -249,12 +249,13 @@ def _pieces(tensor: Tensor) -> Mapping[int, Tensor] | None:
 
 def _as_dtensor(local: Tensor, like: Tensor, mesh: DeviceMesh) -> Tensor:
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
     assert isinstance(like, DTensor)
-    with torch.no_grad():
-        return DTensor.from_local(
-            local, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-        )
+    # `from_local` would ask the mesh for a place that not every simulated rank has on it.
+    meta = TensorMeta(like.shape, like.stride(), local.dtype)
+    made: Tensor = DTensor(local, DTensorSpec(mesh, like.placements, tensor_meta=meta), requires_grad=False)
+    return made
 
 
 def joined(values: Mapping[int, Any]) -> Any:

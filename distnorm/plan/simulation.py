@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -45,8 +45,8 @@ class SimulatedRanks(Ranks):
 
     def all_reduce_(self, tensor: Tensor, op: str) -> Tensor:
         def reduced(values: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
-            with self._simulation.together():
-                self._simulation.real.all_reduce_(local_tensor(values), op)
+            with self._simulation.together(values) as joined:
+                self._simulation.real.all_reduce_(joined, op)
             return values
 
         return cast(Tensor, self._meet(("all-reduce", op), tensor, reduced))
@@ -84,11 +84,15 @@ class Simulation:
         self.ranks = {rank: SimulatedRanks(self, rank) for rank in members}
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """The mode, for collectives of all ranks' tensors, while each rank's own code runs without it."""
+    def together(self, values: Mapping[int, Tensor]) -> Iterator[Tensor]:
+        """The ranks' tensors as one, and the mode for a collective of it, which each rank's own code runs without."""
+        from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+        are_fake = any(isinstance(value, FakeTensor) for value in values.values())
         self._mode.enable_()
         try:
-            yield
+            with nullcontext() if are_fake else unset_fake_temporarily():
+                yield local_tensor(values)
         finally:
             self._mode.disable_()
 
@@ -98,10 +102,19 @@ class Simulation:
         with self._mode.disable():
             return self.lockstep.run(self.members, work, _callers_modes())
 
-    def add_up(self, values: Mapping[int, Tensor], group: ProcessGroup) -> Mapping[int, Tensor]:
-        """Add up tensors in place, over a group and over those that lie beside it on a mesh."""
-        with self.together():
-            reduce_partial_(local_tensor(values), [group])
+    def add_up(self, values: Mapping[int, Tensor], group: ProcessGroup | None) -> Mapping[int, Tensor]:
+        """Add up tensors in place, over a group and over those that lie beside it on a mesh.
+
+        Without a group, as this process has none on a mesh that its own rank is not on, over all of them.
+        """
+        if group is None:
+            with kernels.plain_operators():
+                total = torch.stack(list(values.values())).sum(dim=0)
+                for value in values.values():
+                    value.copy_(total)
+            return values
+        with self.together(values) as joined:
+            reduce_partial_(joined, [group])
         return values
 
 
@@ -148,11 +161,12 @@ class RankMesh(DeviceMesh):
     def get_group(self, mesh_dim: int | str | None = None) -> Any:
         axis = self._axis(mesh_dim)
         place = [slice(None) if a == axis else at for a, at in enumerate(self.get_coordinate() or ())]
-        simulation, rank, real = self._simulation, self._rank, self._seen.get_group(axis)
+        simulation, rank = self._simulation, self._rank
+        real = None if self._seen.get_coordinate() is None else self._seen.get_group(axis)
 
         def meet(buffer: Tensor, members: tuple[int, ...]) -> Tensor:
-            add_up = partial(simulation.add_up, group=real)
-            return cast(Tensor, simulation.lockstep.meet(rank, real.group_name, members, buffer, add_up))
+            add_up, key = partial(simulation.add_up, group=real), members if real is None else real.group_name
+            return cast(Tensor, simulation.lockstep.meet(rank, key, members, buffer, add_up))
 
         with kernels.plain_operators():
             return SimulatedGroup(tuple(self.mesh[tuple(place)].tolist()), meet)

@@ -145,7 +145,7 @@ class PolicyGroups:
         by_parameter = not self.is_single or "parameters" in reads
         if by_parameter or "units" in reads:
             table = make_model_table(ranks, shards, shares)
-            self.ownership = ownership = Ownership(table, self.clip.groups)
+            self.ownership = ownership = Ownership(table, self.clip.groups, is_whole=not ranks.is_simulated)
             if by_parameter:
                 self.statistics = ParameterStatistics(table, shards, shares, self.norm, layers=False)
                 parts.append(self.statistics)

@@ -21,14 +21,16 @@ class Ownership:
     Args:
         table: the model's parameters.
         groups: those with patterns.
+        is_whole: whether the table has the whole model; in torch's fake process group it hasn't, and then a
+            pattern may match nothing.
 
     Raises:
         ConfigError: a pattern matches no parameter, or two groups the same one; on every rank alike.
     """
 
-    def __init__(self, table: ModelTable, groups: Sequence[GroupConfig]) -> None:
+    def __init__(self, table: ModelTable, groups: Sequence[GroupConfig], *, is_whole: bool = True) -> None:
         self._names = table.names
-        owners = self._owners(groups)
+        owners = self._owners(groups, is_whole)
         everybody = range(len(groups) + 1)
         self._slots = [[slot for slot, owner in enumerate(owners) if owner == group] for group in everybody]
         order = [slot for slots in self._slots for slot in slots]
@@ -41,7 +43,7 @@ class Ownership:
         for group, slots in enumerate(self._slots):
             self._indices[group] = slots
 
-    def _owners(self, groups: Sequence[GroupConfig]) -> list[int]:
+    def _owners(self, groups: Sequence[GroupConfig], is_whole: bool) -> list[int]:
         """[parameters] the group of each."""
         owners = [len(groups)] * len(self._names)
         useless, twice = [], []
@@ -55,7 +57,7 @@ class Ownership:
                         other = groups[owners[slot]].name
                         twice.append(f"{self._names[slot]!r} in {other!r} and {group.name!r}")
                     owners[slot] = min(owners[slot], i)
-        if useless:
+        if useless and is_whole:
             raise ConfigError(
                 f"clip.groups: expected patterns that match parameters, found {_few(useless)}, which match "
                 f"none; the model has {_few([repr(name) for name in self._names])}"

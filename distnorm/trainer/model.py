@@ -51,7 +51,8 @@ class Attention(nn.Module):
 def _rotate(x: Tensor) -> Tensor:
     """Turn each pair of a head's numbers by an angle in proportion to the position."""
     half = x.shape[-1] // 2
-    cos, sin = _rotation(x.shape[-2], half, x.dtype, x.device)
+    table = _rotation if type(x) is Tensor else _rotation.__wrapped__  # a dry run's is not to be kept
+    cos, sin = table(x.shape[-2], half, x.dtype, x.device)
     first, second, rest = torch.split(x, [half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], dim=-1)
 
