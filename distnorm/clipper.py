@@ -36,7 +36,7 @@ from distnorm.sources.shards import GradShard
 from distnorm.step import Step
 
 
-@by_each_rank("clip", "decide", "measure", "note", own=["parameters"])
+@by_each_rank("clip", "decide", "measure", "note", "rebind", tensors="parameters")
 class GradClipper(Joinable):
     """Measures and clips the gradient of one model, held in pieces by many ranks.
 
@@ -81,7 +81,6 @@ class GradClipper(Joinable):
         with ranks.together():
             self._step = Step(load_config(config), ranks, checked_tied(tied))
             self._target, self._stage = read_once(target), stage_of(pp_mesh)
-        self._tied = self._step.tied
         self.number_in_graphs = graphs.number_of(self)
         self._step.plan(self._read_target, modules_of(self._target))
 
@@ -182,7 +181,7 @@ class GradClipper(Joinable):
     @property
     def parameters(self) -> list[Tensor]:
         """The target's tensors, each once."""
-        return list(self._inventory.holders) if self.of_ranks is None else self.of_ranks.tensors
+        return list(self._inventory.holders)
 
     @property
     def monitor(self) -> Monitor | None:
@@ -261,8 +260,7 @@ class GradClipper(Joinable):
     # ---- torch's Join
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
-        """For `Join`: a rank that is out of data does nothing in a step, and takes over the histories at the
-        end."""
+        """For `Join`: a rank that is out of data makes no step, and takes over the histories at the end."""
         return _TakeOver(self._step)
 
     @property
@@ -277,8 +275,8 @@ class GradClipper(Joinable):
 
     def _read_target(self) -> tuple[list[GradShard], list[tuple[str, Tensor]]]:
         self._inventory = Inventory(self._target)
-        named = self._inventory.named
-        shards = shards_of(named, Source.GRADIENT, target=self._target, stage=self._stage, tied=self._tied)
+        named, step = self._inventory.named, self._step
+        shards = shards_of(named, Source.GRADIENT, target=self._target, stage=self._stage, tied=step.tied)
         return shards, named
 
     def _begin_step(self) -> None:

@@ -31,7 +31,9 @@ from distnorm.trainer.model import build_model
 from distnorm.trainer.topology import make_topology
 from distnorm.trainer.world import open_world
 
-CONFIGS = sorted(p for p in Path(__file__).parents[1].joinpath("configs").glob("*.yaml") if "zero" not in p.stem)
+CONFIGS = sorted(
+    p for p in Path(__file__).parents[1].joinpath("configs").glob("*.yaml") if "zero" not in p.stem
+)
 AXES = ("pp", "dp_replicate", "dp_shard", "tp")
 ONE = 1.2e-7  # an ulp of fp32
 TIMEOUT = 300
@@ -40,7 +42,11 @@ POLICIES: dict[str, Any] = {
     "constant": {"max_norm": 1.0},
     "schedule": {
         "max_norm": 2.0,
-        "policy": {"name": "schedule", "curve": "linear", "points": [{"step": 0, "factor": 1.0}, {"step": 9, "factor": 0.5}]},
+        "policy": {
+            "name": "schedule",
+            "curve": "linear",
+            "points": [{"step": 0, "factor": 1.0}, {"step": 9, "factor": 0.5}],
+        },
     },
     "zclip": {"policy": "zclip"},
     "percentile": {"policy": "percentile"},
@@ -259,7 +265,7 @@ def dry_step(path: Path, rank: int, fakes: bool) -> None:
 def dry_steps(paths: list[Path], fakes: bool) -> list[str]:
     wrong = []
     for path in paths:
-        for rank in (0, 7):
+        for rank in (0,) if fakes or "pp" not in path.stem else (0, 7):
             try:
                 dry_step(path, rank, fakes)
             except Exception as error:
@@ -352,7 +358,9 @@ def whole_of(gradient: Tensor, ids: Tensor, placements: list[Any], like: Tensor)
     return found
 
 
-def clipped_right(size: int, held: list[tuple[tuple[int, ...], Any, list[Any], list[Any]]], order: float) -> None:
+def clipped_right(
+    size: int, held: list[tuple[tuple[int, ...], Any, list[Any], list[Any]]], order: float
+) -> None:
     """Make parameters of (shape, ranks of the mesh, placements, those of the gradient), and clip them."""
     from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
 
@@ -385,7 +393,9 @@ def clipped_right(size: int, held: list[tuple[tuple[int, ...], Any, list[Any], l
     for parameter, gradient, (_, ids, placements, _) in zip(parameters, gradients, held, strict=False):
         scaled = whole_of(parameter.grad, ids, placements, gradient)
         torch.testing.assert_close(scaled, gradient / 2, rtol=3e-6, atol=1e-7)
-    torch.testing.assert_close(whole_of(plain.grad, every, [Replicate()], extra), extra / 2, rtol=3e-6, atol=0)
+    torch.testing.assert_close(
+        whole_of(plain.grad, every, [Replicate()], extra), extra / 2, rtol=3e-6, atol=0
+    )
 
 
 LAYOUTS: dict[str, Any] = {
@@ -417,12 +427,11 @@ def test_every_shipped_topology_of_local_tensors(path):
     parallel = distnorm.load_config(path).train.parallel
     degrees = [int(getattr(parallel, axis)) for axis in AXES]
     stages = torch.arange(math.prod(degrees)).view(degrees)
-    replicates = Replicate() if parallel.backend in ("fsdp2", "fsdp1") else Replicate()
     held: list[Any] = []
     for ids in stages:
-        cut = [replicates, Shard(0), Shard(1)]
+        cut = [Replicate(), Shard(0), Shard(1)]
         held.append(((9, 8), ids, cut, cut))
-        norm = [replicates, Shard(0), Replicate()]
+        norm = [Replicate(), Shard(0), Replicate()]
         arrived = [*norm[:2], Partial()] if parallel.sequence_parallel else norm
         held.append(((7,), ids, norm, arrived))
     clipped_right(math.prod(degrees), held, 2.0)
@@ -437,9 +446,7 @@ def layouts(draw: st.DrawFn) -> tuple[int, list[Any]]:
         whole = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=2)))
         kinds = st.sampled_from([Replicate(), *(Shard(dim) for dim in range(len(whole)))])
         placements = [draw(kinds) for _ in shape]
-        arrived = [
-            Partial() if isinstance(p, Replicate) and draw(st.booleans()) else p for p in placements
-        ]
+        arrived = [Partial() if isinstance(p, Replicate) and draw(st.booleans()) else p for p in placements]
         held.append((whole, torch.arange(size).view(shape), placements, arrived))
     return size, held
 
@@ -498,10 +505,36 @@ def test_what_ranks_refuse_is_raised_with_their_numbers():
         with pytest.raises(distnorm.ReplicaError, match=r"rank 3"):
             distnorm.clip_grad_norm_([("w", weight)], 1.0)
         with pytest.raises(distnorm.DistnormError, match="LocalTensorMode"):
+            distnorm.GradClipper([("w", weight)]).rebind()
+        with pytest.raises(distnorm.DistnormError, match="LocalTensorMode"):
             distnorm.attach([weight], torch.optim.SGD([weight], lr=0.1))
     with LocalTensorMode(2), pytest.raises(distnorm.DistnormError, match=r"\[0, 1\] of \[0, 1, 2, 3\]"):
         distnorm.get_total_norm([weight])
     assert float(weight.grad._local_tensors[3][0]) == 2.0
+
+
+def test_a_target_given_by_name_and_an_optimizer_that_steps():
+    from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
+
+    fake_group(2)
+    weight = nn.Parameter(LocalTensor({rank: torch.zeros(2) for rank in range(2)}))
+    slope = LocalTensor({rank: torch.tensor([3.0, 4.0]) for rank in range(2)})
+    with LocalTensorMode(2):
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        clipper = distnorm.GradClipper(target=[("w", weight)], config={"clip": {"max_norm": 1.0}})
+        for _ in range(2):
+            (weight * slope).sum().backward()
+            result = clipper.clip()
+            assert not result.skipped
+            optimizer.step()
+            assert values(distnorm.get_total_norm(tensors=[weight.grad])) == pytest.approx(
+                [1.0] * 2, rel=1e-6
+            )
+            distnorm.clip_grads_with_norm_(parameters=[weight], max_norm=1.0, total_norm=result.total_norm)
+            optimizer.zero_grad()
+    for rank in range(2):
+        expected = -2 * torch.tensor([0.6, 0.8])
+        torch.testing.assert_close(weight._local_tensors[rank].detach(), expected)  # type: ignore[attr-defined]
 
 
 def test_tensors_that_all_ranks_are_given_are_scaled_once():

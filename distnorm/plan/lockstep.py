@@ -20,7 +20,7 @@ from distnorm.errors import DistnormError
 
 T = TypeVar("T")
 Combine = Callable[[Mapping[int, Any]], Mapping[int, Any]]
-"""From what each rank brings to what each of them gets. Called once for all of them, by the calling thread."""
+"""From what each rank brings to what each of them gets. The calling thread calls it, once for all of them."""
 
 
 class _Abandoned(BaseException):
@@ -84,7 +84,10 @@ class Lockstep:
         self._turns: dict[int, _Turns[Any]] = {}
 
     def run(
-        self, ranks: Sequence[int], work: Callable[[int], T], alone: Callable[[], AbstractContextManager[object]]
+        self,
+        ranks: Sequence[int],
+        work: Callable[[int], T],
+        alone: Callable[[], AbstractContextManager[object]],
     ) -> dict[int, T]:
         """Run a function on each rank, and return what it returns there.
 

@@ -1,4 +1,4 @@
-"""torch's LocalTensorMode: what is called once in this process is done by each of the ranks that it simulates.
+"""torch's LocalTensorMode: all ranks in this process, which meet in the collectives that torch simulates.
 
 Each rank runs the code of a process of its own (see `distnorm.plan.lockstep`), and what the ranks reduce is
 reduced by torch, in one call for all of them.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -37,7 +37,11 @@ class SimulatedRanks(Ranks):
     def __init__(self, simulation: Simulation, rank: int) -> None:
         super().__init__(simulation.real.group)
         self._simulation, self._here, self._state = simulation, rank, GroupState()
-        self.rank, self.size, self.is_simulated = simulation.members.index(rank), len(simulation.members), False
+        self.rank, self.size, self.is_simulated = (
+            simulation.members.index(rank),
+            len(simulation.members),
+            False,
+        )
 
     @property
     def state(self) -> GroupState:
@@ -61,7 +65,8 @@ class SimulatedRanks(Ranks):
         def answered(values: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
             with kernels.plain_operators():
                 replies = answer(torch.cat(list(values.values())))
-                return dict(zip(values, replies.split([len(own) for own in values.values()]), strict=True))
+                parts = torch.split(replies, [len(own) for own in values.values()])
+                return dict(zip(values, parts, strict=True))
 
         return cast(Tensor, self._meet("join", rows, answered))
 
@@ -85,7 +90,7 @@ class Simulation:
 
     @contextmanager
     def together(self, values: Mapping[int, Tensor]) -> Iterator[Tensor]:
-        """The ranks' tensors as one, and the mode for a collective of it, which each rank's own code runs without."""
+        """The ranks' tensors as one, and the mode for a collective of it. A rank's own code has none."""
         from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
         are_fake = any(isinstance(value, FakeTensor) for value in values.values())
@@ -105,7 +110,7 @@ class Simulation:
     def add_up(self, values: Mapping[int, Tensor], group: ProcessGroup | None) -> Mapping[int, Tensor]:
         """Add up tensors in place, over a group and over those that lie beside it on a mesh.
 
-        Without a group, as this process has none on a mesh that its own rank is not on, over all of them.
+        Without a group, over all that are given.
         """
         if group is None:
             with kernels.plain_operators():
@@ -122,13 +127,18 @@ _simulations: weakref.WeakKeyDictionary[ProcessGroup, Simulation] = weakref.Weak
 
 
 def simulation_of(group: ProcessGroup | None) -> Simulation:
+    """The simulated ranks of a group, kept with it; default: of the whole world.
+
+    Raises:
+        DistnormError: LocalTensorMode simulates other ranks, or there is no process group.
+    """
     mode = mode_in_force()
     with mode.disable():
         real = Ranks(group)
         if real.group is None:
             raise DistnormError(
-                "expected a process group of the ranks that LocalTensorMode simulates, found none; make one with "
-                'torch.distributed.init_process_group("fake", ...)'
+                "expected a process group of the ranks that LocalTensorMode simulates, found none; make one "
+                'with torch.distributed.init_process_group("fake", ...)'
             )
         members = tuple(dist.get_process_group_ranks(real.group))
         if set(members) != mode.ranks:
@@ -162,7 +172,11 @@ class RankMesh(DeviceMesh):
         axis = self._axis(mesh_dim)
         place = [slice(None) if a == axis else at for a, at in enumerate(self.get_coordinate() or ())]
         simulation, rank = self._simulation, self._rank
-        real = None if self._seen.get_coordinate() is None else self._seen.get_group(axis)
+        real: ProcessGroup | None = None
+        # torch knows no group of a mesh that rank 0 isn't on, nor of one of a world that was destroyed, which
+        # its caches may give in place of an equal mesh.
+        with suppress(IndexError, RuntimeError):
+            real = self._seen.get_group(axis)
 
         def meet(buffer: Tensor, members: tuple[int, ...]) -> Tensor:
             add_up, key = partial(simulation.add_up, group=real), members if real is None else real.group_name
@@ -183,7 +197,9 @@ def mode_in_force() -> Any:
     """
     found = local_tensor_mode()
     if found is None:
-        raise DistnormError("expected torch's LocalTensorMode, within which this clipper was made, found none")
+        raise DistnormError(
+            "expected torch's LocalTensorMode, within which this clipper was made, found none"
+        )
     return found
 
 
@@ -191,8 +207,7 @@ def local_tensor(values: Mapping[int, Tensor]) -> Tensor:
     """The LocalTensor of the ranks' own tensors."""
     from torch.distributed._local_tensor import LocalTensor
 
-    made: Tensor = LocalTensor(dict(values))
-    return made
+    return LocalTensor(dict(values))  # type: ignore[no-untyped-call]
 
 
 def _callers_modes() -> Callable[[], AbstractContextManager[object]]:

@@ -112,7 +112,7 @@ def _plain(result: ClipResult | GroupResult) -> dict[str, Any]:
 
 
 def _number(value: Tensor) -> Tensor:
-    """One rank's value of a LocalTensor, which has one bit for bit for each rank; NaN can't be read of all."""
+    """The first rank's value of a LocalTensor: all have the same bits, but torch can't read a NaN of all."""
     of_ranks: Mapping[int, Tensor] = getattr(value, "_local_tensors", None) or {0: value}
     return next(iter(of_ranks.values()))
 

@@ -17,8 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import distnorm
@@ -187,25 +186,6 @@ def test_parameters_can_be_swapped_afterwards(through):
             net.to(dtype)
             net.load_state_dict({name: value * 2 for name, value in net.state_dict().items()})
             assert float(norm()) == pytest.approx(math.sqrt(8), rel=1.2e-7)
-
-
-def local_tensors() -> str:
-    from torch.distributed._local_tensor import LocalTensorMode
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.destroy_process_group()
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
-    mesh = init_device_mesh("cpu", (4,))
-    with LocalTensorMode(4):
-        return str(
-            heard(lambda: distnorm.get_total_norm([distribute_tensor(torch.ones(8), mesh, [Shard(0)])]))
-        )
-
-
-def test_all_ranks_in_one_process_are_refused_by_name(ranks):
-    (said,) = ranks(1, local_tensors, timeout=TIMEOUT)
-    assert "DistnormError" in said
-    assert "LocalTensorMode" in said
 
 
 def group_that_ends() -> bool:
