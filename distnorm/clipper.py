@@ -36,7 +36,7 @@ from distnorm.sources.shards import GradShard
 from distnorm.step import Step
 
 
-@by_each_rank("clip", "decide", "measure", "note", own=["parameters"])
+@by_each_rank("clip", "decide", "measure", "note", "rebind", tensors="parameters")
 class GradClipper(Joinable):
     """Measures and clips the gradient of one model, held in pieces by many ranks.
 
@@ -185,7 +185,7 @@ class GradClipper(Joinable):
     @property
     def parameters(self) -> list[Tensor]:
         """The target's tensors, each once."""
-        return list(self._inventory.holders) if self.of_ranks is None else self.of_ranks.tensors
+        return list(self._inventory.holders)
 
     @property
     def monitor(self) -> Monitor | None:

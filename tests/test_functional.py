@@ -266,3 +266,15 @@ def test_a_list_of_modules_is_recognised_and_its_plan_used_again(monkeypatch):
     del parts, named, parameter
     gc.collect()
     assert gone() is None
+
+
+def test_every_argument_may_be_a_keyword_as_in_torch():
+    for functions in (torch.nn.utils, distnorm):
+        weight = nn.Parameter(torch.zeros(4))
+        weight.grad = torch.full((4,), 2.0)
+        total = functions.get_total_norm(tensors=[weight.grad], norm_type=2.0)
+        assert float(total) == 4.0
+        functions.clip_grads_with_norm_(parameters=[weight], max_norm=8.0, total_norm=total)
+        assert float(functions.clip_grad_norm_(parameters=[weight], max_norm=1.0)) == 4.0
+        torch.testing.assert_close(weight.grad, torch.full((4,), 0.5), rtol=1e-6, atol=0)
+    assert float(distnorm.GradClipper(target=[weight], config={}).clip().total_norm) == pytest.approx(1.0)

@@ -57,6 +57,12 @@ class Gradients:
         """Where the first of them is; the CPU if there is none."""
         return next((t.device for t in self.tensors if t is not None), torch.device("cpu"))
 
+    @property
+    def fake(self) -> Tensor | None:
+        """One of a dry run, which has no values; `None` outside of dry runs."""
+        first = next((tensor for tensor in self._tensors if tensor is not None), None)
+        return None if type(first) is Tensor else first
+
     def raise_problems(self) -> None:
         """Raise what is wrong with this rank's gradients, if anything is."""
         if self.problems:

@@ -134,7 +134,8 @@ class GradientReader:
             return
         self._batches = agreed
         if self.ranks.state.has_replicas:
-            complete = [reading if isinstance(reading, Tensor) else None for reading in readings]
+            # A dry run's have no values.
+            complete = [reading if type(reading) is Tensor else None for reading in readings]
             partial = {i for batch in self._batches for i in batch.layouts}
             compare_replicas(self.ranks, shards, self.shares, complete, apart_from=partial, finite_only=True)
         self._reduce(shards, readings, store)

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import wraps
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -66,7 +66,7 @@ class EachRank(Generic[T]):
         return cast(R, joined(self._run(function, args, kwargs)))
 
     def ask(self, function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
-        """Call what is not collective, of what every rank has made, within LocalTensorMode or without."""
+        """Call what is not collective, of what every rank has made, within LocalTensorMode or outside."""
 
         def of_rank(rank: int) -> R:
             return function(self.each[rank], *args, **kwargs)
@@ -171,65 +171,77 @@ class EachRank(Generic[T]):
             stored = {rank: view.grad for rank, view in views.items() if view.grad is not None}
             if len(stored) == len(views) and any(stored[rank] is not before[rank] for rank in views):
                 like = next(iter(stored.values()))
-                local = local_tensor({rank: _inner(gradient) for rank, gradient in stored.items()})
-                tensor.grad = None
-                tensor.grad = _as_dtensor(local, like, tensor.device_mesh)  # type: ignore[attr-defined]
+                with kernels.plain_operators():  # a mode of all ranks can't take what only some have
+                    local = local_tensor({rank: _inner(gradient) for rank, gradient in stored.items()})
+                    tensor.grad = None
+                    tensor.grad = _as_dtensor(local, like, tensor.device_mesh)  # type: ignore[attr-defined]
 
 
-def for_each_rank(
-    function: Callable[Concatenate[Target, P], R],
-) -> Callable[Concatenate[Target, P], R]:
-    """Let each simulated rank do what a function does with a target, where torch simulates ranks."""
+def for_each_rank(function: Callable[P, R]) -> Callable[P, R]:
+    """Let each simulated rank do what a function does with a target, its first argument."""
 
     @wraps(function)
-    def either(target: Target, *args: P.args, **kwargs: P.kwargs) -> R:
+    def either(*args: P.args, **kwargs: P.kwargs) -> R:
         if local_tensor_mode() is None:
-            return function(target, *args, **kwargs)
-        group = cast(Any, kwargs.pop("group", None))
-        return EachRank[None](target, group).call(function, *args, **kwargs)
+            return function(*args, **kwargs)
+        target, rest, named = _apart(function, args, kwargs)
+        return EachRank[None](target, named.pop("group", None)).call(function, *rest, **named)
 
-    return cast(Callable[Concatenate[Target, P], R], either)
+    return either
 
 
-def by_each_rank(*collective: str, own: Sequence[str] = ()) -> Callable[[type[T]], type[T]]:
+def _apart(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The target, however it is given, and the other arguments."""
+    if args:
+        return args[0], args[1:], dict(kwargs)
+    named = inspect.signature(function).bind(**kwargs).arguments
+    return named.pop(next(iter(named))), (), named
+
+
+def by_each_rank(*collective: str, tensors: str) -> Callable[[type[T]], type[T]]:
     """Let an object of a class that is made in LocalTensorMode stand for one object of each simulated rank.
 
     Args:
         collective: methods that all ranks call together. What other public methods and properties return is
             joined too, but no rank may meet others in them.
-        own: names that are not of the ranks' objects.
+        tensors: the property that has the target's tensors, which are the caller's and no rank's.
     """
 
     def decorate(kind: type[T]) -> type[T]:
         made: Callable[..., None] = kind.__init__
 
         @wraps(made)
-        def init(self: Any, target: Target, *args: Any, group: Any = None, **kwargs: Any) -> None:
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
             self.of_ranks = None
             if local_tensor_mode() is None:
-                made(self, target, *args, group=group, **kwargs)
+                made(self, *args, **kwargs)
             else:
-                self.of_ranks = EachRank[T](target, group)
-                self.of_ranks.make(kind, *args, **kwargs)
+                target, rest, named = _apart(kind, args, kwargs)
+                self.of_ranks = EachRank[T](target, named.pop("group", None))
+                self.of_ranks.make(kind, *rest, **named)
 
-        kind.__init__ = init  # type: ignore[method-assign,assignment]
+        kind.__init__ = init  # type: ignore[method-assign]
         for name, of_one in list(vars(kind).items()):
-            if (name.startswith("_") and name != "__repr__") or name in own:
+            if name.startswith("_") and name != "__repr__":
                 continue
             function: Any = of_one.fget if isinstance(of_one, property) else of_one
-            wrapped = _by_each(function, name in collective)
+            wrapped = _by_each(function, is_collective=name in collective, has_tensors=name == tensors)
             setattr(kind, name, property(wrapped) if isinstance(of_one, property) else wrapped)
         return kind
 
     return decorate
 
 
-def _by_each(function: Callable[..., R], is_collective: bool) -> Callable[..., R]:
+def _by_each(function: Callable[..., Any], *, is_collective: bool, has_tensors: bool) -> Callable[..., Any]:
     @wraps(function)
-    def either(self: Any, *args: Any, **kwargs: Any) -> R:
+    def either(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.of_ranks is None:
             return function(self, *args, **kwargs)
         ranks: EachRank[Any] = self.of_ranks
+        if has_tensors:
+            return ranks.tensors
         return (ranks.call if is_collective else ranks.ask)(function, *args, **kwargs)
 
     return either
@@ -256,8 +268,7 @@ def _as_dtensor(local: Tensor, like: Tensor, mesh: DeviceMesh) -> Tensor:
     # `from_local` would ask the mesh for a place that not every simulated rank has on it.
     meta = TensorMeta(like.shape, like.stride(), local.dtype)
     spec = DTensorSpec(mesh, like.placements, tensor_meta=meta)
-    made: Tensor = DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
-    return made
+    return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def joined(values: Mapping[int, Any]) -> Any:

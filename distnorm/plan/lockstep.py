@@ -20,7 +20,7 @@ from distnorm.errors import DistnormError
 
 T = TypeVar("T")
 Combine = Callable[[Mapping[int, Any]], Mapping[int, Any]]
-"""From what each rank brings to what each of them gets. The calling thread calls it once for all of them."""
+"""From what each rank brings to what each of them gets. The calling thread calls it, once for all of them."""
 
 
 class _Abandoned(BaseException):

@@ -1,4 +1,4 @@
-"""torch's LocalTensorMode: what is called once in this process, each of the simulated ranks does.
+"""torch's LocalTensorMode: all ranks in this process, which meet in the collectives that torch simulates.
 
 Each rank runs the code of a process of its own (see `distnorm.plan.lockstep`), and what the ranks reduce is
 reduced by torch, in one call for all of them.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -93,7 +93,7 @@ class Simulation:
 
     @contextmanager
     def together(self, values: Mapping[int, Tensor]) -> Iterator[Tensor]:
-        """The ranks' tensors as one, and the mode for a collective of it; ranks' own code runs without."""
+        """The ranks' tensors as one, and the mode for a collective of it. A rank's own code has none."""
         from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
         are_fake = any(isinstance(value, FakeTensor) for value in values.values())
@@ -110,8 +110,17 @@ class Simulation:
         with self._mode.disable():
             return self.lockstep.run(self.members, work, _callers_modes())
 
-    def add_up(self, values: Mapping[int, Tensor], group: ProcessGroup) -> Mapping[int, Tensor]:
-        """Add up tensors in place, over a group and over those that lie beside it on a mesh."""
+    def add_up(self, values: Mapping[int, Tensor], group: ProcessGroup | None) -> Mapping[int, Tensor]:
+        """Add up tensors in place, over a group and over those that lie beside it on a mesh.
+
+        Without a group, over all that are given.
+        """
+        if group is None:
+            with kernels.plain_operators():
+                total = torch.stack(list(values.values())).sum(dim=0)
+                for value in values.values():
+                    value.copy_(total)
+            return values
         with self.together(values) as joined:
             reduce_partial_(joined, [group])
         return values
@@ -121,10 +130,10 @@ _simulations: weakref.WeakKeyDictionary[ProcessGroup, Simulation] = weakref.Weak
 
 
 def simulation_of(group: ProcessGroup | None) -> Simulation:
-    """The simulation of a group's ranks, made once.
+    """The simulated ranks of a group, kept with it; default: of the whole world.
 
     Raises:
-        DistnormError: there is no group, or LocalTensorMode simulates other ranks than the group's.
+        DistnormError: LocalTensorMode simulates other ranks, or there is no process group.
     """
     mode = mode_in_force()
     with mode.disable():
@@ -165,23 +174,19 @@ class RankMesh(DeviceMesh):
     def get_group(self, mesh_dim: int | str | None = None) -> Any:
         axis = self._axis(mesh_dim)
         place = [slice(None) if a == axis else at for a, at in enumerate(self.get_coordinate() or ())]
-        simulation, rank, real = self._simulation, self._rank, self._real_group(axis)
+        simulation, rank = self._simulation, self._rank
+        real: ProcessGroup | None = None
+        # torch knows no group of a mesh that rank 0 isn't on, nor of one of a world that was destroyed, which
+        # its caches may give in place of an equal mesh.
+        with suppress(IndexError, RuntimeError):
+            real = self._seen.get_group(axis)
 
         def meet(buffer: Tensor, members: tuple[int, ...]) -> Tensor:
-            add_up = partial(simulation.add_up, group=real)
-            return cast(Tensor, simulation.lockstep.meet(rank, real.group_name, members, buffer, add_up))
+            add_up, key = partial(simulation.add_up, group=real), members if real is None else real.group_name
+            return cast(Tensor, simulation.lockstep.meet(rank, key, members, buffer, add_up))
 
         with kernels.plain_operators():
             return SimulatedGroup(tuple(self.mesh[tuple(place)].tolist()), meet)
-
-    def _real_group(self, axis: int) -> ProcessGroup:
-        try:
-            return self._seen.get_group(axis)
-        except (IndexError, RuntimeError) as error:
-            raise DistnormError(
-                "expected a device mesh that has process groups in LocalTensorMode, found one without, as "
-                "torch makes for some ranks: partial gradients of a pipeline's stage can't be simulated"
-            ) from error
 
     def _axis(self, mesh_dim: int | str | None) -> int:
         return (self.mesh_dim_names or ()).index(mesh_dim) if isinstance(mesh_dim, str) else mesh_dim or 0
@@ -205,8 +210,7 @@ def local_tensor(values: Mapping[int, Tensor]) -> Tensor:
     """The LocalTensor of the ranks' own tensors."""
     from torch.distributed._local_tensor import LocalTensor
 
-    made: Tensor = LocalTensor(dict(values))  # type: ignore[no-untyped-call]
-    return made
+    return LocalTensor(dict(values))  # type: ignore[no-untyped-call]
 
 
 def _callers_modes() -> Callable[[], AbstractContextManager[object]]:
