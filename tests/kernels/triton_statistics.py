@@ -47,6 +47,10 @@ from tests.kernels.triton_cases import (
     table,
 )
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),  # numpy's, in the interpreter
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+]
 INTERPRETED = DEVICE.type == "cpu"
 quickly = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 
