@@ -1,1 +1,1 @@
-"""Adapters for trainers, one file each. Each imports its framework, so import the one that you use."""
+"""Adapters for trainers, one file each. Some import their framework, so import the one that you use."""

@@ -13,6 +13,14 @@ from distnorm.monitor.monitor import Monitor, take_layers
 from distnorm.policies.results import ClipResult
 
 
+def missing(framework: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
+    """The error of an adapter whose framework can't be imported, with the cure."""
+    return ModuleNotFoundError(
+        f"expected {framework} beside distnorm, found: {error}; pip install 'distnorm[{framework}]'",
+        name=error.name,
+    )
+
+
 class Stateful(Protocol):
     """A clipper of any kind."""
 

@@ -6,18 +6,22 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from lightning.pytorch import Callback
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from distnorm.errors import ConfigError, DistnormError
 from distnorm.hooks import Handle, attach
 from distnorm.hooks.deepspeed import is_engine
 from distnorm.hooks.wrapping import parameters_of
-from distnorm.integrations.common import LateState, log_values
+from distnorm.integrations.common import LateState, log_values, missing
 from distnorm.integrations.taking_over import ConfigSource, taken_over
 from distnorm.policies.results import ClipResult
 from distnorm.sources import Target, Tied, named_tensors
+
+try:
+    from lightning.pytorch import Callback
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+except ModuleNotFoundError as error:
+    raise missing("lightning", error) from error
 
 
 class DistnormCallback(Callback):  # type: ignore[misc]

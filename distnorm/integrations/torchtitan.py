@@ -8,16 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torchtitan.distributed import utils as dist_utils
 
 from distnorm import functional
 from distnorm.clipper import GradClipper
 from distnorm.errors import ConfigError
 from distnorm.hooks.optimizers import refuse_other_clippers
-from distnorm.integrations.common import log_values
+from distnorm.integrations.common import log_values, missing
 from distnorm.integrations.taking_over import ConfigSource, taken_over
 from distnorm.policies.results import ClipResult
 from distnorm.sources import Tied
+
+try:
+    from torchtitan.distributed import utils as dist_utils
+except ModuleNotFoundError as error:
+    raise missing("torchtitan", error) from error
 
 _STATE = "distnorm"
 
@@ -43,7 +47,7 @@ def clip_grad_norm_(
         error_if_nonfinite: whether a norm that is inf or NaN is an error; then the value is read.
         foreach: accepted, and without a meaning.
         pp_mesh: the mesh of pipeline stages, if there are any: parameters are named by their position there.
-        ep_enabled: accepted, and without a meaning: who holds which expert is found out, not told.
+        ep_enabled: accepted, and without a meaning: the plan finds out who holds which expert.
 
     Returns:
         0-d fp32, the norm before clipping, the same bits on every rank.

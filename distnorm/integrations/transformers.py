@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 
 from distnorm.clipper import GradClipper
 from distnorm.config import Config, load_config
@@ -16,8 +14,14 @@ from distnorm.errors import DistnormError
 from distnorm.hooks import Handle, attach
 from distnorm.hooks.deepspeed import EngineClipper
 from distnorm.integrations.accelerate import AcceleratedClipper
-from distnorm.integrations.common import LateState, log_values
+from distnorm.integrations.common import LateState, log_values, missing
 from distnorm.integrations.taking_over import ConfigSource, taken_over
+
+try:
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import ExportableState
+except ModuleNotFoundError as error:
+    raise missing("transformers", error) from error
 
 _LIMIT = "TrainingArguments.max_grad_norm"
 _STATE = "distnorm"

@@ -120,6 +120,8 @@ class DeviceTable(Resident):
         parts: [chunks] fp64 to work in; `None` where the table is shared.
     """
 
+    _spare: Tensor | None = None
+
     def __init__(self, addresses: AddressTable, device: torch.device, *, is_shared: bool = True) -> None:
         self.addresses, self._chunks = addresses, addresses.chunks
         self.kinds = self._chunks.kinds
@@ -135,12 +137,21 @@ class DeviceTable(Resident):
         """Whether some element is in two rows."""
         return self.addresses.overlap
 
+    def lend_parts(self) -> Tensor:
+        """What the newest statistic has left in `parts`; nothing writes there until parts are lent again."""
+        lent, spare = self.parts, self._spare
+        assert lent is not None
+        self.parts, self._spare = torch.empty_like(lent) if spare is None else spare, lent
+        return lent
+
     def ready(self) -> None:
         """See `Resident.ready`; the memory to work in goes along."""
         before = self._stream
         super().ready()
-        if self.parts is not None and self._stream is not None and self._stream is not before:
-            self.parts.record_stream(self._stream)
+        if self._stream is not None and self._stream is not before:
+            for held in (self.parts, self._spare):
+                if held is not None:
+                    held.record_stream(self._stream)
 
     def moved(self, addresses: AddressTable) -> DeviceTable:
         """The table of the same rows at other addresses, for the one caller of this one.

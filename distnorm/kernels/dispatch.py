@@ -231,7 +231,7 @@ def _tables_to_change(tensors: Sequence[Tensor]) -> tuple[list[DeviceTable], lis
 
 
 def _to_change(tensors: Sequence[Tensor]) -> DeviceTable | None:
-    """The table of fitting tensors of one GPU, of whose change autograd is told; `None` where programs would
+    """The table of fitting tensors of one GPU, whose versions are counted up; `None` where programs would
     race for an element, or a graph is being captured that can't have it."""
     table = table_of(tensors)
     if table is None or table.overlap:

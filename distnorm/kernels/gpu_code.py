@@ -46,17 +46,8 @@ def totals(parts, runs, out, before, HAS_BEFORE: tl.constexpr, KERNEL: tl.conste
     if HAS_BEFORE:
         place += 1
         tl.store(out, before.to(tl.int64).to(tl.float64))
-    first = tl.load(runs + run * 2).to(tl.int32)
-    last = tl.load(runs + run * 2 + 1).to(tl.int32)
-    found = _nothing(KERNEL, BLOCK)
-    for at in range(first, last, BLOCK):
-        lanes = at + tl.arange(0, BLOCK)
-        values = tl.load(parts + lanes, mask=lanes < last, other=0.0)
-        if KERNEL == _LARGEST:
-            found = tl.maximum(found, values.to(tl.int64, bitcast=True))
-        else:
-            found += values
-    _store(place, found, KERNEL)
+    first, last = tl.load(runs + run * 2).to(tl.int32), tl.load(runs + run * 2 + 1).to(tl.int32)
+    _combine(parts, first, last, place, KERNEL, BLOCK)
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -130,6 +121,20 @@ def scale_chunk(rows, first, wide, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
                 _multiply(_aligned(address, DTYPE), count, factor, DTYPE, BLOCK)
             else:
                 _multiply(address.to(tl.pointer_type(DTYPE)), count, factor, DTYPE, BLOCK // 2)
+
+
+@triton.jit
+def _combine(parts, first, last, out, KERNEL: tl.constexpr, BLOCK: tl.constexpr):
+    """The statistic of what parts from the first to the last, not with it, are the statistics of."""
+    found = _nothing(KERNEL, BLOCK)
+    for at in range(first, last, BLOCK):
+        lanes = at + tl.arange(0, BLOCK)
+        values = tl.load(parts + lanes, mask=lanes < last, other=0.0)
+        if KERNEL == _LARGEST:
+            found = tl.maximum(found, values.to(tl.int64, bitcast=True))
+        else:
+            found += values
+    _store(out, found, KERNEL)
 
 
 @triton.jit

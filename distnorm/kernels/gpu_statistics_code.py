@@ -1,4 +1,4 @@
-"""What tells single tensors, their rows and their samples apart on the GPU, in Triton's language.
+"""The statistics of single tensors, of their rows and of their samples on the GPU, in Triton's language.
 `distnorm.kernels.gpu_statistics` launches it; the tables of chunks are those of `gpu_code`.
 
 A table of rows, [programs, 5] int64, has for each program the address of the first element that it takes, the
@@ -17,6 +17,7 @@ from distnorm.kernels.gpu_code import (
     _SQUARES,
     _add,
     _aligned,
+    _combine,
     _measure,
     _multiply,
     _nothing,
@@ -86,19 +87,6 @@ def _summarise(start, count, out, total, KERNEL: tl.constexpr, BLOCK: tl.constex
 @triton.jit
 def _magnitude_bits(values):
     return _widened(values).to(tl.float64).to(tl.int64, bitcast=True) & _MAGNITUDE
-
-
-@triton.jit
-def _combine(parts, first, last, out, KERNEL: tl.constexpr, BLOCK: tl.constexpr):
-    found = _nothing(KERNEL, BLOCK)
-    for at in range(first, last, BLOCK):
-        lanes = at + tl.arange(0, BLOCK)
-        values = tl.load(parts + lanes, mask=lanes < last, other=0.0)
-        if KERNEL == _LARGEST:
-            found = tl.maximum(found, values.to(tl.int64, bitcast=True))
-        else:
-            found += values
-    _store(out, found, KERNEL)
 
 
 # ---- a few elements of each tensor

@@ -44,10 +44,10 @@ class FiniteMarks:
 
     @classmethod
     def of_table(cls, table: DeviceTable, positions: Sequence[Sequence[int]]) -> FiniteMarks:
-        """Of the rows of a table, by what its newest statistic has left; positions are those of each row."""
-        assert table.parts is not None
+        """Of the rows of a table, by what its newest statistic has left, until the next marks are made of it;
+        positions are those of each row."""
         marks = cls()
-        marks.add_at(positions, table.parts, table.each)
+        marks.add_at(positions, table.lend_parts(), table.each)
         return marks
 
     def add(self, tensors: Sequence[Tensor], numbers: Tensor, runs: Tensor | None = None) -> None:

@@ -151,12 +151,14 @@ class ReplicaCheck:
             places: [positions] the row of each of ours there; -1 where it has no gradient.
             device: of the result.
         """
-        if self._rows_of is not places:
-            weights = np.zeros(place.each.shape[0])
-            weights[places[places >= 0]] = self.weights[places >= 0]
-            self._rows_of, self._of_rows = places, kernels.on_device(weights.tolist(), place.device)
-        assert self._of_rows is not None
-        return kernels.moved(_weighted(self._of_rows, kernels.samples_at(place)), device)
+        weights = self._of_rows if self._rows_of is places else None
+        if weights is None:
+            of_rows = np.zeros(place.each.shape[0])
+            of_rows[places[places >= 0]] = self.weights[places >= 0]
+            weights = kernels.on_device(of_rows.tolist(), place.device)
+            if not kernels.is_captured():  # a graph's memory is its own
+                self._rows_of, self._of_rows = places, weights
+        return kernels.moved(_weighted(weights, kernels.samples_at(place)), device)
 
     def _weights_of(self, which: list[int], device: torch.device, *, is_captured: bool) -> Tensor:
         every = self._weights_on.get(device)

@@ -255,17 +255,18 @@ class Ranks:
         Returns:
             [sum of receive, c] on the CPU, from one rank after the other.
         """
+        group = self.group
+        assert group is not None
         rows = rows.contiguous().to(self.device())
         out = rows.new_empty(sum(receive.values()), rows.shape[1])
         if len(send) == len(receive) == self.size:
-            sizes = list(receive.values()), list(send.values())
-            dist.all_to_all_single(out, rows, *sizes, group=self.group)
+            dist.all_to_all_single(out, rows, list(receive.values()), list(send.values()), group=group)
             return out.cpu()
         outgoing = dict(zip(send, torch.split(rows, list(send.values())), strict=True))
         incoming = dict(zip(receive, torch.split(out, list(receive.values())), strict=True))
         incoming.pop(self.rank).copy_(outgoing.pop(self.rank))
         messages = [
-            dist.P2POp(op, part, group=self.group, tag=_TAG, group_peer=peer)
+            dist.P2POp(op, part, dist.get_global_rank(group, peer), group, _TAG)
             for op, parts in ((dist.irecv, incoming), (dist.isend, outgoing))
             for peer, part in parts.items()
             if len(part)

@@ -159,10 +159,16 @@ class RankMesh(DeviceMesh):
 
     def __init__(self, simulation: Simulation, mesh: DeviceMesh, rank: int) -> None:
         # Each rank has another slice of a mesh that is one of several.
-        slices = mesh._layout.remap_to_tensor(torch.tensor(mesh._flatten_rank_map, device="cpu"))
-        own = next((one for one in slices if (one == rank).any()), slices[0])
-        names = mesh.mesh_dim_names
-        super().__init__(mesh.device_type, own, mesh_dim_names=names, _init_backend=False, _rank=rank)
+        try:
+            slices = mesh._layout.remap_to_tensor(torch.tensor(mesh._flatten_rank_map, device="cpu"))
+            own = next((one for one in slices if (one == rank).any()), slices[0])
+            names = mesh.mesh_dim_names
+            super().__init__(mesh.device_type, own, mesh_dim_names=names, _init_backend=False, _rank=rank)
+        except (AttributeError, TypeError) as error:
+            raise DistnormError(
+                "expected a torch whose device meshes can be simulated, such as 2.13, found "
+                f"{torch.__version__}; use torch's fake process group for a dry run"
+            ) from error
         self._simulation, self._seen = simulation, mesh
 
     def get_rank(self) -> int:

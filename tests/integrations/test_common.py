@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -97,3 +100,13 @@ def test_layer_norms_of_a_monitored_step_are_logged_once():
             assert relative_error(layers["grad_norm/1.bias"], exact[step]) < 1e-6
             assert not any("/" in key for key in log_values(handle.clipper)), "logged once"
     handle.remove()
+
+
+@pytest.mark.parametrize("framework", ["transformers", "lightning", "torchtitan"])
+def test_the_error_of_a_missing_framework_names_the_cure(framework):
+    code = f"import sys; sys.modules[{framework!r}] = None; import distnorm.integrations.{framework}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ModuleNotFoundError: expected {framework} ")
+    assert last.endswith(f"pip install 'distnorm[{framework}]'")

@@ -152,8 +152,8 @@ def test_moved_gradients_are_found_where_they_are(launched, moves, monkeypatch):
     assert careful.call_count == 1
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_bad_step_is_zeroed_and_raised_by_name_in_the_next(launched, bad):
+@pytest.mark.parametrize(("bad", "measures"), [(math.nan, False), (math.inf, True)])
+def test_a_bad_step_is_zeroed_and_raised_by_name_in_the_next(launched, bad, measures):
     found = [(name, p) for name, p in zip("abc", parameters(5, 5000, 9), strict=True)]
     with as_on_a_gpu():
         clipper = distnorm.GradClipper(found, {"clip": {"max_norm": 0.5}})
@@ -165,6 +165,8 @@ def test_a_bad_step_is_zeroed_and_raised_by_name_in_the_next(launched, bad):
         assert not bool(result.is_finite) and bool(result.skipped) and float(result.clipped_norm) == 0
         assert all(not gradient.any() for gradient in gradients([p for _, p in found]))
         fill([p for _, p in found], 5)
+        if measures:  # which leaves the numbers of the bad step alone
+            assert math.isfinite(float(clipper.measure().total_norm))
         before = gradients([p for _, p in found])
         with pytest.raises(distnorm.NonFiniteGradientError, match=r"step 3: .*'b'"):
             clipper.clip()
