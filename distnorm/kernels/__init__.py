@@ -35,10 +35,12 @@ from distnorm.kernels.memory import SharedMemoryError, is_all_there, memory_of, 
 from distnorm.kernels.modes import is_captured, outside_graphs, plain_operators, refuse_capture
 from distnorm.kernels.native import Kernel, split
 from distnorm.kernels.sampling import samples, samples_are_cheap, samples_at, samples_of
+from distnorm.kernels.taken import LEAST, TakenParts, stream_of
 from distnorm.kernels.walking import first_with_gradient, hold_just
 
 __all__ = [
     "HOST",
+    "LEAST",
     "PLAIN",
     "AddressTable",
     "AsyncHostCopy",
@@ -51,6 +53,7 @@ __all__ = [
     "Kernel",
     "Located",
     "SharedMemoryError",
+    "TakenParts",
     "addresses_of",
     "blocks",
     "checksum",
@@ -85,6 +88,7 @@ __all__ = [
     "scale_rows_",
     "split",
     "statistic_at",
+    "stream_of",
     "summaries",
     "zero_unless_",
 ]

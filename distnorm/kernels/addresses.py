@@ -80,6 +80,17 @@ class AddressTable:
         """The number of elements."""
         return int(self.numels.sum())
 
+    @property
+    def bytes(self) -> int:
+        """The number of bytes of all elements."""
+        return int((self.numels * SIZES[self.codes]).sum())
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """[tensors] Each one's."""
+        known = list(CODES)
+        return [known[code] for code in self.codes.tolist()]
+
     @cached_property
     def merged(self) -> AddressTable:
         """The same elements in as few rows as there can be: neighbours in one flat buffer are one, and none

@@ -114,6 +114,7 @@ class DeviceTable(Resident):
         is_shared: whether several callers may use it at the same time; else it has memory to work in.
 
     Attributes:
+        chunks: how the rows are cut, wherever they lie.
         kinds: code, first chunk and number of chunks of each dtype.
         rows: [chunks, 2] int64; see `Chunks.at`.
         each, all: [rows or 1, 2] int64 from which to which chunk each row goes, or all together.
@@ -123,9 +124,9 @@ class DeviceTable(Resident):
     _spare: Tensor | None = None
 
     def __init__(self, addresses: AddressTable, device: torch.device, *, is_shared: bool = True) -> None:
-        self.addresses, self._chunks = addresses, addresses.chunks
-        self.kinds = self._chunks.kinds
-        rows, runs = self._chunks.at(addresses.starts), self._chunks.runs
+        self.addresses, self.chunks = addresses, addresses.chunks
+        self.kinds = self.chunks.kinds
+        rows, runs = self.chunks.at(addresses.starts), self.chunks.runs
         super().__init__(np.concatenate([rows, runs, [[0, len(rows)]]]), device)
         self.rows, self.each, self.all = torch.split(self.there, [len(rows), len(runs), 1])
         self.parts: Tensor | None = None
@@ -163,7 +164,7 @@ class DeviceTable(Resident):
         with on(self.device):
             self.ready()
             self.addresses = addresses
-            _ring.send(self._chunks.at(addresses.starts), self.rows)
+            _ring.send(self.chunks.at(addresses.starts), self.rows)
         return self
 
 

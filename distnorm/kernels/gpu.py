@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -86,6 +86,7 @@ def statistic(
     *,
     per_tensor: bool = False,
     header: int | None = None,
+    write_parts: Callable[[Tensor, Kernel], None] | None = None,
 ) -> Tensor:
     """The statistic of all elements, [1] fp64, or of each tensor's, [tensors]; 0 where there are none.
 
@@ -96,6 +97,7 @@ def statistic(
         tensors: those of the table, for `marks`.
         per_tensor: whether each tensor's is asked for.
         header: a whole number below 2**53 that the result begins with, before the statistic: [2] then.
+        write_parts: what writes the statistic of each chunk, in place of the launch that reads all.
     """
     gpu_code = triton_code()
     runs = table.each if per_tensor else table.all
@@ -109,7 +111,9 @@ def statistic(
     out = torch.empty(programs + (header is not None), dtype=torch.float64, device=table.device)
     with on(table.device):
         table.ready()
-        for code, first, rows in table.kinds:
+        if write_parts is not None:
+            write_parts(parts, kernel)
+        for code, first, rows in table.kinds if write_parts is None else ():
             dtype = gpu_code.DTYPES[code]
             gpu_code.partials[(rows,)](table.rows, first, parts, dtype, int(kernel), BLOCK)
         gpu_code.totals[(programs,)](parts, runs, out, header or 0, header is not None, int(kernel), BLOCK)

@@ -31,10 +31,7 @@ def partials(rows, first, out, DTYPE: tl.constexpr, KERNEL: tl.constexpr, BLOCK:
     row = first + tl.program_id(0)
     address = tl.load(rows + row * 2)
     count = tl.load(rows + row * 2 + 1).to(tl.int32)
-    if address % 16 == 0:
-        _measure(_aligned(address, DTYPE), count, out + row, KERNEL, BLOCK)
-    else:
-        _measure(address.to(tl.pointer_type(DTYPE)), count, out + row, KERNEL, BLOCK // 2)
+    measure_chunk(address, count, out + row, DTYPE, KERNEL, BLOCK)
 
 
 @triton.jit(do_not_specialize=["before"])
@@ -101,6 +98,15 @@ def clamp(rows, first, high, low, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
         _clamp(_aligned(address, DTYPE), count, bound, DTYPE, BLOCK)
     else:
         _clamp(address.to(tl.pointer_type(DTYPE)), count, bound, DTYPE, BLOCK // 2)
+
+
+@triton.jit
+def measure_chunk(address, count, out, DTYPE: tl.constexpr, KERNEL: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the statistic of a chunk's elements."""
+    if address % 16 == 0:
+        _measure(_aligned(address, DTYPE), count, out, KERNEL, BLOCK)
+    else:
+        _measure(address.to(tl.pointer_type(DTYPE)), count, out, KERNEL, BLOCK // 2)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from torch import Tensor
 from distnorm.kernels import gpu, native
 from distnorm.kernels.addresses import AddressTable
 from distnorm.kernels.device_table import DeviceTable, is_capturing
+from distnorm.kernels.taken import TakenParts
 
 Located = AddressTable | DeviceTable
 """Where tensors of one device lie, for the compiled code of that device."""
@@ -41,16 +42,25 @@ def located(table: AddressTable, before: Located | None = None) -> Located | Non
     return DeviceTable(table, table.device, is_shared=False)
 
 
-def statistic_at(place: Located, kernel: native.Kernel) -> Tensor:
-    """The statistic of what lies there, by compiled code: [1] fp64 on its device, which is not waited for."""
+def statistic_at(place: Located, kernel: native.Kernel, taken: TakenParts | None = None) -> Tensor:
+    """The statistic of what lies there, by compiled code: [1] fp64 on its device, which is not waited for.
+
+    Args:
+        place: where it is.
+        kernel: which statistic.
+        taken: what was taken of it before.
+    """
     if isinstance(place, DeviceTable):
-        return gpu.statistic(place, kernel)
+        return gpu.statistic(place, kernel, write_parts=None if taken is None else taken.partials)
     return torch.tensor([native.statistic(place, kernel)], dtype=torch.float64, device="cpu")
 
 
-def headed_statistic_at(place: DeviceTable, kernel: native.Kernel, header: int) -> Tensor:
+def headed_statistic_at(
+    place: DeviceTable, kernel: native.Kernel, header: int, taken: TakenParts | None = None
+) -> Tensor:
     """A header below 2**53 and the statistic of what lies on a GPU, [2] fp64 there, not waited for."""
-    return gpu.statistic(place, kernel, header=header)
+    write_parts = None if taken is None else taken.partials
+    return gpu.statistic(place, kernel, header=header, write_parts=write_parts)
 
 
 def scale_at_(place: Located, coef: Tensor, keep: Tensor | None = None) -> bool:

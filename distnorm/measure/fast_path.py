@@ -94,7 +94,7 @@ class FoundGradients(Gradients):
     def statistic(
         self, norm: Norm, shares: Sequence[Share], device: torch.device, *, marks: bool = False
     ) -> Tensor:
-        statistic = norm.statistic_at(self._tables.counted)
+        statistic = norm.statistic_at(self._tables.counted, self.taken)
         if marks and not isinstance(self._tables.counted, kernels.AddressTable):
             self.marks = kernels.FiniteMarks.of_table(self._tables.counted, self._path.each_position)
         return kernels.moved(statistic, device)
@@ -105,7 +105,7 @@ class FoundGradients(Gradients):
         place = self._tables.counted
         if isinstance(place, kernels.AddressTable) or place.device != device or norm.kernel is None:
             return None
-        statistic = kernels.headed_statistic_at(place, norm.kernel, header)
+        statistic = kernels.headed_statistic_at(place, norm.kernel, header, self.taken)
         if marks:
             self.marks = kernels.FiniteMarks.of_table(place, self._path.each_position)
         return statistic
@@ -129,6 +129,10 @@ class FoundGradients(Gradients):
         if isinstance(place, kernels.AddressTable):
             return super().replica_difference(check, device)
         return check.of_table(place, self._path.places(check), device)
+
+    def on_gpu(self) -> tuple[kernels.DeviceTable, Ints] | None:
+        place = self._tables.counted
+        return None if isinstance(place, kernels.AddressTable) else (place, self._path.positions)
 
     def addresses(self) -> tuple[kernels.AddressTable | None, Ints]:
         return self._tables.whole if self._are_on_host else None, self._path.positions

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from operator import is_
 from typing import Literal
 
 import numpy as np
@@ -39,6 +40,7 @@ class Gradients:
 
     Attributes:
         marks: which of them are not finite, where `statistic` was asked for it.
+        taken: what a GPU has measured of them before.
     """
 
     def __init__(self, tensors: Sequence[Tensor | None], problems: Sequence[DistnormError] = ()) -> None:
@@ -46,6 +48,7 @@ class Gradients:
         self._memory: list[Tensor | None] = self._tensors
         self._once: list[Tensor] | None = None
         self.marks: kernels.FiniteMarks | None = None
+        self.taken: kernels.TakenParts | None = None
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -125,6 +128,10 @@ class Gradients:
         fit = not kernels.split(tensors)[1] and all(map(Tensor.is_contiguous, tensors))
         return kernels.AddressTable.of(tensors) if fit else None, np.array(list(there), dtype=np.int64)
 
+    def on_gpu(self) -> tuple[kernels.DeviceTable, Ints] | None:
+        """Where on a GPU that lies which this rank counts, and the position of each row, if it was found."""
+        return None
+
     def lay_out(self, shards: Sequence[GradShard], coefficients: Coefficients) -> None:
         """Find views by which each element in memory is multiplied once, even where gradients share memory.
 
@@ -165,7 +172,7 @@ class Gradients:
     @property
     def is_plain(self) -> bool:
         """Whether each gradient is contiguous memory of its own."""
-        same = all(a is b for a, b in zip(self._memory, self._tensors, strict=True))
+        same = all(map(is_, self._memory, self._tensors))
         there = sum(tensor is not None for tensor in self._tensors)
         return same and (self._once is None or len(self._once) == there)
 
@@ -194,9 +201,7 @@ class Gradients:
         return self._memory
 
     def _parts(self) -> list[Tensor]:
-        if self._once is not None:
-            return self._once
-        return [view for view in self.views() if view is not None]
+        return [v for v in self.views() if v is not None] if self._once is None else self._once
 
 
 def read_with_care(

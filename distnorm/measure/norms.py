@@ -91,10 +91,10 @@ class Norm(ABC):
         assert self.width == 1
         return self.finalise(self.of_block(norms.clone()) if norms.numel() else self.zeros(norms.device))
 
-    def statistic_at(self, place: kernels.Located) -> Tensor:
+    def statistic_at(self, place: kernels.Located, taken: kernels.TakenParts | None = None) -> Tensor:
         """The statistic, [width] fp64, of what lies there; only where there is a `kernel`."""
         assert self.kernel is not None
-        return kernels.statistic_at(place, self.kernel)
+        return kernels.statistic_at(place, self.kernel, taken)
 
     def zeros(self, device: torch.device) -> Tensor:
         """The statistic of nothing."""

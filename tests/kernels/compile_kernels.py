@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from triton.runtime import JITFunction
 
-from distnorm.kernels import Kernel, gpu, gpu_clip_code, gpu_code, sampling
+from distnorm.kernels import Kernel, gpu, gpu_clip_code, gpu_code, gpu_taken_code, sampling
 from distnorm.kernels import gpu_statistics_code as statistics
 
 TARGET = GPUTarget("cuda", int(sys.argv[1]), 32)
@@ -61,6 +61,15 @@ for dtype, widest in WIDEST.items():
         summary(statistics.summary_parts, k, rows=ROWS, first=INT, total=INT, out=FP64, DTYPE=dtype)
         for k in map(int, Kernel)
     ]
+    records = {"parts": FP64, "prints": ROWS}
+    of_dtype(gpu_taken_code.compare, dtype, runs=ROWS, prints=ROWS, changed=ROWS, step=INT, most=INT)
+    for kernel in map(int, Kernel):
+        options = {"DTYPE": dtype, "KERNEL": kernel, "BLOCK": gpu.BLOCK}
+        reading.append(ptx(gpu_taken_code.take, rows=ROWS, first=INT, **records, step=INT, **options))
+        records_of = {"out": FP64, **records, "changed": ROWS, "step": INT}
+        reading.append(
+            ptx(gpu_taken_code.partials_unless_taken, rows=ROWS, first=INT, **records_of, **options)
+        )
     rows = {"table": ROWS, "first": INT}
     reading.append(ptx(statistics.row_squares, **rows, out=FP64, DTYPE=dtype, BLOCK=gpu.BLOCK))
     changing = [
@@ -79,8 +88,8 @@ for dtype, widest in WIDEST.items():
     assert all("ld.global." + widest in text for text in reading + changing), "16 bytes at once"
     assert all("st.global." + widest in text for text in [*changing, zeroing])
 
-for module in (gpu_code, gpu_clip_code, statistics):
+for module in (gpu_code, gpu_clip_code, gpu_taken_code, statistics):
     kernels = [value for name, value in vars(module).items() if isinstance(value, JITFunction)]
-    inner = ("_", "scale_chunk")  # what only other kernels call
+    inner = ("_", "scale_chunk", "measure_chunk")  # what only other kernels call
     left = [k for k in kernels if k not in compiled and not k.__name__.startswith(inner)]
     assert not left, f"not compiled: {left}"

@@ -12,7 +12,6 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="there is no
 
 
 def test_in_the_interpreter():
-    found = run(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/gpu_steps.py", TRITON_INTERPRET="1"
-    )
+    files = ("tests/kernels/gpu_steps.py", "tests/kernels/gpu_overlap_steps.py")
+    found = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, TRITON_INTERPRET="1")
     assert " passed" in found and " skipped" not in found
