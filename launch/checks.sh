@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All checks, in an environment that has the dev extra: lint, format, types, tests. Arguments go to pytest.
+# All checks, in an environment that has what they need: lint, format, types, tests. With --quick only the tests that
+# need neither the frameworks nor a browser. Further arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -10,4 +11,12 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 "$PYTHON" -m ruff format --check
 "$PYTHON" -m mypy
 # Half of the tests wait for processes that they start, so some at a time; -n 0 among the arguments undoes it.
-exec "$PYTHON" -m pytest -n auto --maxprocesses 4 --dist worksteal "$@"
+tests=("$PYTHON" -m pytest -n auto --maxprocesses 4 --dist worksteal)
+if [[ "${1:-}" == --quick ]]; then
+    exec "${tests[@]}" --form quick "${@:2}"
+elif (($#)); then
+    exec "${tests[@]}" "$@"
+fi
+# In two runs: most tests have processes that no framework has been imported into.
+"${tests[@]}" --form quick
+exec "${tests[@]}" --form rest

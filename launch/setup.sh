@@ -2,10 +2,11 @@
 # Sourced by the other scripts. Needs python3 (3.10 or newer) with venv and pip, nothing else.
 #
 #   set_up        leaves a .venv in the repository that has distnorm and what it needs
-#   set_up dev    ... and what the checks need; as root on Debian also chromium, which a test opens a report in
+#   set_up dev    ... and what the quick form of the checks needs
+#   set_up full   ... and what all tests need: the frameworks, gigabytes of them; as root on Debian also chromium
 #
 # A torch (2.6 or newer) that python3 can already import is used as it is. Otherwise the version in constraints.txt is
-# installed. The second call returns at once: a stamp in .venv records what it was made from.
+# installed. A second call for no more returns at once: a stamp in .venv records what it was made from.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 VENV="$ROOT/.venv"
@@ -80,7 +81,13 @@ PY
 }
 
 install() {
-    local extras="$1" torch constraints
+    local extras torch constraints
+    case "$1" in
+    run) extras="" ;;
+    dev) extras="[dev]" ;;
+    full) extras="[dev,frameworks]" ;;
+    *) fail "set_up: expected run, dev or full, found '$1'" ;;
+    esac
     constraints="$(mktemp)"
     torch="$(usable_torch "$VENV_PYTHON")"
     if [[ -n "$torch" ]]; then
@@ -93,7 +100,7 @@ install() {
     fi
     "$VENV_PYTHON" -m pip install --quiet --no-input --disable-pip-version-check \
         --constraint "$constraints" --editable "$ROOT$extras" || fail "pip could not install distnorm$extras"
-    if [[ "$extras" == *dev* ]]; then
+    if [[ "$1" == full ]]; then
         install_deepspeed "$constraints"
         install_browser
     fi
@@ -126,21 +133,19 @@ install_browser() {
 }
 
 set_up() {
-    local kind="${1:-run}" stamp
+    local kind="${1:-run}" stamp had
     if ! is_new_enough "$VENV_PYTHON"; then
         make_venv # none yet, or one that an interruption, or an upgrade of python3, has left broken
     fi
     stamp="$(fingerprint)"
-    if [[ "$(cat "$VENV/.set-up-dev" 2>/dev/null)" == "$stamp" ]]; then
-        return
-    fi
-    if [[ "$kind" == run && "$(cat "$VENV/.set-up-run" 2>/dev/null)" == "$stamp" ]]; then
-        return
-    fi
+    for had in full dev run; do # each has what those after it have
+        if [[ "$(cat "$VENV/.set-up-$had" 2>/dev/null)" == "$stamp" ]]; then return; fi
+        if [[ "$had" == "$kind" ]]; then break; fi
+    done
     if ! "$VENV_PYTHON" -m pip --version >/dev/null 2>&1; then
         "$VENV_PYTHON" -m ensurepip >/dev/null || fail "$VENV has no pip (on Debian: apt install python3-venv)"
     fi
-    if [[ "$kind" == dev ]]; then install "[dev]"; else install ""; fi
+    install "$kind"
     echo "$stamp" >"$VENV/.set-up-$kind"
     say "done"
 }

@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# Set up .venv with the frameworks that distnorm/integrations/ has adapters for, and run their tests: minutes, and
-# gigabytes. Arguments go to pytest.
+# Set up .venv with the frameworks that distnorm/integrations/ has adapters for, and run the tests that need them.
+# Arguments go to pytest.
 set -euo pipefail
 
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-set_up dev
-install "[dev,frameworks]"
+set_up full
 
 cd "$ROOT"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" DISTNORM_FRAMEWORKS=1
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "$VENV_PYTHON" -m pytest -n auto --maxprocesses 4 --dist worksteal tests/integrations "$@"

@@ -1,14 +1,35 @@
-"""Fixtures for all tests."""
+"""The forms of the suite, and fixtures for all tests."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from distnorm.plan import collectives
 from distnorm.testing import RankPool
+
+HERE = Path(__file__).parent
+NOT_QUICK = [HERE / name for name in ("engines", "integrations", "monitor/test_report_page.py")]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--form",
+        choices=("full", "quick", "rest"),
+        default="full",
+        help="quick: the tests that need neither frameworks nor a browser; rest: those that do; full: all",
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """What another form of the suite runs isn't even imported."""
+    form = config.getoption("form")
+    is_quick = not any(path in (collection_path, *collection_path.parents) for path in NOT_QUICK)
+    left_out = not is_quick if form == "quick" else is_quick and collection_path.is_file()
+    return True if form != "full" and left_out else None
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,6 @@ from pathlib import Path
 import distnorm
 
 ROOT = Path(__file__).parent.parent
-OF_ADAPTERS = ("transformers", "accelerate", "lightning", "torchtitan", "peft", "ray[train]", "trl")
-EXTRAS = ("dev", "deepspeed", "report", "tensorboard", "wandb", "prometheus", "rich")
 
 
 def installed(requirement: str) -> bool:
@@ -23,24 +21,25 @@ def installed(requirement: str) -> bool:
         return False
 
 
-def test_everything_that_the_package_and_its_extras_name_is_installed():
-    requirements = importlib.metadata.requires("distnorm") or []
-    needed = [
-        line
-        for line in requirements
-        if "extra ==" not in line or re.search(rf"extra == ['\"]({'|'.join(EXTRAS)})['\"]", line)
-    ]
-    assert len(needed) >= 16, (
-        "torch, pyyaml, pydantic, numpy, six tools, plotly, deepspeed, three sinks and the console"
-    )
-    assert [line for line in needed if not installed(line)] == []
+def missing(*extras: str) -> list[str]:
+    """What the package requires with these extras, and those that they name, and is not installed."""
+    lines = [line.partition(";") for line in importlib.metadata.requires("distnorm") or []]
+    needed, seen, ahead = [], set(), ["", *extras]
+    while ahead:
+        seen.add(extra := ahead.pop())
+        for requirement, _, condition in lines:
+            if re.findall(r"extra == ['\"](.*?)['\"]", condition) == ([extra] if extra else []):
+                needed.append(f"{requirement};{condition}")
+                others = re.findall(r"^distnorm\[(.*)\]", requirement)
+                ahead += [name for each in others for name in each.split(",") if name not in seen]
+    assert len(needed) >= 14, "torch, pyyaml, pydantic, numpy, six tools, plotly, three sinks and the console"
+    return [line for line in needed if not installed(line)]
+
+
+def test_what_the_quick_form_needs_is_installed():
+    assert missing("dev") == []
 
 
 def test_what_is_installed_is_this_tree():
     assert Path(distnorm.__file__).parent == ROOT / "distnorm"
     assert importlib.metadata.version("distnorm") == distnorm.__version__
-    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project]")[2]
-    for line in re.findall(r'[\[ ]"(\w[\w-]+>=[^"]*)"', project):
-        if line.split(">=")[0] in OF_ADAPTERS:  # tests/integrations/test_installed.py asks for these
-            continue
-        assert installed(line), f"{line} is in pyproject.toml; the installed metadata is older than it"

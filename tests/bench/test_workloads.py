@@ -15,8 +15,7 @@ import pytest
 from distnorm import load_config
 from distnorm.bench import WORKLOADS, run, workloads
 from distnorm.bench.contenders import Contender
-from distnorm.bench.peers import DEEPSPEED, Peers
-from tests.engines.conftest import HAS_DEEPSPEED
+from distnorm.bench.peers import Peers
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ROUNDS = 2
@@ -125,18 +124,6 @@ def test_a_wrong_norm_ends_in_1(ranks: Any) -> None:
     assert (code, other_code) == (1, 1)
     (line,) = (line for line in printed.splitlines() if "wrong by design" in line)
     assert line.endswith("DISAGREES: off by 1.0e+00, and 1e-04 is allowed")
-
-
-def deepspeed_too() -> tuple[int, str]:
-    return bench("ddp", "many", peers=None)
-
-
-@pytest.mark.engines
-@pytest.mark.skipif(not HAS_DEEPSPEED, reason=f"needs {DEEPSPEED}")
-def test_deepspeeds_functions_agree(ranks: Any) -> None:
-    (code, printed), _ = ranks(2, deepspeed_too, timeout=120.0)
-    assert code == 0
-    assert sum(line.strip().startswith("DeepSpeed ") for line in printed.splitlines()) == 3
 
 
 def test_large_is_refused_on_several_ranks(ranks: Any) -> None:

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 import subprocess
 import sys
 
-import pytest
+from tests.integrations.conftest import FRAMEWORKS, MISSING
+from tests.test_environment import ROOT, installed, missing
 
-from tests.integrations.conftest import ARE_ASKED_FOR, FRAMEWORKS, MISSING
+CURE = "./launch/test.sh installs it; ./launch/test.sh --quick runs the tests that do without"
 
 
 def test_all_frameworks_are_installed() -> None:
-    if not ARE_ASKED_FOR:
-        pytest.skip(
-            "tests of adapters need large frameworks: ./launch/test_frameworks.sh installs and runs them"
-        )
-    assert not MISSING
+    assert MISSING == [], CURE
+
+
+def test_what_the_full_form_needs_is_installed() -> None:
+    assert missing("dev", "deepspeed", "report", "frameworks") == [], CURE
+
+
+def test_what_is_installed_is_of_this_pyproject() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project]")[2]
+    named = re.findall(r'[\[ ]"(\w[\w-]+(?:\[\w+\])?>=[^"]*)"', project)
+    assert len(named) >= 24
+    for line in named:
+        assert installed(line), f"{line} is in pyproject.toml; the installed metadata is older than it"
+
+
+def test_each_framework_has_the_version_that_the_constraints_name() -> None:
+    lines = (ROOT / "launch" / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line)
+    assert set(FRAMEWORKS) <= pinned.keys()
+    assert {name: importlib.metadata.version(name) for name in FRAMEWORKS} == {
+        n: pinned[n] for n in FRAMEWORKS
+    }
 
 
 def test_distnorm_imports_none_of_them() -> None:
