@@ -146,21 +146,21 @@ class GradClipper(Joinable):
         return self._step.measure(self._inventory.holders)
 
     @outside_graphs
-    def note(self, *, loss: Tensor | float | None = None, tokens: int | None = None) -> None:
+    def note(self, *, loss: Tensor | float | None = None, tokens: int | None = None, **facts: float) -> None:
         """Give the loss and the tokens of the step that is clipped next. Not collective.
 
-        Policies that use the loss take its mean over the ranks that give one, reduced together with the
-        norm. The monitor's row has rank 0's.
+        Policies take its mean over the ranks that give one; the monitor's row has rank 0's.
 
         Args:
             loss: this rank's own, 0-d, or a number; `None` where it has none. The value is kept as it is now;
                 of a step in a CUDA graph it is noted there, as a tensor.
             tokens: number of tokens in the whole batch, for the row's tokens a second.
+            facts: further numbers for the row, such as ``learning_rate``, which `attach` notes by itself.
 
         Raises:
             DistnormError: the loss is no single number.
         """
-        self._step.note(loss, tokens)
+        self._step.note(loss, tokens, facts)
 
     @property
     def config(self) -> Config:

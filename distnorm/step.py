@@ -258,11 +258,11 @@ class Step:
         if self._meter.overlap is not None:
             self._meter.overlap.reads_before = self._snapshot(self.count + 1) is not None
 
-    def note(self, loss: Tensor | float | None, tokens: int | None) -> None:
-        """Keep the next step's loss and tokens."""
-        self.groups.loss.note(loss)
+    def note(self, loss: Tensor | float | None, tokens: int | None, facts: Mapping[str, float]) -> None:
+        """Keep the next step's loss, tokens and facts; facts alone leave a loss that was given."""
+        self.groups.loss.note(loss, keep=bool(facts))
         if self.monitor is not None:
-            self.monitor.note(loss, tokens)
+            self.monitor.note(loss, tokens, facts)
 
     def close(self) -> None:
         """See `GradClipper.close`."""

@@ -56,9 +56,9 @@ class Handle:
         """The newest result, or `None` before the first step."""
         return self.clipper.last
 
-    def note(self, *, loss: Tensor | float | None = None, tokens: int | None = None) -> None:
+    def note(self, *, loss: Tensor | float | None = None, tokens: int | None = None, **facts: float) -> None:
         """Hand in this step's loss and tokens, as `GradClipper.note` does, before the optimizer's step."""
-        self.clipper.note(loss=loss, tokens=tokens)
+        self.clipper.note(loss=loss, tokens=tokens, **facts)
 
     def paused(self) -> AbstractContextManager[None]:
         """A context in which the optimizer's steps are neither measured, nor clipped, nor counted.

@@ -151,6 +151,8 @@ class OptimizerHook:
     def _clip(self, steppers: Sequence[Optimizer], *, may_hand_over: bool = True) -> None:
         """Measure and decide; and multiply, unless the optimizers can do so in their own steps."""
         self._round.clear()
+        if self._clipper.monitor is not None and (rate := _learning_rate(steppers[0])) is not None:
+            self._clipper.note(learning_rate=rate)
         self._optimizers_multiply = may_hand_over and self._hand_over.obstacle() is None
         try:
             if self._optimizers_multiply:
@@ -199,6 +201,14 @@ class OptimizerHook:
         self._outermost = None
         self._hidden.show()
         self._hand_over.take_back()
+
+
+def _learning_rate(optimizer: Optimizer) -> float | None:
+    """The rate of the first parameter group, where that is known without a wait for a device."""
+    rate = optimizer.param_groups[0].get("lr")
+    if isinstance(rate, Tensor):
+        rate = float(rate) if rate.is_cpu and rate.numel() == 1 else None
+    return None if rate is None else float(rate)
 
 
 class _Round:

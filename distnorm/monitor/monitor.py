@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -73,8 +74,9 @@ class Monitor:
             ranks: those on which it isn't.
 
         Returns:
-            The row with `clip_rate`, the share of clipped steps among the last `clip_rate_window`, and with
-            `skipped`, False, and `noise_scale`, None, where it has none.
+            The row with `clip_rate`, the share of clipped steps among the last `clip_rate_window`; with
+            `skipped`, False, and `noise_scale`, None, where it has none; and with `time`, when it was
+            written, in seconds since 1970.
         """
         # Before this step counts as done: rows of it that are in a file are of an earlier try.
         sinks = self._open()
@@ -86,6 +88,7 @@ class Monitor:
         full = {**{key: as_python(value) for key, value in row.items()}, "clip_rate": rate}
         full.setdefault("skipped", False)
         full.setdefault("noise_scale", None)
+        full.setdefault("time", round(time.time(), 3))
         if sinks is not None:
             sinks.step(full)
         if len(self._clipped) == self._clipped.maxlen:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 METRICS_FILE, LAYERS_FILE, ALERTS_FILE = "metrics.jsonl", "layers.jsonl", "alerts.jsonl"
+STARTS_FILE, NOTES_FILE = "starts.jsonl", "notes.md"
 
 Kind = Literal["vanishing", "exploding", "clip_rate", "non_finite", "divergence"]
 
@@ -72,13 +73,14 @@ class Alert:
 def scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, str | None, float]]:
     """The numbers of a step's row: each one's key, its clipping group if it is of one, and its value.
 
-    Truth values are 0 and 1. What isn't there, such as an unavailable noise scale, is left out.
+    Truth values are 0 and 1; when the row was written is no number of the step's. What isn't there, such as
+    an unavailable noise scale, is left out.
     """
     for key, value in row.items():
         if key == "groups":
             for group, numbers in (value or {}).items():
                 yield from ((name, group, number) for name, _, number in scalars(numbers))
-        elif key != "step" and isinstance(value, (bool, int, float)):
+        elif key not in ("step", "time") and isinstance(value, (bool, int, float)):
             yield key, None, float(value)
 
 

@@ -99,7 +99,9 @@ class StepMonitor:
         every = self._config.every
         return None if every is None or step % every else self._snapshot
 
-    def note(self, loss: float | Tensor | None, tokens: int | Tensor | None) -> None:
+    def note(
+        self, loss: float | Tensor | None, tokens: int | Tensor | None, facts: Mapping[str, Any] | None = None
+    ) -> None:
         """Keep what belongs to the step that is recorded next; a tensor may be changed afterwards."""
         if isinstance(loss, Tensor):
             self._loss = loss.detach().clone()
@@ -107,6 +109,7 @@ class StepMonitor:
             self._facts["loss"] = float(loss)
         if tokens is not None:
             self._facts["tokens"] = tokens.clone() if isinstance(tokens, Tensor) else tokens
+        self._facts.update(facts or {})
 
     def record(
         self, step: int, result: object, payload: Tensor | None, where: Where = (), loss_scale: float = 1.0

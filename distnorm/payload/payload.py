@@ -47,8 +47,12 @@ class LossPayload:
         self._gave = False  # this rank, in the newest step that was not captured
         self._is_captured = False  # the newest loss was noted within a graph
 
-    def note(self, loss: Tensor | float | None) -> None:
+    def note(self, loss: Tensor | float | None, *, keep: bool = False) -> None:
         """Keep its value for the next measurement; the tensor may be overwritten afterwards.
+
+        Args:
+            loss: `None` of a rank that has none.
+            keep: `None` leaves a loss that was noted before.
 
         Raises:
             DistnormError: it is no single number.
@@ -56,6 +60,8 @@ class LossPayload:
         is_one = loss.numel() == 1 if isinstance(loss, Tensor) else isinstance(loss, float | int | None)
         if not is_one:
             raise DistnormError(f"loss: expected a 0-d tensor, a number or None, found {loss!r}")
+        if loss is None and keep:
+            return
         self._newest = loss.detach().clone() if isinstance(loss, Tensor) else loss
         self._is_captured = kernels.is_captured()
 

@@ -94,7 +94,7 @@ def _one_step(trainer: Trainer, step: int, interrupt: Interrupt) -> tuple[dict[s
     job.world.synchronize()
     train = job.config.train
     rate = train.data.batch_size * train.model.context / (time.perf_counter() - began)
-    row = trainer.clipper.flush(loss=loss, tokens_per_second=rate)
+    row = trainer.clipper.flush(loss=loss, tokens_per_second=rate, learning_rate=train.optimizer.lr)
     assert row is not None
     return row, stops > 0
 

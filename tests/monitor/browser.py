@@ -70,10 +70,14 @@ class Browser:
         self.scheme(scheme)
         self.width(width)
         self.call("Page.navigate", url=file.resolve().as_uri())
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until every figure that has to be drawn, or drawn again, is."""
         deadline = time.monotonic() + 40
-        while not self.run("document.documentElement?.dataset.drawn !== undefined"):
-            assert time.monotonic() < deadline, f"{file} has drawn nothing: {self.complaints}"
-            time.sleep(0.05)
+        while not self.run("document.documentElement?.dataset.waiting === '0'"):
+            assert time.monotonic() < deadline, f"nothing is drawn: {self.complaints}"
+            time.sleep(0.02)
 
     def scheme(self, name: str) -> None:
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": name}])

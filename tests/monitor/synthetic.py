@@ -111,6 +111,8 @@ def metric_rows(steps: int, chance: random.Random, lr: float) -> Iterator[dict[s
             "clipped": clipped,
             "finite": finite,
             "tokens_per_second": chance.gauss(181_000, 2500),
+            "learning_rate": lr * min(1.0, 20 * done, 1.1 - done),
+            "time": 1.75e9 + 0.75 * step,
             "skipped": skipped,
             "clip_rate": sum(window) / len(window),
             "noise_scale": None,

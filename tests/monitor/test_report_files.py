@@ -25,14 +25,22 @@ from distnorm.monitor.report.steps import read_steps
 from tests.monitor.synthetic import metric_row, write_lines, write_run
 
 
-def figures(page: Path) -> list[dict[str, Any]]:
+def data(page: Path) -> dict[str, Any]:
     found = re.search(
-        r'<script type="application/json" id="figures">(.*?)</script>', page.read_text(), re.DOTALL
+        r'<script type="application/json" id="page">(.*?)</script>', page.read_text(), re.DOTALL
     )
     assert found is not None
-    data = json.loads(found[1])
-    assert isinstance(data, list)
-    return data
+    read = json.loads(found[1])
+    assert isinstance(read, dict)
+    return read
+
+
+def figures(page: Path) -> list[dict[str, Any]]:
+    return list(data(page)["figures"])
+
+
+def columns(page: Path, run: int = 0) -> dict[str, list[float]]:
+    return {name: unpacked(column) for name, column in data(page)["runs"][run]["columns"].items()}
 
 
 def unpacked(value: dict[str, str]) -> list[float]:
@@ -46,14 +54,16 @@ def test_the_norm_chart_holds_the_file_bit_for_bit(folder: Path) -> None:
     write_lines(folder / "metrics.jsonl", (metric_row(step, norm) for step, norm in enumerate(norms, 1)))
     page = folder / "page.html"
     assert command.main([folder], page) == 0
-    line, threshold, clipped, broken = figures(page)[0]["traces"]
-    assert unpacked(line["x"]) == list(range(1, 8))
-    drawn = unpacked(line["y"])
+    found = columns(page)
+    lines = [(line["column"], line["marks"]) for line in figures(page)[0]["lines"]]
+    assert lines == [("norm", 0), ("threshold", 0), ("norm", 1), ("", 4)]
+    assert found["step"] == list(range(1, 8))
+    drawn = found["norm"]
     assert [value for value in drawn if not math.isnan(value)] == [3.0, 0.1, 1e-300, 1e300, 2.0]
     assert [place for place, value in enumerate(drawn) if math.isnan(value)] == [2, 5]
-    assert unpacked(threshold["y"]) == [1.0] * 7
-    assert (unpacked(clipped["x"]), unpacked(clipped["y"])) == ([1, 5, 7], [3.0, 1e300, 2.0])
-    assert unpacked(broken["x"]) == [3, 6]
+    assert found["threshold"] == [1.0] * 7
+    assert [step for step, flags in zip(found["step"], found["flags"], strict=True) if flags & 1] == [1, 5, 7]
+    assert [step for step, flags in zip(found["step"], found["flags"], strict=True) if flags & 4] == [3, 6]
 
 
 def test_long_runs_keep_their_extremes(folder: Path) -> None:
@@ -62,12 +72,12 @@ def test_long_runs_keep_their_extremes(folder: Path) -> None:
     write_lines(folder / "metrics.jsonl", (metric_row(step, norm) for step, norm in enumerate(norms, 1)))
     page = folder / "page.html"
     assert command.main([folder], page) == 0
-    line = figures(page)[0]["traces"][0]
-    steps, drawn = unpacked(line["x"]), unpacked(line["y"])
-    assert 2000 <= len(drawn) <= 4000
+    found = columns(page)
+    steps, drawn = found["step"], found["norm"]
+    assert 2000 <= len(drawn) <= 8000
     assert (drawn[steps.index(12_346)], drawn[steps.index(23_457)]) == (50.0, 0.001)
     assert steps == sorted(set(steps))
-    assert "lowest and the highest of each of 2,000 bins" in page.read_text()
+    assert "lowest and the highest of each of 1,000 bins" in page.read_text()
 
 
 def test_cells_are_geometric_means_of_the_bins_that_they_say(folder: Path) -> None:
@@ -205,7 +215,7 @@ def test_a_large_run_is_a_page_under_8_mb(folder: Path) -> None:
     page = folder / "page.html"
     command.main([folder], page)
     heat = next(figure for figure in figures(page) if figure["kind"] == "heat")
-    assert (len(heat["traces"][0]["z"]), len(unpacked(heat["traces"][0]["z"][0]))) == (300, 400)
+    assert (len(heat["layers"]["z"]), len(unpacked(heat["layers"]["z"][0]))) == (300, 400)
     assert page.stat().st_size < 8e6
     assert not re.search(r'(src|href)="(?!#)', page.read_text().split('<script type="application/json"')[0])
 
@@ -281,10 +291,10 @@ def test_layers_are_shown_in_the_order_of_the_model(folder: Path) -> None:
     assert [layer.name for layer in read_layers(folder / "layers.jsonl", 1000).layers] == expected
     page = folder / "page.html"
     assert command.main([folder], page) == 0
-    named = [trace["names"] for figure in figures(page) for trace in figure["traces"] if "names" in trace]
+    named = [figure["layers"]["names"] for figure in figures(page) if figure["layers"]]
     assert named == [expected, expected]  # over steps, and spread
     text = page.read_text()
-    picker = re.search(r"<select.*?</select>", text, re.DOTALL)
+    picker = re.search(r"<select data-run.*?</select>", text, re.DOTALL)
     assert picker is not None and re.findall(r">([\w.]+)</option>", picker[0]) == expected
     for title in ("Layers over steps", "Spread of each layer"):
         table = text.split(f"{title} as a table", 1)[1].split("</table>", 1)[0]

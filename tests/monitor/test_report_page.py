@@ -44,7 +44,9 @@ def test_everything_is_drawn_without_a_network_in_either_scheme(
     }
     assert browser.run("document.querySelectorAll('.plot .main-svg').length") >= 7
     lines = "[...document.querySelectorAll('.plot.steps .trace')].filter((e) => e.querySelector('.js-line'))"
-    assert browser.run(f"{lines}.length") == 5, "norm, threshold, loss, clip rate, coefficient"
+    assert browser.run(f"{lines}.length") == 7, (
+        "norm, threshold, loss, rate, throughput, clip rate, coefficient"
+    )
     assert browser.run("document.querySelectorAll('.boxlayer path.box').length") == LAYERS
     picture = cells(browser, 0)
     assert (len(picture), len(picture[0])) == (LAYERS, len({row["step"] for row in layers}))
@@ -115,23 +117,25 @@ def test_the_keyboard_is_enough(browser: Browser, page: Path) -> None:
     browser.run("document.getElementById('theme').focus()")
     browser.press("Enter", 13, "\r")
     assert browser.run("document.documentElement.dataset.theme") == "dark"
+    browser.settle()
     assert browser.run("document.getElementById('theme').getAttribute('aria-pressed')") == "true"
     assert sum(colour(browser, "body", "background-color")) < 200 < sum(colour(browser, ".plot text", "fill"))
-    browser.run("document.querySelector('select').focus()")
-    before = browser.run("document.querySelector('select').selectedIndex")
+    browser.run("document.querySelector('select[data-run]').focus()")
+    before = browser.run("document.querySelector('select[data-run]').selectedIndex")
     browser.press("ArrowDown", 40)
-    chosen = browser.run("document.querySelector('select').selectedOptions[0].textContent")
-    assert browser.run("document.querySelector('select').selectedIndex") == before + 1
+    chosen = browser.run("document.querySelector('select[data-run]').selectedOptions[0].textContent")
+    assert browser.run("document.querySelector('select[data-run]').selectedIndex") == before + 1
     assert [each["textContent"] for each in texts(browser, ".picked .legendtext")] == [
         chosen,
         "90% of layers",
     ]
     for field, value in (("first", 100), ("last", 200)):
-        browser.run(f"document.forms[0].elements.{field}.focus()")
-        browser.run(f"document.forms[0].elements.{field}.value = {value}")
+        browser.run(f"document.querySelector('form[data-run]').elements.{field}.focus()")
+        browser.run(f"document.querySelector('form[data-run]').elements.{field}.value = {value}")
     browser.press("Enter", 13, "\r")
     shown = "[...document.querySelectorAll('.plot')].map((each) => each.layout.xaxis.range)"
-    assert browser.run(shown)[:6] == [[99.5, 200.5]] * 6
+    browser.settle()
+    assert browser.run(shown)[:8] == [[99.5, 200.5]] * 8
     assert browser.complaints == []
 
 
@@ -146,6 +150,8 @@ def test_every_chart_has_a_name_words_and_a_table(browser: Browser, page: Path) 
     assert [chart["name"] for chart in charts] == [
         "Gradient norm",
         "Loss",
+        "Learning rate",
+        "Throughput",
         "Clip rate",
         "Clip coefficient",
         "Layers over steps",
@@ -201,7 +207,7 @@ def test_nothing_in_a_run_becomes_markup_or_script(browser: Browser, tmp_path: P
     assert browser.complaints == []
     assert browser.run("document.querySelectorAll('main script, main img, .plot a, main b').length") == 0
     assert texts(browser, "h2")[0]["textContent"] == "<b>run<script>"
-    assert texts(browser, "select option") == [{"textContent": EVIL}, {"textContent": "@blue"}]
+    assert texts(browser, "select[data-run] option") == [{"textContent": EVIL}, {"textContent": "@blue"}]
     assert texts(browser, ".alerts td:last-child") == [{"textContent": EVIL}]
     assert texts(browser, "pre") == [{"textContent": f'a: "{EVIL}"\n'}]
     assert texts(browser, ".picked .legendtext")[0]["textContent"].startswith("</script><script>")
@@ -231,7 +237,8 @@ def test_odd_runs_are_said_to_be_so(browser: Browser, tmp_path: Path) -> None:
     for (says, drawn), (norms, said) in zip(found, odd.values(), strict=True):
         assert says.startswith(said)
         assert drawn or not norms
-    firsts = "[...document.querySelectorAll('section .charts:first-of-type .chart:first-child')].slice(1)"
+    sections = "[...document.querySelectorAll('section')].slice(1)"
+    firsts = f"{sections}.map((each) => each.querySelector('.charts .chart'))"
     drawn = browser.run(f"{firsts}.map((each) => each.querySelector('.main-svg') !== null)")
     assert drawn == ["nothing to draw" not in said for _, said in odd.values()]
 
@@ -254,7 +261,8 @@ def test_several_runs_are_compared(browser: Browser, run: Path) -> None:
     assert points(browser, "Losses") == {"base": -1, "other": -1}
     differences = browser.run(
         """[...document.querySelectorAll("article")]
-           .find((each) => each.textContent.startsWith("Differences")).querySelectorAll("tbody tr").length"""
+           .find((each) => each.textContent.startsWith("Differences in"))
+           .querySelectorAll("tbody tr").length"""
     )
     assert differences == 3, "seed, learning rate, monitor.every"
     strokes = browser.run(

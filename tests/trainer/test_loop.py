@@ -81,7 +81,7 @@ def test_a_run_goes_on_though_it_is_watched_otherwise(
     keys = "step loss grad_norm clip_coef clipped_norm threshold clipped finite skipped"
     written = rows(tmp_path)
     assert [list(row) for row in written] == [
-        [*keys.split(), "tokens_per_second", "clip_rate", "noise_scale"]
+        [*keys.split(), "tokens_per_second", "learning_rate", "clip_rate", "noise_scale", "time"]
     ] * 4
     assert [row["step"] for row in written] == [1, 2, 3, 4]
     assert [row["clip_rate"] for row in written] == [1.0, 1.0, 1.0, 1.0]

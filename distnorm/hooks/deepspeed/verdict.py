@@ -100,9 +100,9 @@ class EngineClipper:
         """The module's parameters that this rank holds pieces of."""
         return [shard.holder for shard in self._shards]
 
-    def note(self, *, loss: Tensor | float | None = None, tokens: int | None = None) -> None:
+    def note(self, *, loss: Tensor | float | None = None, tokens: int | None = None, **facts: float) -> None:
         """As `GradClipper.note`."""
-        self._step.note(loss, tokens)
+        self._step.note(loss, tokens, facts)
 
     def flush(self, **facts: Any) -> dict[str, Any] | None:
         """As `GradClipper.flush`."""

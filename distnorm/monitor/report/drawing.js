@@ -1,36 +1,13 @@
-"use strict";
-// The figures that the page holds as JSON, as plotly takes them. Colours are the page's own custom properties, "@name" in
-// a figure, so that light, dark and print need no second set.
-const figures = JSON.parse(document.getElementById("figures").textContent);
+// Figures as plotly takes them. Colours are the page's own custom properties, "@name" in a figure, so that light, dark
+// and print need no second set.
 const root = document.documentElement;
 let printing = false;
 
 const probe = document.body.appendChild(document.createElement("span"));
 probe.hidden = true;
 function colour(name) {
-  probe.style.color = `var(--${name})`;
+  probe.style.color = `var(--${name.replace("@", "")})`;
   return getComputedStyle(probe).color;
-}
-
-function unpack(value) {
-  const bytes = Uint8Array.from(atob(value.bdata), (char) => char.charCodeAt(0));
-  const kind = { f8: Float64Array, f4: Float32Array, i4: Int32Array }[value.dtype];
-  return new kind(bytes.buffer);
-}
-
-// A copy of a figure's part with typed arrays unpacked (once, and kept) and colours of this theme.
-const unpacked = new WeakMap();
-function resolve(value) {
-  if (typeof value === "string") return /^@\w+$/.test(value) ? colour(value.slice(1)) : value;
-  if (value === null || typeof value !== "object" || ArrayBuffer.isView(value)) return value;
-  if (value.bdata !== undefined) {
-    if (!unpacked.has(value)) unpacked.set(value, unpack(value));
-    return unpacked.get(value);
-  }
-  if (Array.isArray(value)) return value.map(resolve);
-  return Object.fromEntries(
-    Object.entries(value).map(([key, inner]) => [key, key === "name" || key === "names" ? inner : resolve(inner)])
-  );
 }
 
 const place = (figure) => document.getElementById(figure.id);
@@ -43,7 +20,7 @@ function screenHeight(figure, div) {
 
 function baseLayout(div, figure) {
   const axis = { gridcolor: colour("rule"), zeroline: false, linecolor: colour("rule"), automargin: true,
-    tickfont: { size: 11 }, title: { font: { size: 12 }, standoff: 8 } };
+    tickfont: { size: 11 }, title: { font: { size: 12 }, standoff: 8 }, separatethousands: true, exponentformat: "power", minexponent: 5 };
   return {
     axis,
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
@@ -68,10 +45,12 @@ function merged(base, own) {
 
 // Ticks at 1, 2 and 5 within a few decades, at powers of ten beyond; plotly's own where even those are too far apart.
 function logTicks(axis, values) {
-  const sound = values.filter((value) => value > 0);
-  if (axis.type !== "log" || !sound.length) return;
-  const decades = sound.reduce((most, value) => Math.max(most, Math.log10(value)), -Infinity) -
-    sound.reduce((least, value) => Math.min(least, Math.log10(value)), Infinity);
+  let low = Infinity, high = 0;
+  for (const each of values)
+    for (const value of each)
+      if (value > 0 && value < Infinity) { low = Math.min(low, value); high = Math.max(high, value); }
+  if (axis.type !== "log" || !high) return;
+  const decades = Math.log10(high) - Math.log10(low);
   if (decades > 3) Object.assign(axis, { dtick: Math.ceil(decades / 6), exponentformat: "power", minexponent: 3 });
   else if (decades > 0.7) Object.assign(axis, { dtick: "D2", tickformat: "~g" });
   else Object.assign(axis, { tickformat: ".3~g", nticks: 5 });
@@ -85,162 +64,68 @@ const shorten = (text, most) => {
     : chars.slice(0, Math.ceil(half)).join("") + "…" + chars.slice(-Math.floor(half)).join("");
 };
 
-// Names beside the rows that have room for one, among the rows in sight.
-function rowTicks(div, names, height, range) {
-  const [low, high] = range ? [Math.min(...range), Math.max(...range)] : [-0.5, names.length - 0.5];
-  const from = Math.max(0, Math.ceil(low)), to = Math.min(names.length - 1, Math.floor(high));
-  const every = Math.max(1, Math.ceil(((to - from + 1) * 14) / Math.max(60, height - 90)));
-  const tickvals = [];
-  for (let row = from; row <= to; row += every) tickvals.push(row);
-  return { tickvals, ticktext: tickvals.map((row) => shorten(names[row].replace(/\.weight$/, ""), isNarrow(div) && !printing ? 18 : 30)) };
-}
-
 const power = (exponent) => `10<sup>${exponent < 0 ? "−" + -exponent : exponent}</sup>`;
 function readable(value) {
+  if (!Number.isFinite(value)) return "";
   if (value === 0) return "0";
   const size = Math.abs(value);
-  return size >= 1e-3 && size < 1e6 ? String(Number(value.toPrecision(4))) : value.toExponential(2).replace("+", "");
+  if (size >= 1e-3 && size < 1e6) return Number(value.toPrecision(size >= 1000 ? Math.ceil(Math.log10(size)) : 4)).toLocaleString("en", { maximumSignificantDigits: 7 });
+  return value.toExponential(2).replace(/\.?0*e\+?/, "e");
 }
+const percent = (value) => `${readable(Number((100 * value).toPrecision(3)))}%`;
 
-// Where a few extreme cells would take most of the colours, the scale ends at the 0.5th and 99.5th percentile.
-function colourRange(z) {
-  const all = Float64Array.from(z.flatMap((row) => Array.from(row).filter((value) => !Number.isNaN(value)))).sort();
-  const at = (share) => all[Math.round(share * (all.length - 1))];
-  let [low, high] = [all[0], all[all.length - 1]];
-  const cut = { low: at(0.005) - low > 1, high: high - at(0.995) > 1 };
-  if (cut.low) low = at(0.005);
-  if (cut.high) high = at(0.995);
-  if (high - low < 0.5) [low, high] = [low - 0.25, high + 0.25];
-  const every = Math.max(1, Math.ceil((high - low) / 6));
-  let tickvals = [];
-  for (let tick = Math.ceil(low); tick <= high; tick += every) tickvals.push(tick);
-  let ticktext = tickvals.map(power);
-  if (tickvals.length < 2) {
-    tickvals = [low, (low + high) / 2, high];
-    ticktext = tickvals.map((value) => readable(Number((10 ** value).toPrecision(2))));
+const UNSMOOTHED = ["threshold", "learning_rate"];
+// The traces of one line of a chart: a smoothed one lies over what it smooths; or marks where rows have a flag.
+function traced(line, figure, from, to, log) {
+  const run = runs[line.run], x = places(run), ink = colour(line.colour);
+  if (!x) return [];
+  if (line.marks) {
+    const kept = [];
+    for (let at = from; at < to; at++) if (run.columns.flags[at] & line.marks) kept.push(at);
+    const every = Math.ceil(kept.length / (2 * MOST)) || 1, some = kept.filter((_, place) => place % every === 0);
+    const y = some.map((at) => line.edge || run.columns[line.column][at]);
+    return some.length ? [{ type: "scatter", mode: "markers", name: line.name, x: some.map((at) => x[at]), y,
+      marker: { color: ink, symbol: line.symbol, size: 7, line: { width: 1, color: colour("paper") } },
+      text: line.edge ? some.map((at) => `step ${run.columns.step[at]}`) : y.map(readable), hovertemplate: "%{text}",
+      ...(line.edge ? { yaxis: "y2" } : {}) }] : [];
   }
-  if (cut.low) { tickvals.unshift(low); ticktext.unshift("less"); }
-  if (cut.high) { tickvals.push(high); ticktext.push("more"); }
-  return { zmin: low, zmax: high, tickvals, ticktext };
+  const values = column(run, line.column);
+  if (!values) return [];
+  const made = (source, more) => {
+    const [xs, ys] = thin(x, source, from, to);
+    const y = log ? ys.map((value) => (value > 0 ? value : NaN)) : ys;
+    const few = y.reduce((count, value) => count + !Number.isNaN(value), 0) < 3;
+    return { type: "scatter", mode: few ? "lines+markers" : "lines", name: line.name, x: xs, y,
+      line: { color: ink, dash: line.dash, width: line.width }, marker: { size: 7, color: ink },
+      text: Array.from(y, figure.axis === "rate" ? percent : readable), hovertemplate: "%{text}", ...more };
+  };
+  if (!view.smoothing || UNSMOOTHED.includes(line.column)) return [made(values, {})];
+  const pale = { opacity: 0.3, showlegend: false, hoverinfo: "skip", hovertemplate: undefined };
+  return [made(values, pale), made(smoothed(run, line.column, log), {})];
 }
 
-const heights = (rows) => Math.min(820, Math.max(240, rows * 16 + 100));
-
-function heat(figure, div) {
-  const trace = resolve(figure.traces[0]);
-  const rows = trace.z.length, columns = trace.bins.length;
-  figure.height = heights(rows);
-  const starts = Array.from(trace.starts);
-  const width = columns > 1 ? Math.max(1, starts[columns - 1] - starts[columns - 2]) : 1;
-  const x = [...starts.map((start) => start - 0.5), Math.max(trace.end + 0.5, starts[columns - 1] - 0.5 + width)];
-  const y = trace.z.map((_, row) => row);
-  const range = colourRange(trace.z);
-  const label = (row, column, says) => `${trace.names[row]}<br>steps ${trace.bins[column]}<br>${says}`;
-  const text = trace.z.map((cells, row) =>
-    Array.from(cells, (value, column) => label(row, column, `norm ${readable(10 ** value)}`)));
-  const hover = { hovertemplate: "%{text}<extra></extra>", hoverongaps: false };
-  const traces = [{
-    type: "heatmap", x, y, z: trace.z, text, ...hover, colorscale: "Viridis", zmin: range.zmin, zmax: range.zmax,
-    colorbar: { title: { text: "norm", side: "top" }, thickness: 12, outlinewidth: 0, tickvals: range.tickvals,
-      ticktext: range.ticktext, len: 1, tickfont: { size: 11 }, x: 1.02 },
-  }];
-  if (trace.zeros.length + trace.broken.length) {
-    const marks = y.map(() => new Array(columns).fill(null)), says = y.map(() => new Array(columns).fill(""));
-    for (const [row, column] of trace.zeros) { marks[row][column] = 0; says[row][column] = label(row, column, "all zero"); }
-    for (const [row, column] of trace.broken) { marks[row][column] = 1; says[row][column] = label(row, column, "not finite"); }
-    traces.push({ type: "heatmap", x, y, z: marks, text: says, ...hover, showscale: false, zmin: 0, zmax: 1,
-      colorscale: [[0, colour("zero")], [0.5, colour("zero")], [0.5, colour("broken")], [1, colour("broken")]] });
-  }
-  const layout = merged(baseLayout(div, figure), {
-    hovermode: "closest",
-    plot_bgcolor: colour("band"),
-    margin: { l: 20, r: 10, t: 16, b: 40 },
-    xaxis: { title: { text: "step" }, showgrid: false },
-    yaxis: { range: [rows - 0.5, -0.5], showgrid: false, ...rowTicks(div, trace.names, figure.height) },
-    ...marked(figure),
-  });
-  return [traces, layout];
-}
-
-const picker = (run) => document.querySelector(`select[data-run="${run}"]`);
-// Where the picked layer is: an arrow at its row, and a frame where rows are high enough to keep their colours in it.
-function marked(figure) {
-  const row = Number((picker(figure.run) || { value: -9 }).value);
-  const frame = { type: "rect", xref: "paper", x0: 0, x1: 1, y0: row - 0.5, y1: row + 0.5,
-    line: { color: colour("orange"), width: 1.5 }, fillcolor: "rgba(0,0,0,0)" };
-  const arrow = { xref: "paper", x: 1, y: row, xanchor: "left", showarrow: false, text: "◀",
-    font: { color: colour("orange"), size: 13 } };
-  return { shapes: figure.traces[0].z.length <= 60 ? [frame] : [], annotations: [arrow] };
-}
-
-function picked(figure, div) {
-  const source = figures.find((other) => other.run === figure.run && other.kind === "heat");
-  const { z, starts, names } = resolve(source.traces[0]);
-  if (!figure.band) {
-    const sorted = Array.from(starts, (_, column) =>
-      z.map((row) => row[column]).filter((value) => !Number.isNaN(value)).sort((a, b) => a - b));
-    const some = sorted.map((_, column) => column).filter((column) => sorted[column].length); // a gap breaks a band
-    const at = (share) => some.map((column) => 10 ** sorted[column][Math.round(share * (sorted[column].length - 1))]);
-    figure.band = [at(0.05), at(0.95)];
-    figure.bandX = some.map((column) => starts[column]);
-  }
-  const row = Number(picker(figure.run).value);
-  const x = Array.from(starts);
-  const y = Array.from(z[row], (value) => (Number.isNaN(value) ? null : 10 ** value));
-  const flat = { type: "scatter", mode: "lines", x: figure.bandX, line: { width: 0 }, hoverinfo: "skip", showlegend: false };
-  const traces = [
-    { ...flat, y: figure.band[0] },
-    { ...flat, y: figure.band[1], fill: "tonexty", fillcolor: colour("band"), name: "90% of layers", showlegend: true },
-    { type: "scatter", mode: y.filter((value) => value !== null).length < 3 ? "lines+markers" : "lines", x, y,
-      name: shorten(names[row], 40), line: { color: colour("orange"), width: 1.8 }, hovertemplate: "%{y:.4~g}" },
-  ];
-  const layout = merged(baseLayout(div, figure), {
-    xaxis: { title: { text: "step" } },
-    yaxis: { title: { text: "norm" }, type: "log", fixedrange: true },
-    showlegend: true,
-  });
-  logTicks(layout.yaxis, [...figure.band.flat(), ...y]);
-  return [traces, layout];
-}
-
-function spread(figure, div) {
-  const trace = resolve(figure.traces[0]);
-  const rows = trace.spread.length;
-  figure.height = heights(rows);
-  const positive = trace.spread.flatMap((of) => Array.from(of).filter((value) => value > 0));
-  const floor = Math.min(...positive);
-  const known = trace.spread.map((_, row) => row).filter((row) => !Number.isNaN(trace.spread[row][0]));
-  const column = (index) => known.map((row) => Math.max(trace.spread[row][index], floor));
-  const traces = [{
-    type: "box", orientation: "h", y: known, lowerfence: column(1), q1: column(2),
-    median: column(3), q3: column(4), upperfence: column(5), fillcolor: colour("band"), width: 0.8,
-    line: { color: colour("blue"), width: rows > 80 ? 1 : 1.4 }, whiskerwidth: 0, hoverinfo: "skip", showlegend: false,
-  }, {
-    type: "scatter", mode: "markers", x: column(3), y: known, showlegend: false,
-    marker: { color: colour("blue"), size: rows > 80 ? 3 : 5 },
-    text: known.map((row) => {
-      const [least, low, , middle, , high, most] = Array.from(trace.spread[row], readable);
-      return `${trace.names[row]}<br>median ${middle}<br>90%: ${low} to ${high}<br>all: ${least} to ${most}`;
-    }),
-    hovertemplate: "%{text}<extra></extra>",
-  }];
-  const layout = merged(baseLayout(div, figure), {
-    hovermode: "closest",
-    margin: { l: 20, r: 14, t: 16, b: 40 },
-    xaxis: { title: { text: "norm" }, type: "log", fixedrange: true },
-    yaxis: { range: [rows - 0.5, -0.5], showgrid: false, ...rowTicks(div, trace.names, figure.height) },
-  });
-  logTicks(layout.xaxis, positive);
-  return [traces, layout];
+function xAxis(figure) {
+  if (view.axis === "elapsed") return { title: { text: `${unit()[0]} since the start` } };
+  return view.axis === "clock" ? { title: { text: "time of day" }, type: "date" } : { title: { text: "step" } };
 }
 
 function plain(figure, div) {
-  const traces = resolve(figure.traces);
-  const layout = merged(baseLayout(div, figure), resolve(figure.layout));
-  layout.yaxis.fixedrange = true;
-  logTicks(layout.yaxis, traces.filter((trace) => !trace.yaxis).flatMap((trace) => Array.from(trace.y)));
+  const log = figure.axis === "log", range = sight(figure);
+  const traces = figure.lines.flatMap((line) => {
+    const { step } = runs[line.run].columns;
+    // One more on each side, so that lines leave through the edges.
+    const from = Math.max(0, firstFrom(step, range[0]) - 1), to = Math.min(step.length, firstFrom(step, range[1]) + 1);
+    return traced(line, figure, from, to, log);
+  });
+  const named = traces.filter((trace) => trace.showlegend !== false);
+  const rate = figure.axis === "rate" ? { tickformat: ".0%", rangemode: "tozero" } : {};
+  const layout = merged(baseLayout(div, figure), {
+    xaxis: xAxis(figure),
+    yaxis: { title: { text: figure.word }, fixedrange: true, ...(log ? { type: "log" } : {}), ...rate },
+    yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
+    showlegend: named.length > 1 || figure.lines.some((line) => line.column.startsWith("group:") || figure.kind === "compare"),
+  });
+  logTicks(layout.yaxis, traces.filter((trace) => !trace.yaxis).map((trace) => trace.y));
   if (!layout.showlegend) layout.margin = { ...layout.margin, t: 10 };
   return [traces, layout];
 }
-
-const makers = { heat, picked, spread };

@@ -7,7 +7,7 @@ import math
 from distnorm.monitor.report.charts import Chart, shown
 from distnorm.monitor.report.layers import LayerGrid
 from distnorm.monitor.report.numbers import finite, number, packed, plural, short
-from distnorm.monitor.report.tables import span, table
+from distnorm.monitor.report.tables import Table, span
 
 _COLUMNS_OF_TABLE = 8
 
@@ -16,20 +16,19 @@ def layer_charts(layers: LayerGrid) -> list[Chart]:
     """Heat map, picked layer and spread; one notice where the run has no layer rows."""
     if not layers.layers:
         says = "This run has no layer rows (monitor.every is null, or layers.jsonl is missing)."
-        return [Chart("Layers", says, [], {}, kind="heat")]
+        return [Chart("Layers", says, kind="heat")]
     positive = [cell for layer in layers.layers for cell in layer.cells if not math.isnan(cell)]
     if not positive:
         says = (
             f"{plural(layers.rows, 'row')} of {plural(len(layers.layers), 'layer')}, and no norm above zero."
         )
-        return [Chart("Layers", says, [], {}, _spread_table(layers), kind="heat")]
+        return [Chart("Layers", says, table=_spread_table(layers), kind="heat")]
     return [_heat(layers, positive), _picked(layers), _spread(layers)]
 
 
 def _heat(layers: LayerGrid, positive: list[float]) -> Chart:
     z = [packed((math.log10(cell) for cell in layer.cells), "f") for layer in layers.layers]
     trace = {
-        "type": "heatmap",
         "z": z,
         "names": [shown(layer.name) for layer in layers.layers],
         "bins": [span(*ends) for ends in layers.bins],
@@ -50,10 +49,10 @@ def _heat(layers: LayerGrid, positive: list[float]) -> Chart:
         )
     if layers.merged > 1:
         says.append(f"Up to {layers.merged} neighbouring layers share a row.")
-    return Chart("Layers over steps", " ".join(says), [trace], {}, _heat_table(layers), kind="heat")
+    return Chart("Layers over steps", " ".join(says), table=_heat_table(layers), kind="heat", layers=trace)
 
 
-def _heat_table(layers: LayerGrid) -> str:
+def _heat_table(layers: LayerGrid) -> Table:
     step = -(-len(layers.bins) // _COLUMNS_OF_TABLE)
     starts = range(0, len(layers.bins), step)
     heads = ["layer"]
@@ -72,7 +71,7 @@ def _heat_table(layers: LayerGrid) -> str:
             row.append(text)
         rows.append(row)
     note = "Geometric means of the norms by steps; * : some are not finite."
-    return table(heads, rows, note)
+    return Table(heads, rows, note)
 
 
 def _picked(layers: LayerGrid) -> Chart:
@@ -80,12 +79,11 @@ def _picked(layers: LayerGrid) -> Chart:
         "The norm of the chosen layer, over the band that 90% of all layers lie in. "
         "Choose with the list (arrow keys work), or by a click on the heat map, whose table has its numbers."
     )
-    return Chart("One layer", says, [{"type": "scatter"}], {}, kind="picked")
+    return Chart("One layer", says, kind="picked", layers={})
 
 
 def _spread(layers: LayerGrid) -> Chart:
     trace = {
-        "type": "box",
         "names": [shown(layer.name) for layer in layers.layers],
         "spread": [packed(layer.spread) for layer in layers.layers],
     }
@@ -93,10 +91,10 @@ def _spread(layers: LayerGrid) -> Chart:
         f"Each layer's norms over {plural(layers.steps, 'monitored step')}: the line from the 5th to the "
         "95th percentile, the box the middle half, the mark in it the median."
     )
-    return Chart("Spread of each layer", says, [trace], {}, _spread_table(layers), kind="spread")
+    return Chart("Spread of each layer", says, table=_spread_table(layers), kind="spread", layers=trace)
 
 
-def _spread_table(layers: LayerGrid) -> str:
+def _spread_table(layers: LayerGrid) -> Table:
     heads = ("layer", "lowest", "5%", "25%", "median", "75%", "95%", "highest")
     last = ("last rms", "last max", "last zero share", "last norm / weight's")
     keys = ("rms", "max", "zero_fraction", "grad_to_weight")
@@ -110,4 +108,4 @@ def _spread_table(layers: LayerGrid) -> str:
                 value = math.nan
             row.append("-" if math.isnan(value) else short(value, 3))
         rows.append(row)
-    return table(heads + last, rows, "Percentiles of the finite norms.")
+    return Table(heads + last, rows, "Percentiles of the finite norms.")

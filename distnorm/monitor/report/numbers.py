@@ -63,6 +63,23 @@ def share(value: float) -> str:
     return "unknown" if math.isnan(value) else f"{value:.1%}" if 0 < value < 0.995 else f"{value:.0%}"
 
 
+def visible(text: str) -> str:
+    """The text with what can't be printed spelt out, save for line breaks: no terminal or page obeys it."""
+    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
+
+
+def written(value: object) -> str:
+    """A value of a config as people write it in one: true, null, 1e-5, [a, b]."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float):
+        mantissa, e, exponent = repr(value).partition("e")
+        return f"{mantissa}e{int(exponent)}" if e else mantissa
+    if isinstance(value, list):
+        return f"[{', '.join(map(written, value))}]"
+    return str(value)
+
+
 def plural(count: int, word: str) -> str:
     """`count` with its word: 1 step, 2,000 steps."""
     return f"{count:,} {word}" + ("" if count == 1 else "s")

@@ -1,7 +1,7 @@
 """Runs to one HTML page that holds all it needs: plotly.js, styles, script and data. Nothing is fetched.
 
-Nothing from a run's files gets in but through `escaped` (HTML), `shown` (figures) and `_data` (JSON),
-and the page's policy runs no script but the two whose hashes it names.
+Nothing from a run's files gets in but through the templates, which escape it, `shown` (figures) and
+`as_json`; and the page's policy runs no script but the two whose hashes it names.
 """
 
 from __future__ import annotations
@@ -9,71 +9,249 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from distnorm.errors import DistnormError
-from distnorm.monitor.report.charts import Chart, comparison_charts, step_charts
+from distnorm.monitor.report.charts import Chart, comparison_charts, difference_chart, step_charts
+from distnorm.monitor.report.columns import columns, thinned
 from distnorm.monitor.report.layer_charts import layer_charts
-from distnorm.monitor.report.numbers import plural
+from distnorm.monitor.report.numbers import plural, visible
 from distnorm.monitor.report.runs import Run
 from distnorm.monitor.report.summary import (
+    Section,
     alerts_section,
     config_differences,
-    config_section,
+    facts,
+    norm_differences,
+    origin,
     skipped_section,
     summary_table,
-    tiles,
 )
-from distnorm.monitor.report.tables import escaped
+from distnorm.monitor.report.tables import Table
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 _HERE = Path(__file__).parent
+_SCRIPTS = ("data.js", "drawing.js", "layers.js", "page.js")
 
 
-def write_page(runs: Sequence[Run]) -> str:
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A chart at its place in the page."""
+
+    id: str
+    run: str
+    chart: Chart
+    names: Sequence[str] = ()
+    picked: str = ""
+
+    def as_data(self) -> dict[str, Any]:
+        """What the script needs of it."""
+        chart = self.chart
+        return {
+            "id": self.id,
+            "run": self.run,
+            "kind": chart.kind,
+            "word": chart.word,
+            "axis": chart.axis,
+            "lines": [asdict(line) for line in chart.lines],
+            "layers": chart.layers,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class RunSection:
+    """A run, as the template shows it."""
+
+    key: str
+    name: str
+    folder: str
+    facts: Sequence[tuple[str, str]]
+    origin: Sequence[str]
+    remarks: str
+    notices: Sequence[str]
+    ends: tuple[int, int] | None
+    charts: Sequence[Figure]
+    layers: Sequence[Figure]
+    alerts: Section
+    skipped: Section
+    config: str
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Several runs beside each other."""
+
+    figures: Table
+    charts: Sequence[Figure]
+    configs: Section
+
+
+@dataclass(slots=True)
+class Contents:
+    """All that a page says of some runs.
+
+    Args:
+        runs: in their order.
+        live: whether the page will follow them: then layers are left out until they are asked for.
+    """
+
+    runs: Sequence[Run]
+    live: bool = False
+    comparison: Comparison | None = field(init=False)
+    sections: Sequence[RunSection] = field(init=False)
+
+    def __post_init__(self) -> None:
+        runs = self.runs
+        self.comparison = None
+        if len(runs) > 1:
+            charts = [*comparison_charts(runs), difference_chart(runs, norm_differences(runs))]
+            figures = [Figure(f"compare-{place}", "compare", chart) for place, chart in enumerate(charts)]
+            self.comparison = Comparison(summary_table(runs), figures, config_differences(runs))
+        self.sections = [self._section(run, place) for place, run in enumerate(runs)]
+
+    def _section(self, run: Run, place: int) -> RunSection:
+        key, steps = f"run{place}", run.steps.rows
+        charts = [Figure(f"{key}-{at}", key, chart) for at, chart in enumerate(step_charts(run, place))]
+        return RunSection(
+            key=key,
+            name=run.name,
+            folder=str(run.folder),
+            facts=facts(run),
+            origin=origin(run),
+            remarks=run.remarks,
+            notices=run.notes,
+            ends=(steps[0].step, steps[-1].step) if len(steps) > 1 else None,
+            charts=charts,
+            layers=() if self.live else layer_figures(run, key),
+            alerts=alerts_section(run),
+            skipped=skipped_section(run),
+            config=run.config,
+        )
+
+    @property
+    def figures(self) -> list[Figure]:
+        """All figures, in the order of the page."""
+        compared = self.comparison.charts if self.comparison else ()
+        return [*compared, *(figure for run in self.sections for figure in (*run.charts, *run.layers))]
+
+    def links(self) -> list[tuple[str, str]]:
+        """Where the page's navigation leads, with the words for it."""
+        if len(self.runs) > 1:
+            return [("comparison", "Comparison"), *((run.key, run.name) for run in self.sections)]
+        found = [(f"{figure.id}-title", figure.chart.title) for figure in self.figures]
+        return [
+            *found,
+            ("run0-alerts", "Alerts"),
+            ("run0-skipped", "Skipped steps"),
+            ("run0-config", "Config"),
+        ]
+
+
+def layer_figures(run: Run, key: str) -> list[Figure]:
+    """The charts of a run's layers."""
+    names = [layer.name for layer in run.layers.layers]
+    alerted = next((alert.layer for alert in run.alerts if alert.kind != "non_finite" and alert.layer), "")
+    return [
+        Figure(f"{key}-layers-{at}", key, chart, names if chart.kind == "picked" else (), alerted)
+        for at, chart in enumerate(layer_charts(run.layers))
+    ]
+
+
+def write_page(runs: Sequence[Run], live: bool = False, more: Mapping[str, Any] | None = None) -> str:
     """The page of all runs.
 
+    Args:
+        runs: in their order.
+        live: whether the page asks where it came from for new rows.
+        more: for the script of a live page.
+
     Raises:
-        DistnormError: plotly isn't installed.
+        DistnormError: plotly or jinja2 isn't installed.
     """
     plotly = _plotly()
-    script = "".join((_HERE / name).read_text(encoding="utf-8") for name in ("drawing.js", "page.js"))
-    figures: list[dict[str, object]] = []
-    body = [_comparison(runs, figures)] if len(runs) > 1 else []
-    body += [_run(run, place, figures) for place, run in enumerate(runs)]
-    title = escaped("Gradient report: " + ", ".join(run.name for run in runs))
-    policy = (
-        "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; "
-        f"script-src {_hash(plotly)} {_hash(script)}"
+    names = (*_SCRIPTS, "live.js") if live else _SCRIPTS
+    script = "".join((_HERE / name).read_text(encoding="utf-8") for name in names)
+    style = (_HERE / "page.css").read_text(encoding="utf-8")
+    contents = Contents(runs, live)
+    steps = thinned([run.steps.rows for run in runs])
+    data = {
+        "runs": [{"columns": columns(rows)} for rows in steps],
+        "figures": [figure.as_data() for figure in contents.figures if figure.chart.is_drawn],
+        **(more or {}),
+    }
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            policy=policy(plotly, script, live=live),
+            title="Gradient report: " + ", ".join(run.name for run in runs),
+            when=f"{datetime.now(timezone.utc):%d %B %Y, %H:%M} UTC",
+            live=live,
+            runs=runs,
+            has_time=any(step.time == step.time for rows in steps for step in rows),
+            links=contents.links(),
+            comparison=contents.comparison,
+            sections=contents.sections,
+            style=_trusted(style),
+            plotly=_trusted(plotly),
+            script=_trusted(script),
+            data=_trusted(as_json(data)),
+        )
     )
-    when = f"{datetime.now(timezone.utc):%d %B %Y, %H:%M} UTC"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{(_HERE / "page.css").read_text(encoding="utf-8")}</style>
-</head>
-<body>
-<a class="skip" href="#content">Skip to the report</a>
-<header><div><h1>Gradient report</h1>
-<p>{plural(len(runs), "run")}, written by distnorm on {when}</p></div>
-<button type="button" id="theme" aria-pressed="false">Dark theme</button></header>
-{_navigation(runs, figures)}
-<main id="content" tabindex="-1">
-<noscript><p class="notice">The charts need JavaScript; the tables below each of them do not.</p></noscript>
-{"".join(body)}
-</main>
-<script type="application/json" id="figures">{_data(figures)}</script>
-<script>{plotly}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
+
+
+def policy(*scripts: str, live: bool) -> str:
+    """The Content-Security-Policy of a page: these scripts and no other, nothing fetched from elsewhere.
+
+    Styles may be inline, since plotly writes them; a style can't run anything, and can't fetch anything here.
+    """
+    hashes = " ".join(_hash(script) for script in scripts)
+    fetched = "'self'" if live else "'none'"
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
+        f"connect-src {fetched}; base-uri 'none'; form-action 'none'"
+    )
+
+
+@cache
+def environment() -> Environment:
+    """The templates. Whatever they print is escaped, and what can't be printed in it is spelt out.
+
+    Raises:
+        DistnormError: jinja2 isn't installed.
+    """
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+        from markupsafe import Markup
+    except ImportError as error:
+        raise DistnormError(
+            "the report is written with jinja2, which is not installed: pip install 'distnorm[report]'"
+        ) from error
+
+    def finalize(value: object) -> object:
+        return value if isinstance(value, Markup) or not isinstance(value, str) else visible(value)
+
+    made = Environment(
+        loader=FileSystemLoader(_HERE / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=finalize,
+    )
+    made.filters["count_of"] = lambda found, word: plural(len(found), word)
+    return made
+
+
+def _trusted(text: str) -> Any:
+    from markupsafe import Markup
+
+    return Markup(text)
 
 
 def _plotly() -> str:
@@ -92,120 +270,7 @@ def _hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
 
 
-def _data(value: object) -> str:
+def as_json(value: object) -> str:
     """JSON that can stand in HTML: no text in it can end the element that it is in."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _navigation(runs: Sequence[Run], figures: Sequence[dict[str, object]]) -> str:
-    links = [("comparison", "Comparison")] if len(runs) > 1 else []
-    links += [(f"run{place}", run.name) for place, run in enumerate(runs)]
-    if len(runs) == 1:
-        links = [(f"{figure['id']}-title", str(figure["title"])) for figure in figures]
-        links += [("run0-alerts", "Alerts"), ("run0-skipped", "Skipped steps"), ("run0-config", "Config")]
-    items = "".join(f'<li><a href="#{place}">{escaped(text)}</a></li>' for place, text in links)
-    return f'<nav aria-label="Contents"><ul>{items}</ul></nav>'
-
-
-def _comparison(runs: Sequence[Run], figures: list[dict[str, object]]) -> str:
-    limits = _limits(runs)
-    charts = [_figure(chart, "compare", limits, figures) for chart in comparison_charts(runs)]
-    return (
-        '<section aria-labelledby="comparison"><h2 id="comparison">Comparison</h2>'
-        f"<article><h3>In figures</h3>{summary_table(runs)}</article>"
-        f'<div class="charts">{"".join(charts)}</div>{config_differences(runs)}</section>'
-    )
-
-
-def _run(run: Run, place: int, figures: list[dict[str, object]]) -> str:
-    key = f"run{place}"
-    notes = "".join(f"<li>{escaped(note)}</li>" for note in run.notes)
-    limits = _limits([run])
-    by_step = "".join(_figure(chart, key, limits, figures) for chart in step_charts(run))
-    by_layer = "".join(
-        _figure(chart, key, limits, figures, _picker(run, key, chart)) for chart in layer_charts(run.layers)
-    )
-    return (
-        f'<section aria-labelledby="{key}"><h2 id="{key}">{escaped(run.name)}</h2>{tiles(run)}'
-        f"{f'<ul class=notice>{notes}</ul>' if notes else ''}{_range(run, key)}"
-        f'<div class="charts">{by_step}</div><div class="charts">{by_layer}</div>'
-        f"{alerts_section(run, key)}{skipped_section(run, key)}{config_section(run, key)}</section>\n"
-    )
-
-
-def _limits(runs: Sequence[Run]) -> list[float]:
-    """The ends of the axis of steps, so that all charts of a run lie over each other."""
-    ends = [step for run in runs for step in (*run.steps.rows[:1], *run.steps.rows[-1:])]
-    first = min((step.step for step in ends), default=0)
-    last = max((step.step for step in ends), default=1)
-    room = max(0.5, 0.006 * (last - first))
-    return [first - room, last + room]
-
-
-def _figure(
-    chart: Chart, key: str, limits: list[float], figures: list[dict[str, object]], controls: str = ""
-) -> str:
-    name = f"{key}-{len(figures)}"
-    figures.append(
-        {
-            "id": name,
-            "run": key,
-            "kind": chart.kind,
-            "range": limits,
-            "title": chart.title,
-            "traces": chart.traces,
-            "layout": chart.layout,
-        }
-    )
-    title = escaped(chart.title)
-    parts = [
-        f'<h3 id="{name}-title">{title}</h3>',
-        f'<p id="{name}-says">{escaped(chart.says)}</p>',
-        controls,
-    ]
-    if chart.traces:
-        parts.append(_key(chart))
-        parts.append(
-            f'<div class="plot {chart.kind}" id="{name}" role="img" aria-labelledby="{name}-title" '
-            f'aria-describedby="{name}-says"></div>'
-        )
-    if chart.table:
-        parts.append(f"<details><summary>{title} as a table</summary>{chart.table}</details>")
-    nothing = "" if chart.traces else " nothing"
-    return f'<article class="chart {chart.kind}{nothing}">{"".join(parts)}</article>\n'
-
-
-def _key(chart: Chart) -> str:
-    """What the marked cells of a heat map are."""
-    trace = chart.traces[0] if chart.traces else {}
-    words = {
-        "zeros": '<span class="zero">all zero</span>',
-        "broken": '<span class="broken">not finite</span>',
-    }
-    found = [word for name, word in words.items() if trace.get(name)]
-    return f'<p class="key">{"".join(found)}</p>' if found else ""
-
-
-def _picker(run: Run, key: str, chart: Chart) -> str:
-    if chart.kind != "picked":
-        return ""
-    alerted = next((alert.layer for alert in run.alerts if alert.kind != "non_finite" and alert.layer), "")
-    options = "".join(
-        f'<option value="{row}"{" selected" if layer.name == alerted else ""}>{escaped(layer.name)}</option>'
-        for row, layer in enumerate(run.layers.layers)
-    )
-    return f'<p class="controls"><label>Layer <select data-run="{key}">{options}</select></label></p>'
-
-
-def _range(run: Run, key: str) -> str:
-    if len(run.steps.rows) < 2:
-        return ""
-    first, last = run.steps.rows[0].step, run.steps.rows[-1].step
-    limits = f'min="{first}" max="{last}" required'
-    return (
-        f'<form class="controls" data-run="{key}" aria-label="Steps shown"><label>Steps '
-        f'<input type="number" name="first" value="{first}" {limits}></label> <label>to '
-        f'<input type="number" name="last" value="{last}" {limits}></label> '
-        '<button type="submit">Show</button> <button type="reset">All</button></form>'
-    )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 from distnorm.errors import RunError
-from distnorm.monitor.records import ALERTS_FILE, LAYERS_FILE
+from distnorm.monitor.records import ALERTS_FILE, LAYERS_FILE, NOTES_FILE, STARTS_FILE
 from distnorm.monitor.report.layers import LayerGrid, read_layers
 from distnorm.monitor.report.numbers import number, plural
 from distnorm.monitor.report.row_reader import UnreadableLines, read_rows
@@ -30,6 +32,16 @@ class AlertRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Start:
+    """One line of starts.jsonl: when the run was started or resumed, after which step, and with what code."""
+
+    time: float
+    step: int
+    commit: str
+    versions: str
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """All that a run's folder holds; what is missing is empty."""
 
@@ -41,6 +53,8 @@ class Run:
     has_alerts: bool
     config: str
     notes: tuple[str, ...]
+    starts: tuple[Start, ...] = ()
+    remarks: str = ""
 
     @property
     def alerts_in_words(self) -> str:
@@ -56,15 +70,18 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     Raises:
         RunError: a run has no metrics.
     """
-    names = _names([Path(path) for path in paths])
+    names = run_names([Path(path) for path in paths])
     cells = _MAX_CELLS // len(paths)
     return [_read_run(Path(path), name, cells) for path, name in zip(paths, names, strict=True)]
 
 
 def _read_run(path: Path, name: str, max_cells: int) -> Run:
-    steps = read_steps(path)
     folder = path if path.is_dir() else path.parent
-    layers = read_layers(folder / LAYERS_FILE, max_cells)
+    return gather_run(folder, name, read_steps(path), read_layers(folder / LAYERS_FILE, max_cells))
+
+
+def gather_run(folder: Path, name: str, steps: Steps, layers: LayerGrid) -> Run:
+    """A run of these steps and layers, with all else that its folder holds."""
     file = folder / ALERTS_FILE
     alerts, notes = _read_alerts(file) if file.is_file() else ((), ())
     return Run(
@@ -76,6 +93,8 @@ def _read_run(path: Path, name: str, max_cells: int) -> Run:
         has_alerts=file.is_file(),
         config=_text(folder / "config.yaml"),
         notes=(*steps.notes, *layers.notes, *notes),
+        starts=_read_starts(folder / STARTS_FILE),
+        remarks=_text(folder / NOTES_FILE),
     )
 
 
@@ -101,6 +120,19 @@ def _read_alerts(file: Path) -> tuple[tuple[AlertRow, ...], tuple[str, ...]]:
     return tuple(alerts), (str(broken),) if broken.count else ()
 
 
+def _read_starts(file: Path) -> tuple[Start, ...]:
+    found = []
+    for rows in read_rows(file, UnreadableLines(file.name)) if file.is_file() else ():
+        for _, row in rows:
+            with suppress(KeyError, ValueError, TypeError, OverflowError, OSError, AttributeError):
+                time = number(row["time"])
+                datetime.fromtimestamp(time, timezone.utc)
+                versions = row.get("versions") or {}
+                text = ", ".join(f"{name} {version}" for name, version in versions.items())
+                found.append(Start(time, int(row.get("step", 0)), str(row.get("commit") or ""), text))
+    return tuple(found)
+
+
 def _text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
@@ -108,7 +140,7 @@ def _text(file: Path) -> str:
         raise RunError(f"expected a run's {file.name}, found {error}") from error
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
+def run_names(paths: Sequence[Path]) -> list[str]:
     """The last parts of the paths, as many as it takes; a run that is given twice gets a number."""
     parts = [(path if path.is_dir() else path.parent).resolve().parts for path in paths]
     names: list[str] = []

@@ -18,7 +18,7 @@ WINDOW = 100
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One row; what it doesn't hold is nan. `norm` is before clipping."""
+    """One row; what it doesn't hold is nan. `norm` is before clipping, `time` in seconds since 1970."""
 
     step: int
     loss: float
@@ -32,6 +32,8 @@ class Step:
     clip_rate: float
     noise_scale: float
     tokens_per_second: float
+    learning_rate: float
+    time: float
     groups: Mapping[str, tuple[float, float, float]]
 
 
@@ -91,6 +93,8 @@ def _step(row: Row) -> Step:
         clip_rate=number(row.get("clip_rate")),
         noise_scale=number(row.get("noise_scale")),
         tokens_per_second=number(row.get("tokens_per_second")),
+        learning_rate=number(row.get("learning_rate")),
+        time=number(row.get("time")),
         groups={
             str(name): (number(of["grad_norm"]), number(of.get("clip_coef")), number(of.get("threshold")))
             for name, of in (row.get("groups") or {}).items()

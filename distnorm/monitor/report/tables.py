@@ -1,11 +1,11 @@
-"""HTML tables: the text alternatives of the charts, and what is best read so. Every cell is escaped."""
+"""Tables as data: the text alternatives of the charts, and what is best read so."""
 
 from __future__ import annotations
 
-import html
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from distnorm.monitor.report.numbers import finite, percentiles, short
 from distnorm.monitor.report.steps import Step
@@ -14,25 +14,13 @@ _MAX_BINS = 50
 Form = Callable[[float], str]
 
 
-def escaped(text: str) -> str:
-    """Text for HTML, in tags and attributes; what can't be printed is spelt out, save for line breaks."""
-    visible = "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
-    return html.escape(visible)
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table whose first column names its rows."""
 
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
-    """A table whose first column names its rows. It scrolls by itself, with the keyboard too."""
-    head = "".join(f'<th scope="col">{escaped(cell)}</th>' for cell in heads)
-    body = []
-    for first, *rest in rows:
-        cells = "".join(f"<td>{escaped(cell)}</td>" for cell in rest)
-        body.append(f'<tr><th scope="row">{escaped(first)}</th>{cells}</tr>')
-    note = f"<caption>{escaped(caption)}</caption>" if caption else ""
-    label = escaped(caption or " and ".join(heads[:2]))
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table>{note}'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>{chr(10).join(body)}</tbody></table></div>"
-    )
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
 
 
 def span(first: int, last: int) -> str:
@@ -45,7 +33,7 @@ def binned_table(
     word: str = "norm",
     value: Callable[[Step], float] = lambda step: step.norm,
     form: Form = short,
-) -> str:
+) -> Table:
     """Lowest, median, highest of bins of steps, in at most 50 rows; for norms thresholds and counts too."""
     bins = min(_MAX_BINS, len(steps))
     rows = []
@@ -62,10 +50,10 @@ def binned_table(
     heads = ["steps", f"lowest {word}", "median", "highest"]
     if word == "norm":
         heads += ["last threshold", "clipped", "skipped", "not finite"]
-    return table(heads, rows)
+    return Table(heads, rows)
 
 
-def side_by_side(runs: Mapping[str, Sequence[tuple[int, float]]], caption: str, form: Form) -> str:
+def side_by_side(runs: Mapping[str, Sequence[tuple[int, float]]], caption: str, form: Form) -> Table:
     """The medians of several runs' values in bins of steps, a column a run; points are in order of step."""
     steps = sorted({step for points in runs.values() for step, _ in points})
     at = {name: [step for step, _ in points] for name, points in runs.items()}
@@ -79,4 +67,4 @@ def side_by_side(runs: Mapping[str, Sequence[tuple[int, float]]], caption: str, 
             (middle,) = percentiles((value for _, value in some), (50,))
             row.append("-" if math.isnan(middle) else form(middle))
         rows.append(row)
-    return table(["steps", *runs], rows, caption)
+    return Table(["steps", *runs], rows, caption)

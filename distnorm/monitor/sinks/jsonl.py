@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distnorm.monitor.records import ALERTS_FILE, LAYERS_FILE, METRICS_FILE, Alert, LayerRow, plain
+from distnorm.monitor.sinks.starts import write_start
 
 # How lines begin that were written here; others are parsed.
 _STEP = re.compile(rb'\{"step": (\d+)[,}]')
@@ -71,7 +72,7 @@ class LineWriter:
 
 
 class JsonlSink:
-    """metrics.jsonl, layers.jsonl and alerts.jsonl, as `LineWriter` writes them.
+    """metrics.jsonl, layers.jsonl and alerts.jsonl, as `LineWriter` writes them; and a line in starts.jsonl.
 
     Args:
         folder: made where it isn't there.
@@ -84,6 +85,8 @@ class JsonlSink:
         self._metrics, self._layers, self._alerts = self._files = tuple(
             LineWriter(folder / name, last_kept) for name in (METRICS_FILE, LAYERS_FILE, ALERTS_FILE)
         )
+        with suppress(OSError):
+            write_start(folder, last_kept)
         if alerts:
             self._alerts.write(())
 

@@ -1,0 +1,153 @@
+// The charts of a run's layers.
+const unpacked = new WeakMap();
+function layersOf(figure) {
+  if (!unpacked.has(figure.layers)) {
+    const { z, starts, spread: boxes, ...more } = figure.layers;
+    unpacked.set(figure.layers, { z: z && z.map(unpack), starts: starts && unpack(starts), spread: boxes && boxes.map(unpack), ...more });
+  }
+  return unpacked.get(figure.layers);
+}
+
+// Names beside the rows that have room for one, among the rows in sight.
+function rowTicks(div, names, height, range) {
+  const [low, high] = range ? [Math.min(...range), Math.max(...range)] : [-0.5, names.length - 0.5];
+  const from = Math.max(0, Math.ceil(low)), to = Math.min(names.length - 1, Math.floor(high));
+  const every = Math.max(1, Math.ceil(((to - from + 1) * 14) / Math.max(60, height - 90)));
+  const tickvals = [];
+  for (let row = from; row <= to; row += every) tickvals.push(row);
+  return { tickvals, ticktext: tickvals.map((row) => shorten(names[row].replace(/\.weight$/, ""), isNarrow(div) && !printing ? 18 : 30)) };
+}
+
+// Where a few extreme cells would take most of the colours, the scale ends at the 0.5th and 99.5th percentile.
+function colourRange(z) {
+  const all = Float64Array.from(z.flatMap((row) => Array.from(row).filter((value) => !Number.isNaN(value)))).sort();
+  const at = (share) => all[Math.round(share * (all.length - 1))];
+  let [low, high] = [all[0], all[all.length - 1]];
+  const cut = { low: at(0.005) - low > 1, high: high - at(0.995) > 1 };
+  if (cut.low) low = at(0.005);
+  if (cut.high) high = at(0.995);
+  if (high - low < 0.5) [low, high] = [low - 0.25, high + 0.25];
+  const every = Math.max(1, Math.ceil((high - low) / 6));
+  let tickvals = [];
+  for (let tick = Math.ceil(low); tick <= high; tick += every) tickvals.push(tick);
+  let ticktext = tickvals.map(power);
+  if (tickvals.length < 2) {
+    tickvals = [low, (low + high) / 2, high];
+    ticktext = tickvals.map((value) => readable(Number((10 ** value).toPrecision(2))));
+  }
+  if (cut.low) { tickvals.unshift(low); ticktext.unshift("less"); }
+  if (cut.high) { tickvals.push(high); ticktext.push("more"); }
+  return { zmin: low, zmax: high, tickvals, ticktext };
+}
+
+const heights = (rows) => Math.min(820, Math.max(240, rows * 16 + 100));
+
+function heat(figure, div) {
+  const trace = layersOf(figure);
+  const rows = trace.z.length, columns = trace.bins.length;
+  figure.height = heights(rows);
+  const starts = Array.from(trace.starts);
+  const width = columns > 1 ? Math.max(1, starts[columns - 1] - starts[columns - 2]) : 1;
+  const x = [...starts.map((start) => start - 0.5), Math.max(trace.end + 0.5, starts[columns - 1] - 0.5 + width)];
+  const y = trace.z.map((_, row) => row);
+  const range = colourRange(trace.z);
+  const label = (row, column, says) => `${trace.names[row]}<br>steps ${trace.bins[column]}<br>${says}`;
+  const text = trace.z.map((cells, row) =>
+    Array.from(cells, (value, column) => label(row, column, `norm ${readable(10 ** value)}`)));
+  const hover = { hovertemplate: "%{text}<extra></extra>", hoverongaps: false };
+  const traces = [{
+    type: "heatmap", x, y, z: trace.z, text, ...hover, colorscale: "Viridis", zmin: range.zmin, zmax: range.zmax,
+    colorbar: { title: { text: "norm", side: "top" }, thickness: 12, outlinewidth: 0, tickvals: range.tickvals,
+      ticktext: range.ticktext, len: 1, tickfont: { size: 11 }, x: 1.02 },
+  }];
+  if (trace.zeros.length + trace.broken.length) {
+    const marks = y.map(() => new Array(columns).fill(null)), says = y.map(() => new Array(columns).fill(""));
+    for (const [row, column] of trace.zeros) { marks[row][column] = 0; says[row][column] = label(row, column, "all zero"); }
+    for (const [row, column] of trace.broken) { marks[row][column] = 1; says[row][column] = label(row, column, "not finite"); }
+    traces.push({ type: "heatmap", x, y, z: marks, text: says, ...hover, showscale: false, zmin: 0, zmax: 1,
+      colorscale: [[0, colour("zero")], [0.5, colour("zero")], [0.5, colour("broken")], [1, colour("broken")]] });
+  }
+  const layout = merged(baseLayout(div, figure), {
+    hovermode: "closest",
+    plot_bgcolor: colour("band"),
+    margin: { l: 20, r: 10, t: 16, b: 40 },
+    xaxis: { title: { text: "step" }, showgrid: false },
+    yaxis: { range: [rows - 0.5, -0.5], showgrid: false, ...rowTicks(div, trace.names, figure.height) },
+    ...marked(figure),
+  });
+  return [traces, layout];
+}
+
+const picker = (run) => document.querySelector(`select[data-run="${run}"]`);
+// Where the picked layer is: an arrow at its row, and a frame where rows are high enough to keep their colours in it.
+function marked(figure) {
+  const row = Number((picker(figure.run) || { value: -9 }).value);
+  const frame = { type: "rect", xref: "paper", x0: 0, x1: 1, y0: row - 0.5, y1: row + 0.5,
+    line: { color: colour("orange"), width: 1.5 }, fillcolor: "rgba(0,0,0,0)" };
+  const arrow = { xref: "paper", x: 1, y: row, xanchor: "left", showarrow: false, text: "◀",
+    font: { color: colour("orange"), size: 13 } };
+  return { shapes: layersOf(figure).z.length <= 60 ? [frame] : [], annotations: [arrow] };
+}
+
+function picked(figure, div) {
+  const source = figures.find((other) => other.run === figure.run && other.kind === "heat");
+  const { z, starts, names } = layersOf(source);
+  if (!figure.band) {
+    const sorted = Array.from(starts, (_, column) =>
+      z.map((row) => row[column]).filter((value) => !Number.isNaN(value)).sort((a, b) => a - b));
+    const some = sorted.map((_, column) => column).filter((column) => sorted[column].length); // a gap breaks a band
+    const at = (share) => some.map((column) => 10 ** sorted[column][Math.round(share * (sorted[column].length - 1))]);
+    figure.band = [at(0.05), at(0.95)];
+    figure.bandX = some.map((column) => starts[column]);
+  }
+  const row = Number(picker(figure.run).value);
+  const x = Array.from(starts);
+  const y = Array.from(z[row], (value) => (Number.isNaN(value) ? null : 10 ** value));
+  const flat = { type: "scatter", mode: "lines", x: figure.bandX, line: { width: 0 }, hoverinfo: "skip", showlegend: false };
+  const traces = [
+    { ...flat, y: figure.band[0] },
+    { ...flat, y: figure.band[1], fill: "tonexty", fillcolor: colour("band"), name: "90% of layers", showlegend: true },
+    { type: "scatter", mode: y.filter((value) => value !== null).length < 3 ? "lines+markers" : "lines", x, y,
+      name: shorten(names[row], 40), line: { color: colour("orange"), width: 1.8 }, text: y.map(readable), hovertemplate: "%{text}" },
+  ];
+  const layout = merged(baseLayout(div, figure), {
+    xaxis: { title: { text: "step" } },
+    yaxis: { title: { text: "norm" }, type: "log", fixedrange: true },
+    showlegend: true,
+  });
+  logTicks(layout.yaxis, [...figure.band, y]);
+  return [traces, layout];
+}
+
+function spread(figure, div) {
+  const trace = layersOf(figure);
+  const rows = trace.spread.length;
+  figure.height = heights(rows);
+  const positive = trace.spread.flatMap((of) => Array.from(of).filter((value) => value > 0));
+  const floor = Math.min(...positive);
+  const known = trace.spread.map((_, row) => row).filter((row) => !Number.isNaN(trace.spread[row][0]));
+  const column = (index) => known.map((row) => Math.max(trace.spread[row][index], floor));
+  const traces = [{
+    type: "box", orientation: "h", y: known, lowerfence: column(1), q1: column(2),
+    median: column(3), q3: column(4), upperfence: column(5), fillcolor: colour("band"), width: 0.8,
+    line: { color: colour("blue"), width: rows > 80 ? 1 : 1.4 }, whiskerwidth: 0, hoverinfo: "skip", showlegend: false,
+  }, {
+    type: "scatter", mode: "markers", x: column(3), y: known, showlegend: false,
+    marker: { color: colour("blue"), size: rows > 80 ? 3 : 5 },
+    text: known.map((row) => {
+      const [least, low, , middle, , high, most] = Array.from(trace.spread[row], readable);
+      return `${trace.names[row]}<br>median ${middle}<br>90%: ${low} to ${high}<br>all: ${least} to ${most}`;
+    }),
+    hovertemplate: "%{text}<extra></extra>",
+  }];
+  const layout = merged(baseLayout(div, figure), {
+    hovermode: "closest",
+    margin: { l: 20, r: 14, t: 16, b: 40 },
+    xaxis: { title: { text: "norm" }, type: "log", fixedrange: true },
+    yaxis: { range: [rows - 0.5, -0.5], showgrid: false, ...rowTicks(div, trace.names, figure.height) },
+  });
+  logTicks(layout.xaxis, [positive]);
+  return [traces, layout];
+}
+
+const layerMakers = { heat, picked, spread };
