@@ -23,14 +23,13 @@ from distnorm.policies.groups import PolicyGroups
 from distnorm.policies.results import ClipResult
 from distnorm.sources import (
     Inventory,
+    Layout,
     Source,
     Target,
     Tied,
-    checked_tied,
     modules_of,
     read_once,
     shards_of,
-    stage_of,
 )
 from distnorm.sources.shards import GradShard
 from distnorm.step import Step
@@ -81,9 +80,9 @@ class GradClipper(Joinable):
         super().__init__()
         ranks = group if isinstance(group, Ranks) else Ranks(group)
         with ranks.together():
-            self._step = Step(load_config(config), ranks, checked_tied(tied))
-            self._target, self._stage = read_once(target), stage_of(pp_mesh)
-        self._tied = self._step.tied
+            self._layout = Layout.of(pp_mesh, tied)
+            self._step = Step(load_config(config), ranks, self._layout)
+            self._target = read_once(target)
         self.number_in_graphs = graphs.number_of(self)
         self._step.plan(self._read_target, modules_of(self._target))
 
@@ -275,7 +274,7 @@ class GradClipper(Joinable):
     def _read_target(self) -> tuple[list[GradShard], list[tuple[str, Tensor]]]:
         self._inventory = Inventory(self._target)
         named = self._inventory.named
-        shards = shards_of(named, Source.GRADIENT, target=self._target, stage=self._stage, tied=self._tied)
+        shards = shards_of(named, Source.GRADIENT, target=self._target, layout=self._layout)
         return shards, named
 
     def _begin_step(self) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,15 +22,15 @@ from distnorm.plan.collectives import Ranks
 from distnorm.plan.each_rank import for_each_rank
 from distnorm.policies.deciding import apply
 from distnorm.sources import (
+    UNDECLARED,
+    Layout,
     Source,
     Target,
     Tied,
-    checked_tied,
     named_tensors,
     read_once,
     recognise,
     shards_of,
-    stage_of,
 )
 from distnorm.sources.shards import GradShard, PartialGrad
 
@@ -39,7 +40,7 @@ _log = logging.getLogger("distnorm")
 @graphs.called_by_operator
 def total_norm_given(tensors: Sequence[Tensor], norm_type: float, error_if_nonfinite: bool) -> Tensor:
     """What the operator `distnorm::total_norm` does."""
-    return _measure(tensors, Source.TENSOR, norm_type, error_if_nonfinite, None, None, ()).result()
+    return _measure(tensors, Source.TENSOR, norm_type, error_if_nonfinite, None, Layout).result()
 
 
 @graphs.in_graphs(graphs.trace_total_norm)
@@ -85,8 +86,8 @@ def get_total_norm(
     Example:
         >>> distnorm.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     """
-    measured = _measure(tensors, Source.TENSOR, norm_type, error_if_nonfinite, pp_mesh, group, tied)
-    return measured.result()
+    layout = partial(Layout.of, pp_mesh, tied)
+    return _measure(tensors, Source.TENSOR, norm_type, error_if_nonfinite, group, layout).result()
 
 
 @kernels.outside_graphs
@@ -138,7 +139,7 @@ def clip_given(
     for position, gradient in gradients.items():
         holders[position] = holders[position].to(gradient.dtype)  # the same tensor, where dtypes are equal
         holders[position].grad = gradient
-    return _clip(holders, max_norm, norm_type, error_if_nonfinite, None, None, ())
+    return _clip(holders, max_norm, norm_type, error_if_nonfinite, None, Layout)
 
 
 @graphs.in_graphs(graphs.trace_clip_grad_norm_)
@@ -178,7 +179,8 @@ def clip_grad_norm_(
     Example:
         >>> distnorm.clip_grad_norm_(model.parameters(), max_norm=1.0)
     """
-    return _clip(parameters, max_norm, norm_type, error_if_nonfinite, pp_mesh, group, tied)
+    layout = partial(Layout.of, pp_mesh, tied)
+    return _clip(parameters, max_norm, norm_type, error_if_nonfinite, group, layout)
 
 
 def _clip(
@@ -186,11 +188,10 @@ def _clip(
     max_norm: float,
     norm_type: float,
     raises: bool,
-    pp_mesh: DeviceMesh | None,
     group: ProcessGroup | None,
-    tied: Tied,
+    layout_of: Callable[[], Layout],
 ) -> Tensor:
-    measured = _measure(target, Source.GRADIENT, norm_type, raises, pp_mesh, group, tied, max_norm)
+    measured = _measure(target, Source.GRADIENT, norm_type, raises, group, layout_of, max_norm)
     with torch.no_grad(), torch._C.DisableTorchFunction():
         decision = policies.constant(measured.total_norm, policies.check_max_norm(max_norm))
         if isinstance(measured.agreed, Tensor):  # not read on the host: whether the ranks measured the same
@@ -214,9 +215,8 @@ def _measure(
     source: Source,
     norm_type: float,
     raises: bool,
-    pp_mesh: DeviceMesh | None,
     group: ProcessGroup | None,
-    tied: Tied,
+    layout_of: Callable[[], Layout],
     max_norm: float | None = None,
 ) -> _Measured:
     ranks, is_gradient = (group if isinstance(group, Ranks) else Ranks(group)), source is Source.GRADIENT
@@ -224,24 +224,24 @@ def _measure(
         try:
             target = read_once(target)
             order, threshold = norm(norm_type), policies.check_max_norm(max_norm)
-            stage, tied = stage_of(pp_mesh), checked_tied(tied)
-            terms = {"norm_type": order.order, "error_if_nonfinite": raises, "tied": tied}
-            known, holders = recognise(target, source, (*terms.values(), stage))
+            layout = layout_of()
+            terms = {"norm_type": order.order, "error_if_nonfinite": raises, **layout.terms}
+            known, holders = recognise(target, source, (order.order, raises, layout))
             if not is_gradient:
                 _warn_of_weights(holders)
         except DistnormError as error:
-            Meter(ranks, norm(2), {}, (), raises, raises).abort(error)
+            Meter(ranks, norm(2), {}, UNDECLARED, raises, raises).abort(error)
         if ranks.is_connected and known.is_joining(holders):
             # The ranks that are out of data make no step, and replicas hold all of it.
             ranks = Ranks(alone=True)
 
         def describe() -> list[GradShard]:
-            return shards_of(named_tensors(target), source, target=target, stage=stage, tied=tied)
+            return shards_of(named_tensors(target), source, target=target, layout=layout)
 
         meter = ranks.state.recall(known.key)
         if meter is None or not holders:
             meter = Meter(
-                ranks, order, terms, tied, raises, raises, source=source, allow_empty=not is_gradient
+                ranks, order, terms, layout, raises, raises, source=source, allow_empty=not is_gradient
             )
             meter.managers = known.managers
             if not holders:  # which plan the others have, it can't know

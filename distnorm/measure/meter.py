@@ -31,9 +31,9 @@ from distnorm.measure.replica_check import ReplicaCheck
 from distnorm.measure.result_checks import ResultChecks
 from distnorm.measure.unread import UnreadReduction
 from distnorm.plan.collectives import Ranks
-from distnorm.plan.plan import Plan, Share, check_tied, make_plan
+from distnorm.plan.plan import Plan, Share, check_names, make_plan
 from distnorm.plan.terms import stable_hash
-from distnorm.sources import Managers, Tied
+from distnorm.sources import Layout, Managers
 from distnorm.sources.shards import GradShard, Source
 
 Reader = Callable[[], tuple[list[GradShard], list[tuple[str, Tensor]]]]
@@ -50,7 +50,7 @@ class Meter:
         ranks: who takes part.
         norm: which norm.
         terms: settings that must be equal on all ranks, compared whenever a plan is made.
-        tied: groups of names that are one parameter.
+        layout: how the whole model lies on the ranks.
         raises: whether a norm that is not finite raises, be it in the next step.
         waits: whether the norm is read on the host, whatever it costs.
         coefficients: what has coefficients of its own.
@@ -67,7 +67,7 @@ class Meter:
     ranks: Ranks
     norm: Norm
     terms: Mapping[str, object]
-    tied: Tied
+    layout: Layout
     raises: bool
     waits: bool
     coefficients: Coefficients = "one"
@@ -133,7 +133,7 @@ class Meter:
             self._shards, named = read()
         self._home = next((shard.holder.device for shard in self.shards), self._home)
         plan = make_plan(self.ranks, self.shards, self.terms, replicas_share=self.norm.replicas_share)
-        check_tied(self.ranks, [name for name, _ in named], self.tied)
+        check_names(self.ranks, [name for name, _ in named], self.layout)
         if self.allow_empty or not self._exchange.can_pack:
             self._exchange.use_full_form()
         self.ranks.state.has_replicas |= plan.has_replicas

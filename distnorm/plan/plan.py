@@ -21,6 +21,7 @@ from distnorm.plan.collectives import Ranks
 from distnorm.plan.join import join
 from distnorm.plan.terms import agree_on_terms, stable_hash
 from distnorm.plan.wording import name_ranks, shown
+from distnorm.sources import Layout
 from distnorm.sources.shards import Extent, GradShard, Source
 
 _NAMED_IN_ERRORS = 3
@@ -239,13 +240,13 @@ def raise_named(
     raise kind("\n".join([*lines, advice]))
 
 
-def check_tied(ranks: Ranks, names: Sequence[str], tied: Sequence[Sequence[str]]) -> None:
-    """Refuse a tied name that no rank holds. Collective; `tied` is the same on every rank.
+def check_names(ranks: Ranks, names: Sequence[str], layout: Layout) -> None:
+    """Refuse a tied name that no rank holds. Collective; `layout.terms` are the same on every rank.
 
     Raises:
         ConfigError: naming it.
     """
-    listed = [name for group in tied for name in group]
+    listed = [name for group in layout.tied for name in group]
     if not listed or ranks.is_simulated:  # the ranks that may hold them don't exist
         return
     held = torch.tensor([name in names for name in listed], dtype=torch.int64, device=ranks.device())

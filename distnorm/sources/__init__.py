@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distnorm.errors import DistnormError
 from distnorm.sources import dtensor, fsdp1, plain
 from distnorm.sources.inventory import Inventory, Managers, Replicated
+from distnorm.sources.layout import UNDECLARED, Layout
 from distnorm.sources.recognition import recognise
 from distnorm.sources.shards import GradShard, Source
 from distnorm.sources.targets import (
@@ -24,15 +25,16 @@ from distnorm.sources.targets import (
     modules_of,
     named_tensors,
     read_once,
-    stage_of,
 )
 
 Target = Tensor | nn.Module | Iterable[Any]
 """One tensor, a module, or an iterable of tensors, of (name, tensor) pairs or of modules."""
 
 __all__ = [
+    "UNDECLARED",
     "Fleeting",
     "Inventory",
+    "Layout",
     "Managers",
     "Replicated",
     "Source",
@@ -44,7 +46,6 @@ __all__ = [
     "read_once",
     "recognise",
     "shards_of",
-    "stage_of",
 ]
 
 
@@ -53,8 +54,7 @@ def shards_of(
     source: Source,
     *,
     target: Target = (),
-    stage: int | None = None,
-    tied: Tied = (),
+    layout: Layout = UNDECLARED,
 ) -> list[GradShard]:
     """Describe every tensor's local piece.
 
@@ -62,9 +62,7 @@ def shards_of(
         named: names and tensors, as `named_tensors` gives them.
         source: what is measured of them.
         target: what they were named from. FSDP1's parameters are found by its modules.
-        stage: this rank's pipeline stage, put before every name that is not tied; `None` where names
-            are those of the whole model already.
-        tied: groups of names that are one parameter.
+        layout: how the whole model lies on the ranks.
 
     Raises:
         UnsupportedGradientError: a tensor that can't be described, named.
@@ -75,7 +73,8 @@ def shards_of(
             f"expected parameters, found {len(named)} tensors that hold no gradient and require none; "
             "were gradients passed where parameters are meant?"
         )
-    names = canonical_names([fsdp1.plain_name(name, tensor) for name, tensor in named], stage, tied)
+    plain_names = [fsdp1.plain_name(name, tensor) for name, tensor in named]
+    names = canonical_names(plain_names, layout.stage, layout.tied)
     homes = fsdp1.homes(modules_of(target))
     shards: list[GradShard] = []
     for name, (_, tensor) in zip(names, named, strict=True):
