@@ -23,7 +23,9 @@ from distnorm.plan.each_rank import for_each_rank
 from distnorm.policies.deciding import apply
 from distnorm.sources import (
     UNDECLARED,
+    GradOf,
     Layout,
+    Sharded,
     Source,
     Target,
     Tied,
@@ -54,6 +56,7 @@ def get_total_norm(
     pp_mesh: DeviceMesh | None = None,
     group: ProcessGroup | None = None,
     tied: Tied = (),
+    sharded: Sharded = None,
 ) -> Tensor:
     """The norm of tensors as one vector, over all ranks that hold pieces of them.
 
@@ -69,6 +72,7 @@ def get_total_norm(
         pp_mesh: a 1-d mesh of pipeline stages, where stages use the same names for other tensors.
         group: the ranks that take part; default: the whole world, or this process alone.
         tied: groups of names that are one tensor.
+        sharded: plain tensors that are pieces, as for `GradClipper`.
 
     Returns:
         0-d fp32, or fp64 where a tensor of any rank is fp64 or complex128; the same bits on every rank. Of
@@ -86,14 +90,19 @@ def get_total_norm(
     Example:
         >>> distnorm.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     """
-    layout = partial(Layout.of, pp_mesh, tied)
+    layout = partial(Layout.of, pp_mesh, tied, sharded)
     return _measure(tensors, Source.TENSOR, norm_type, error_if_nonfinite, group, layout).result()
 
 
 @kernels.outside_graphs
 @for_each_rank
 def clip_grads_with_norm_(
-    parameters: Target, max_norm: float, total_norm: Tensor, foreach: bool | None = None
+    parameters: Target,
+    max_norm: float,
+    total_norm: Tensor,
+    foreach: bool | None = None,
+    *,
+    grad_of: GradOf = None,
 ) -> None:
     """Scale gradients in place by ``min(1, max_norm / (total_norm + 1e-6))``.
 
@@ -104,6 +113,7 @@ def clip_grads_with_norm_(
         max_norm: the threshold, at least 0; inf leaves every bit alone.
         total_norm: 0-d, such as `get_total_norm` returns.
         foreach: accepted for torch's sake, and ignored.
+        grad_of: where gradients are, as for `GradClipper`.
 
     Raises:
         ConfigError: `max_norm` is negative or NaN.
@@ -116,7 +126,8 @@ def clip_grads_with_norm_(
         known, _ = recognise(parameters, Source.GRADIENT, ("clip_grads_with_norm_",))
         if known.managers is not None:
             known.managers.refuse_unreduced()
-        shards = shards_of(named_tensors(parameters), Source.GRADIENT, target=parameters)
+        layout = Layout.of(grad_of=grad_of)
+        shards = shards_of(named_tensors(parameters), Source.GRADIENT, target=parameters, layout=layout)
         readings, problems = read_with_care(shards)
         gradients = Gradients([r.tensor if isinstance(r, PartialGrad) else r for r in readings], problems)
         gradients.lay_out(shards, "one")
@@ -154,6 +165,8 @@ def clip_grad_norm_(
     *,
     group: ProcessGroup | None = None,
     tied: Tied = (),
+    sharded: Sharded = None,
+    grad_of: GradOf = None,
 ) -> Tensor:
     """Clip the gradient of the whole model, held in pieces by many ranks, to a norm.
 
@@ -164,7 +177,8 @@ def clip_grad_norm_(
         parameters: one parameter, an iterable of parameters or of (name, parameter) pairs, a module, or
             a list of modules (pipeline parts).
         max_norm: the threshold, at least 0, the same on every rank; inf measures only.
-        norm_type, error_if_nonfinite, foreach, pp_mesh, group, tied: as in `get_total_norm`.
+        norm_type, error_if_nonfinite, foreach, pp_mesh, group, tied, sharded: as in `get_total_norm`.
+        grad_of: where gradients are, as for `GradClipper`. Give the same function in every call.
 
     Returns:
         The norm before clipping, 0-d fp32, or fp64 as in `get_total_norm`; the same bits on every rank.
@@ -179,7 +193,7 @@ def clip_grad_norm_(
     Example:
         >>> distnorm.clip_grad_norm_(model.parameters(), max_norm=1.0)
     """
-    layout = partial(Layout.of, pp_mesh, tied)
+    layout = partial(Layout.of, pp_mesh, tied, sharded, grad_of)
     return _clip(parameters, max_norm, norm_type, error_if_nonfinite, group, layout)
 
 

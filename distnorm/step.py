@@ -203,6 +203,7 @@ class Step:
         self.groups.bind(ranks, meter.shards, meter.shares)
         if self.config.clip.overlap and self._norm.kernel is not None:
             with ranks.together():
+                self._layout.refuse_overlap()
                 meter.overlap = Overlap(self._norm, meter.shards, meter.shares, modules)
         if self.monitor is not None:
             self.monitor.prepare(meter.shards, meter.shares, meter.overlap)

@@ -7,12 +7,15 @@ not imported already.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from distnorm.errors import DistnormError
-from distnorm.sources import dtensor, fsdp1, plain
+from distnorm.sources import declared, dtensor, fsdp1, plain
+from distnorm.sources.declared import Piece, Sharded
+from distnorm.sources.elsewhere import GradOf, GradPlace
 from distnorm.sources.inventory import Inventory, Managers, Replicated
 from distnorm.sources.layout import UNDECLARED, Layout
 from distnorm.sources.recognition import recognise
@@ -33,10 +36,14 @@ Target = Tensor | nn.Module | Iterable[Any]
 __all__ = [
     "UNDECLARED",
     "Fleeting",
+    "GradOf",
+    "GradPlace",
     "Inventory",
     "Layout",
     "Managers",
+    "Piece",
     "Replicated",
+    "Sharded",
     "Source",
     "Target",
     "Tied",
@@ -66,9 +73,11 @@ def shards_of(
 
     Raises:
         UnsupportedGradientError: a tensor that can't be described, named.
+        ConfigError: a tensor is not the piece that it is declared to be, named.
         DistnormError: gradients were given where parameters are meant, or one name twice.
     """
-    if source is Source.GRADIENT and named and all(_never_has_grad(tensor) for _, tensor in named):
+    is_gradient = source is Source.GRADIENT
+    if is_gradient and layout.place is None and named and all(_never_has_grad(t) for _, t in named):
         raise DistnormError(
             f"expected parameters, found {len(named)} tensors that hold no gradient and require none; "
             "were gradients passed where parameters are meant?"
@@ -77,12 +86,16 @@ def shards_of(
     names = canonical_names(plain_names, layout.stage, layout.tied)
     homes = fsdp1.homes(modules_of(target))
     shards: list[GradShard] = []
+    place = layout.place if is_gradient else None
     for name, (_, tensor) in zip(names, named, strict=True):
-        if id(tensor) in homes or fsdp1.holds(tensor):
-            shards.append(fsdp1.shard(name, tensor, source, homes))
+        shard: GradShard
+        if (piece := layout.declared.piece(name, tensor)) is not None:
+            shard = declared.shard(name, tensor, source, piece)
+        elif id(tensor) in homes or fsdp1.holds(tensor):
+            shard = fsdp1.shard(name, tensor, source, homes)
         else:
-            framework = dtensor if dtensor.holds(tensor) else plain
-            shards.append(framework.shard(name, tensor, source))
+            shard = (dtensor if dtensor.holds(tensor) else plain).shard(name, tensor, source)
+        shards.append(shard if place is None else replace(shard, place=place))
     return shards
 
 
