@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from distnorm.hooks import Handle, attach
     from distnorm.monitor import Alert, LayerRow, Monitor
     from distnorm.policies.results import ClipResult, GroupResult
+    from distnorm.sources import Piece
     from distnorm.verification import VerifyReport, verify
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ __all__ = [
     "LayerRow",
     "Monitor",
     "NonFiniteGradientError",
+    "Piece",
     "ReplicaError",
     "RunError",
     "UnsupportedGradientError",
@@ -72,6 +74,7 @@ _HOMES = {
     "hooks": ("Handle", "attach"),
     "monitor": ("Alert", "LayerRow", "Monitor"),
     "policies.results": ("ClipResult", "GroupResult"),
+    "sources": ("Piece",),
     "verification": ("VerifyReport", "verify"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -16,21 +16,23 @@ from distnorm import graphs
 from distnorm.config import Config, load_config
 from distnorm.errors import DistnormError
 from distnorm.kernels import outside_graphs, refuse_capture
+from distnorm.measure.empty_rank import TakeOver
 from distnorm.monitor import Monitor
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.each_rank import EachRank, by_each_rank
 from distnorm.policies.groups import PolicyGroups
 from distnorm.policies.results import ClipResult
 from distnorm.sources import (
+    GradOf,
     Inventory,
+    Layout,
+    Sharded,
     Source,
     Target,
     Tied,
-    checked_tied,
     modules_of,
     read_once,
     shards_of,
-    stage_of,
 )
 from distnorm.sources.shards import GradShard
 from distnorm.step import Step
@@ -52,6 +54,10 @@ class GradClipper(Joinable):
         pp_mesh: a 1-d mesh of pipeline stages, where stages use the same names for other parameters:
             every name that is not tied is then prefixed by the stage's coordinate.
         tied: groups of names that are one parameter, such as ``[("tok.weight", "head.weight")]``.
+        sharded: plain tensors that are pieces: patterns of names with (dim, group or 1-d mesh), such as
+            ``{"*.qkv.weight": (0, tp_group)}``, or a function of name and tensor that returns a `Piece`.
+        grad_of: where gradients are, if not in ``grad``: an attribute's name, such as ``"main_grad"``, or a
+            function of a parameter.
 
     Raises:
         ConfigError: the configuration, or a tied name, is wrong; or a pattern of `clip.groups` doesn't fit.
@@ -77,14 +83,16 @@ class GradClipper(Joinable):
         group: ProcessGroup | None = None,
         pp_mesh: DeviceMesh | None = None,
         tied: Tied = (),
+        sharded: Sharded = None,
+        grad_of: GradOf = None,
     ) -> None:
         super().__init__()
         ranks = group if isinstance(group, Ranks) else Ranks(group)
         with ranks.together():
-            self._step = Step(load_config(config), ranks, checked_tied(tied))
-            self._target, self._stage = read_once(target), stage_of(pp_mesh)
-        self._tied = self._step.tied
-        self.number_in_graphs = graphs.number_of(self)
+            self._layout = Layout.of(pp_mesh, tied, sharded, grad_of)
+            self._step = Step(load_config(config), ranks, self._layout)
+            self._target = read_once(target)
+        self.number_in_graphs, self.grad_place = graphs.number_of(self), self._layout.place
         self._step.plan(self._read_target, modules_of(self._target))
 
     @graphs.in_graphs(graphs.trace_clip)
@@ -260,7 +268,7 @@ class GradClipper(Joinable):
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
         """For `Join`: a rank that is out of data does nothing, and takes over the histories at the end."""
-        return _TakeOver(self._step)
+        return TakeOver(self._step.take_over)
 
     @property
     def join_device(self) -> torch.device:
@@ -275,8 +283,7 @@ class GradClipper(Joinable):
     def _read_target(self) -> tuple[list[GradShard], list[tuple[str, Tensor]]]:
         self._inventory = Inventory(self._target)
         named = self._inventory.named
-        shards = shards_of(named, Source.GRADIENT, target=self._target, stage=self._stage, tied=self._tied)
-        return shards, named
+        return shards_of(named, Source.GRADIENT, target=self._target, layout=self._layout), named
 
     def _begin_step(self) -> None:
         self._step.deferred.check()  # first: all ranks raise here, and only some may have to plan
@@ -290,11 +297,3 @@ class GradClipper(Joinable):
             self._step.is_registered_with_join = True
         if not self._step.has_plan or not self._inventory.is_current:
             self._step.plan(self._read_target, modules_of(self._target), anew=True)
-
-
-class _TakeOver(JoinHook):
-    def __init__(self, step: Step) -> None:
-        self._step = step
-
-    def post_hook(self, is_last_joiner: bool) -> None:
-        self._step.take_over(is_last_joiner)

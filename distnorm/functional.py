@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,15 +22,17 @@ from distnorm.plan.collectives import Ranks
 from distnorm.plan.each_rank import for_each_rank
 from distnorm.policies.deciding import apply
 from distnorm.sources import (
+    UNDECLARED,
+    GradOf,
+    Layout,
+    Sharded,
     Source,
     Target,
     Tied,
-    checked_tied,
     named_tensors,
     read_once,
     recognise,
     shards_of,
-    stage_of,
 )
 from distnorm.sources.shards import GradShard, PartialGrad
 
@@ -39,7 +42,7 @@ _log = logging.getLogger("distnorm")
 @graphs.called_by_operator
 def total_norm_given(tensors: Sequence[Tensor], norm_type: float, error_if_nonfinite: bool) -> Tensor:
     """What the operator `distnorm::total_norm` does."""
-    return _measure(tensors, Source.TENSOR, norm_type, error_if_nonfinite, None, None, ()).result()
+    return _measure(tensors, Source.TENSOR, norm_type, error_if_nonfinite, None, Layout).result()
 
 
 @graphs.in_graphs(graphs.trace_total_norm)
@@ -53,6 +56,7 @@ def get_total_norm(
     pp_mesh: DeviceMesh | None = None,
     group: ProcessGroup | None = None,
     tied: Tied = (),
+    sharded: Sharded = None,
 ) -> Tensor:
     """The norm of tensors as one vector, over all ranks that hold pieces of them.
 
@@ -68,6 +72,7 @@ def get_total_norm(
         pp_mesh: a 1-d mesh of pipeline stages, where stages use the same names for other tensors.
         group: the ranks that take part; default: the whole world, or this process alone.
         tied: groups of names that are one tensor.
+        sharded: plain tensors that are pieces, as for `GradClipper`.
 
     Returns:
         0-d fp32, or fp64 where a tensor of any rank is fp64 or complex128; the same bits on every rank. Of
@@ -85,14 +90,19 @@ def get_total_norm(
     Example:
         >>> distnorm.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     """
-    measured = _measure(tensors, Source.TENSOR, norm_type, error_if_nonfinite, pp_mesh, group, tied)
-    return measured.result()
+    layout = partial(Layout.of, pp_mesh, tied, sharded)
+    return _measure(tensors, Source.TENSOR, norm_type, error_if_nonfinite, group, layout).result()
 
 
 @kernels.outside_graphs
 @for_each_rank
 def clip_grads_with_norm_(
-    parameters: Target, max_norm: float, total_norm: Tensor, foreach: bool | None = None
+    parameters: Target,
+    max_norm: float,
+    total_norm: Tensor,
+    foreach: bool | None = None,
+    *,
+    grad_of: GradOf = None,
 ) -> None:
     """Scale gradients in place by ``min(1, max_norm / (total_norm + 1e-6))``.
 
@@ -103,6 +113,7 @@ def clip_grads_with_norm_(
         max_norm: the threshold, at least 0; inf leaves every bit alone.
         total_norm: 0-d, such as `get_total_norm` returns.
         foreach: accepted for torch's sake, and ignored.
+        grad_of: where gradients are, as for `GradClipper`.
 
     Raises:
         ConfigError: `max_norm` is negative or NaN.
@@ -115,7 +126,8 @@ def clip_grads_with_norm_(
         known, _ = recognise(parameters, Source.GRADIENT, ("clip_grads_with_norm_",))
         if known.managers is not None:
             known.managers.refuse_unreduced()
-        shards = shards_of(named_tensors(parameters), Source.GRADIENT, target=parameters)
+        layout = Layout.of(grad_of=grad_of)
+        shards = shards_of(named_tensors(parameters), Source.GRADIENT, target=parameters, layout=layout)
         readings, problems = read_with_care(shards)
         gradients = Gradients([r.tensor if isinstance(r, PartialGrad) else r for r in readings], problems)
         gradients.lay_out(shards, "one")
@@ -138,7 +150,7 @@ def clip_given(
     for position, gradient in gradients.items():
         holders[position] = holders[position].to(gradient.dtype)  # the same tensor, where dtypes are equal
         holders[position].grad = gradient
-    return _clip(holders, max_norm, norm_type, error_if_nonfinite, None, None, ())
+    return _clip(holders, max_norm, norm_type, error_if_nonfinite, None, Layout)
 
 
 @graphs.in_graphs(graphs.trace_clip_grad_norm_)
@@ -153,6 +165,8 @@ def clip_grad_norm_(
     *,
     group: ProcessGroup | None = None,
     tied: Tied = (),
+    sharded: Sharded = None,
+    grad_of: GradOf = None,
 ) -> Tensor:
     """Clip the gradient of the whole model, held in pieces by many ranks, to a norm.
 
@@ -163,7 +177,8 @@ def clip_grad_norm_(
         parameters: one parameter, an iterable of parameters or of (name, parameter) pairs, a module, or
             a list of modules (pipeline parts).
         max_norm: the threshold, at least 0, the same on every rank; inf measures only.
-        norm_type, error_if_nonfinite, foreach, pp_mesh, group, tied: as in `get_total_norm`.
+        norm_type, error_if_nonfinite, foreach, pp_mesh, group, tied, sharded: as in `get_total_norm`.
+        grad_of: where gradients are, as for `GradClipper`. Give the same function in every call.
 
     Returns:
         The norm before clipping, 0-d fp32, or fp64 as in `get_total_norm`; the same bits on every rank.
@@ -178,7 +193,8 @@ def clip_grad_norm_(
     Example:
         >>> distnorm.clip_grad_norm_(model.parameters(), max_norm=1.0)
     """
-    return _clip(parameters, max_norm, norm_type, error_if_nonfinite, pp_mesh, group, tied)
+    layout = partial(Layout.of, pp_mesh, tied, sharded, grad_of)
+    return _clip(parameters, max_norm, norm_type, error_if_nonfinite, group, layout)
 
 
 def _clip(
@@ -186,11 +202,10 @@ def _clip(
     max_norm: float,
     norm_type: float,
     raises: bool,
-    pp_mesh: DeviceMesh | None,
     group: ProcessGroup | None,
-    tied: Tied,
+    layout_of: Callable[[], Layout],
 ) -> Tensor:
-    measured = _measure(target, Source.GRADIENT, norm_type, raises, pp_mesh, group, tied, max_norm)
+    measured = _measure(target, Source.GRADIENT, norm_type, raises, group, layout_of, max_norm)
     with torch.no_grad(), torch._C.DisableTorchFunction():
         decision = policies.constant(measured.total_norm, policies.check_max_norm(max_norm))
         if isinstance(measured.agreed, Tensor):  # not read on the host: whether the ranks measured the same
@@ -214,9 +229,8 @@ def _measure(
     source: Source,
     norm_type: float,
     raises: bool,
-    pp_mesh: DeviceMesh | None,
     group: ProcessGroup | None,
-    tied: Tied,
+    layout_of: Callable[[], Layout],
     max_norm: float | None = None,
 ) -> _Measured:
     ranks, is_gradient = (group if isinstance(group, Ranks) else Ranks(group)), source is Source.GRADIENT
@@ -224,24 +238,24 @@ def _measure(
         try:
             target = read_once(target)
             order, threshold = norm(norm_type), policies.check_max_norm(max_norm)
-            stage, tied = stage_of(pp_mesh), checked_tied(tied)
-            terms = {"norm_type": order.order, "error_if_nonfinite": raises, "tied": tied}
-            known, holders = recognise(target, source, (*terms.values(), stage))
+            layout = layout_of()
+            terms = {"norm_type": order.order, "error_if_nonfinite": raises, **layout.terms}
+            known, holders = recognise(target, source, (order.order, raises, layout))
             if not is_gradient:
                 _warn_of_weights(holders)
         except DistnormError as error:
-            Meter(ranks, norm(2), {}, (), raises, raises).abort(error)
+            Meter(ranks, norm(2), {}, UNDECLARED, raises, raises).abort(error)
         if ranks.is_connected and known.is_joining(holders):
             # The ranks that are out of data make no step, and replicas hold all of it.
             ranks = Ranks(alone=True)
 
         def describe() -> list[GradShard]:
-            return shards_of(named_tensors(target), source, target=target, stage=stage, tied=tied)
+            return shards_of(named_tensors(target), source, target=target, layout=layout)
 
         meter = ranks.state.recall(known.key)
         if meter is None or not holders:
             meter = Meter(
-                ranks, order, terms, tied, raises, raises, source=source, allow_empty=not is_gradient
+                ranks, order, terms, layout, raises, raises, source=source, allow_empty=not is_gradient
             )
             meter.managers = known.managers
             if not holders:  # which plan the others have, it can't know

@@ -237,7 +237,7 @@ def trace_clip_grad_norm_(
 
 def trace_clip(outside: Callable[..., ClipResult], clipper: Any) -> ClipResult:
     """`GradClipper.clip` as a graph has it."""
-    found = gradients_of(clipper.parameters)
+    found = gradients_of(clipper.parameters) if clipper.grad_place is None else None
     if found is None or clipper.config.clip.groups:
         return outside(clipper)
     numbers = clip(*found, clipper.number_in_graphs, len(FIELDS), _CALLS)

@@ -27,6 +27,7 @@ from distnorm.policies.clipping import Clipping
 from distnorm.policies.deciding import Outcome
 from distnorm.policies.groups import PolicyGroups
 from distnorm.policies.results import ClipResult, describe_steps
+from distnorm.sources import UNDECLARED, Layout
 
 _STATE_VERSION = 2
 _WAITING = ("raise_now",)
@@ -38,7 +39,7 @@ class Step:
     Args:
         config: the configuration in force.
         ranks: who takes part.
-        tied: groups of names that are one parameter.
+        layout: how the whole model lies on the ranks.
         waits: the modes of ``clip.nonfinite`` that read every norm on the host.
 
     Attributes:
@@ -55,9 +56,9 @@ class Step:
     """
 
     def __init__(
-        self, config: Config, ranks: Ranks, tied: Sequence[tuple[str, ...]], waits: Collection[str] = _WAITING
+        self, config: Config, ranks: Ranks, layout: Layout, waits: Collection[str] = _WAITING
     ) -> None:
-        self.config, self.tied, self._waits, self._norm = config, tied, waits, norm(config.norm.type)
+        self.config, self._layout, self._waits, self._norm = config, layout, waits, norm(config.norm.type)
         self.count, self._replays, self.is_registered_with_join = 0, Replays(self._norm.order), False
         self.last: ClipResult | None = None
         self.outcome: Outcome | None = None
@@ -75,14 +76,10 @@ class Step:
 
     def _meter_of(self, ranks: Ranks) -> Meter:
         clip = self.config.clip
-        terms = {
-            "norm.type": self._norm.order,
-            **{f"clip.{key}": value for key, value in clip.model_dump().items()},
-            **monitor_terms(self.config.monitor),
-            "tied": self.tied,
-        }
+        terms: dict[str, object] = {f"clip.{key}": value for key, value in clip.model_dump().items()}
+        terms |= {"norm.type": self._norm.order, **monitor_terms(self.config.monitor), **self._layout.terms}
         raises, waits = clip.nonfinite in ("raise", "raise_now"), clip.nonfinite in self._waits
-        return Meter(ranks, self._norm, terms, self.tied, raises, waits, self.groups.coefficients)
+        return Meter(ranks, self._norm, terms, self._layout, raises, waits, self.groups.coefficients)
 
     # ---- the walk
 
@@ -206,6 +203,7 @@ class Step:
         self.groups.bind(ranks, meter.shards, meter.shares)
         if self.config.clip.overlap and self._norm.kernel is not None:
             with ranks.together():
+                self._layout.refuse_overlap()
                 meter.overlap = Overlap(self._norm, meter.shards, meter.shares, modules)
         if self.monitor is not None:
             self.monitor.prepare(meter.shards, meter.shares, meter.overlap)
@@ -235,7 +233,7 @@ class Step:
         if self._alone is None:
             shards = self._meter.shards
             alone = self._meter_of(Ranks(alone=True))
-            self._alone = replace(alone, tied=(), waits=True)  # no other rank raises with this one later
+            self._alone = replace(alone, layout=UNDECLARED, waits=True)  # no other rank raises later
             self._alone.prepare(lambda: (shards, [(shard.name, shard.holder) for shard in shards]))
         return self._alone
 

@@ -18,7 +18,7 @@ from distnorm.measure.partials import agree_on_partials
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.model_table import ModelTable, make_model_table
 from distnorm.plan.plan import Share, make_plan
-from distnorm.sources import shards_of, stage_of
+from distnorm.sources import Layout, shards_of
 from distnorm.sources.shards import GradShard, Source
 from tests import oracle
 from tests.topologies import (
@@ -59,8 +59,7 @@ class Model:
     def of_topology(cls, topology: Topology) -> tuple[Model, list[Any]]:
         held = make_parameters(topology, make_meshes(topology))
         named = [(one.name, parameter) for one, _, parameter in held]
-        stage = stage_of(pp_mesh(topology))
-        return cls.of(named, topology.order, stage=stage, tied=topology.tied), held
+        return cls.of(named, topology.order, layout=Layout.of(pp_mesh(topology), topology.tied)), held
 
     def gradients(self) -> list[Tensor | None]:
         readings, problems = read_with_care(self.shards)

@@ -21,7 +21,7 @@ from distnorm.hooks.optimizers import OptimizerHook, refuse_other_clippers
 from distnorm.hooks.wrapping import checked, parameters_of
 from distnorm.plan.collectives import Ranks
 from distnorm.policies.results import ClipResult
-from distnorm.sources import Target, Tied, named_tensors, read_once
+from distnorm.sources import GradOf, Sharded, Target, Tied, named_tensors, read_once
 
 _LOG = logging.getLogger("distnorm")
 
@@ -100,47 +100,47 @@ def attach(
     group: ProcessGroup | None = None,
     pp_mesh: DeviceMesh | None = None,
     tied: Tied = (),
+    sharded: Sharded = None,
+    grad_of: GradOf = None,
 ) -> Handle:
     """Clip in every step of a torch optimizer, of several over one model, or of a DeepSpeed engine.
 
-    Collective: every rank of `group` must call it, and must step as often. The gradient is that of the
-    whole target, measured and clipped once when the first of its optimizers steps; with a closure, after
-    every evaluation of it. Under `torch.amp.GradScaler` the norm is that of unscaled gradients, whether
-    ``unscale_`` was called or not, and all ranks find an overflow together. ``clip.nonfinite: skip``
-    skips the step, and so does policy skip_spikes: parameters and optimizer state stay bit for bit.
-    Steps with learning rates 0 and gradients of zeros, by torch's checkpoint helpers, do not count.
-    With fused optimizers of all that is clipped, and one coefficient, ``clip.apply: auto`` lets their own
-    step multiply by it, and skip: gradients are as they were until that step, and no pass over them is left.
-    A DeepSpeed engine clips by distnorm's norm inside its own step, once; its own clipping is switched off,
-    and ``engine.get_global_grad_norm()`` returns distnorm's norm.
+    Collective: every rank of `group` must call it, and must step as often. The whole target's gradient is
+    measured and clipped once, when the first of its optimizers steps; with a closure, after every
+    evaluation. Under `torch.amp.GradScaler` the norm is that of unscaled gradients, whether ``unscale_``
+    was called or not, and all ranks find an overflow together. ``clip.nonfinite: skip`` and policy
+    skip_spikes skip the step: parameters and optimizer state stay bit for bit. Steps with learning rates
+    0 and gradients of zeros, by torch's checkpoint helpers, do not count. Fused optimizers of all that is
+    clipped multiply by one coefficient, and skip, in their own step (``clip.apply: auto``): gradients are
+    as they were until then. A DeepSpeed engine clips by distnorm's norm inside its own step, once; its
+    own clipping is off, and ``engine.get_global_grad_norm()`` returns distnorm's norm.
 
     Args:
         target: what holds the gradients, as for `GradClipper`; or a `DeepSpeedEngine`.
         optimizer: all that step the target, or wrappers such as accelerate's; none beside an engine.
-        config, group, pp_mesh, tied: as for `GradClipper`.
+        config, group, pp_mesh, tied, sharded, grad_of: as for `GradClipper`.
 
     Returns:
         A handle whose `last` is the newest `ClipResult`.
 
     Raises:
-        ConfigError, CoverageError, ReplicaError, DisagreementError, UnsupportedGradientError: as
-            `GradClipper` raises.
         ConfigError: the optimizer clips inside its own step as well; the key is named.
-        DistnormError: no optimizer was given, or one of other parameters, or one that is attached to already.
+        DistnormError: as `GradClipper`; or no optimizer was given, one of other parameters, or one that is
+            attached to already.
 
     Example:
         >>> handle = distnorm.attach(model, optimizer, {"clip": {"max_norm": 1.0}})
         >>> loss.backward()
         >>> optimizer.step()
-        >>> handle.last.total_norm
     """
+    more: dict[str, Any] = {"pp_mesh": pp_mesh, "sharded": sharded, "grad_of": grad_of}
     if is_engine(target):
-        _refuse_beside_engine(optimizer, pp_mesh)
+        _refuse_beside_engine(optimizer, *more.values())
         hook = DeepSpeedHook(target, config, group=group, tied=tied)
         return Handle(hook.clipper, hook)
     with (ranks := Ranks(group)).together():
         target, given = _checked(target, optimizer)
-    clipper = GradClipper(target, config, group=group, pp_mesh=pp_mesh, tied=tied)
+    clipper = GradClipper(target, config, group=group, tied=tied, **more)
     return Handle(clipper, _installed(ranks, clipper, given))
 
 
@@ -189,9 +189,9 @@ def _refuse_strangers(optimizer: object, parameters: Sequence[Tensor]) -> None:
         )
 
 
-def _refuse_beside_engine(optimizer: object, pp_mesh: object) -> None:
-    if optimizer is not None or pp_mesh is not None:
+def _refuse_beside_engine(*given: object) -> None:
+    if any(each is not None for each in given):
         raise DistnormError(
-            "expected a DeepSpeed engine alone, found an optimizer or a pp_mesh beside it; the engine owns "
-            "its optimizer, and its pipeline names its layers"
+            "expected a DeepSpeed engine alone, found an optimizer, pp_mesh, sharded or grad_of beside it; "
+            "the engine owns its optimizer and the gradients' pieces, and its pipeline names its layers"
         )

@@ -36,6 +36,8 @@ class HandOver:
     def __init__(self, clipper: GradClipper, optimizers: Sequence[Optimizer]) -> None:
         self._clipper, self._optimizers = clipper, optimizers
         clip, fixed = clipper.config.clip, clipper.rules.obstacle
+        if fixed is None and clipper.grad_place is not None:
+            fixed = f"gradients in {clipper.grad_place}"
         if fixed is None and clip.nonfinite == "zero":  # zeroing what is not finite is no division
             fixed = "nonfinite: zero, which no optimizer can do"
         self._fixed = "clip.apply: scale" if clip.apply == "scale" else fixed

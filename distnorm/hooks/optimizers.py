@@ -15,11 +15,12 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from distnorm.clipper import GradClipper
-from distnorm.errors import DistnormError, NonFiniteGradientError, UnsupportedGradientError
+from distnorm.errors import ConfigError, DistnormError, NonFiniteGradientError, UnsupportedGradientError
 from distnorm.hooks import amp, callers, fused
 from distnorm.hooks.second_clipper import refuse_second_clipper
 from distnorm.hooks.wrapping import hookable, wrapped
 from distnorm.kernels import refuse_capture
+from distnorm.sources import GradPlace
 
 _attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
@@ -60,7 +61,8 @@ class OptimizerHook:
         self._hand_over = fused.HandOver(clipper, self.optimizers)
         self._optimizers_multiply = False  # those of this round, in their own steps
         self._round = _Round()
-        self._hidden = _HiddenGradients()
+        self._hidden = _HiddenGradients(clipper.grad_place)
+        _refuse_unhidable(clipper)
         self._prepared: set[int] = set()  # optimizers for which a running GradScaler step has clipped
         self._outermost: FrameType | None = None  # the newest step that is not part of another
         self._pauses = 0
@@ -235,24 +237,41 @@ class _Round:
 class _HiddenGradients:
     """Gradients that are hidden from a step, which passes over parameters without one and their state."""
 
-    def __init__(self) -> None:
+    def __init__(self, place: GradPlace | None) -> None:
         self._hidden: list[tuple[Tensor, Tensor]] = []
+        self._place = place
 
     def hide(self, optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
+                if self._place is not None:
+                    if (gradient := self._place.of(parameter)) is not None:
+                        self._hidden.append((parameter, gradient))
+                        self._place.put(parameter, None)
+                elif parameter.grad is not None:
                     self._hidden.append((parameter, parameter.grad))
                     parameter.grad = None
 
     def show(self) -> None:
         while self._hidden:
             parameter, gradient = self._hidden.pop()
-            if gradient.dtype == parameter.dtype:
+            if self._place is not None:
+                self._place.put(parameter, gradient)
+            elif gradient.dtype == parameter.dtype:
                 parameter.grad = gradient
             else:  # FSDP1's `keep_low_precision_grads`, which a plain assignment refuses
                 parameter.grad = torch.empty_like(parameter)
                 parameter.grad.data = gradient
+
+
+def _refuse_unhidable(clipper: GradClipper) -> None:
+    place = clipper.grad_place
+    if place is not None and callable(place.given) and clipper.rules.may_skip:
+        raise ConfigError(
+            "grad_of: expected an attribute's name under clip.nonfinite: skip or policy skip_spikes, where a "
+            "skipped step must find no gradients; found a function. Use GradClipper, and step unless "
+            "result.skipped"
+        )
 
 
 def _refuse_within_backward() -> None:

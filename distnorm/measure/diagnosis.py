@@ -192,7 +192,7 @@ def warn_of_no_gradients(ranks: Ranks, shards: Sequence[GradShard], is_empty: bo
     if ranks.rank == 0:
         _warn_once(
             "no parameter has a gradient on any rank, so the total norm is 0 and nothing is clipped; were "
-            "the gradients set to None before this call, or are they kept elsewhere than in .grad?"
+            "the gradients set to None before this call, or are they kept elsewhere (grad_of=...)?"
         )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
+from torch.distributed.algorithms.join import JoinHook
 
 from distnorm.measure.gradients import Gradients
 from distnorm.measure.meter import Meter
@@ -32,3 +35,18 @@ def join_empty(meter: Meter) -> tuple[Tensor, bool]:
             checks.raise_disagreement(reduced, decoded, None, (), empty)
         checks.check_values(reduced, tuple, empty)
     return reduced.total_norm, decoded.values["double"] > 0
+
+
+class TakeOver(JoinHook):
+    """What torch's `Join` calls when all ranks are out of data.
+
+    Args:
+        take_over: gets whether this rank was among the last that had some. Collective.
+    """
+
+    def __init__(self, take_over: Callable[[bool], None]) -> None:
+        self._take_over = take_over
+
+    def post_hook(self, is_last_joiner: bool) -> None:
+        """Let ranks that were out of data sooner take over the state of one that was not."""
+        self._take_over(is_last_joiner)

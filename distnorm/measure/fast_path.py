@@ -24,7 +24,7 @@ from distnorm.measure.gradients import Gradients
 from distnorm.measure.norms import Norm
 from distnorm.measure.replica_check import ReplicaCheck
 from distnorm.plan.plan import Share
-from distnorm.sources.shards import Gate, GradShard, Source
+from distnorm.sources.shards import Gate, GradShard
 
 _GRAD = attrgetter("grad")
 
@@ -195,7 +195,7 @@ class FastPath:
         cls, shards: Sequence[GradShard], shares: Sequence[Share], gradients: Gradients, presence: int
     ) -> FastPath | None:
         """What is known from a careful reading; `None` where the next step needs another."""
-        if not gradients.is_plain or not all(_can_be_found(shard) for shard in shards):
+        if not gradients.is_plain or not all(shard.is_in_grad for shard in shards):
             return None
         by_class: dict[type, dict[int, Tensor]] = {}
         absent: list[int] = []
@@ -266,10 +266,6 @@ class FastPath:
         if self._of_check is None or self._of_check[0] is not check:
             self._of_check = check, self._places[check.positions]
         return self._of_check[1]
-
-
-def _can_be_found(shard: GradShard) -> bool:
-    return shard.has_fast_path and shard.source is Source.GRADIENT
 
 
 def _picker(which: Sequence[int], count: int) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import NoReturn
 
@@ -31,9 +32,10 @@ from distnorm.measure.replica_check import ReplicaCheck
 from distnorm.measure.result_checks import ResultChecks
 from distnorm.measure.unread import UnreadReduction
 from distnorm.plan.collectives import Ranks
-from distnorm.plan.plan import Plan, Share, check_tied, make_plan
+from distnorm.plan.names import check_names
+from distnorm.plan.plan import Plan, Share, make_plan
 from distnorm.plan.terms import stable_hash
-from distnorm.sources import Managers, Tied
+from distnorm.sources import Layout, Managers
 from distnorm.sources.shards import GradShard, Source
 
 Reader = Callable[[], tuple[list[GradShard], list[tuple[str, Tensor]]]]
@@ -50,7 +52,7 @@ class Meter:
         ranks: who takes part.
         norm: which norm.
         terms: settings that must be equal on all ranks, compared whenever a plan is made.
-        tied: groups of names that are one parameter.
+        layout: how the whole model lies on the ranks.
         raises: whether a norm that is not finite raises, be it in the next step.
         waits: whether the norm is read on the host, whatever it costs.
         coefficients: what has coefficients of its own.
@@ -67,7 +69,7 @@ class Meter:
     ranks: Ranks
     norm: Norm
     terms: Mapping[str, object]
-    tied: Tied
+    layout: Layout
     raises: bool
     waits: bool
     coefficients: Coefficients = "one"
@@ -132,8 +134,9 @@ class Meter:
         with self.ranks.together():
             self._shards, named = read()
         self._home = next((shard.holder.device for shard in self.shards), self._home)
-        plan = make_plan(self.ranks, self.shards, self.terms, replicas_share=self.norm.replicas_share)
-        check_tied(self.ranks, [name for name, _ in named], self.tied)
+        given, share = [name for name, _ in named], self.norm.replicas_share
+        names = partial(check_names, self.ranks, given, self.shards, self.layout)
+        plan = make_plan(self.ranks, self.shards, self.terms, replicas_share=share, check_names=names)
         if self.allow_empty or not self._exchange.can_pack:
             self._exchange.use_full_form()
         self.ranks.state.has_replicas |= plan.has_replicas
@@ -154,16 +157,8 @@ class Meter:
         self.plan, self._newest_header = plan, ((), Header("join", False))
 
     def _reader_of(self, shares: Sequence[Share]) -> GradientReader:
-        return GradientReader(
-            self.ranks,
-            self._exchange,
-            self.norm,
-            shares,
-            self._weights,
-            listens=self.listens,
-            coefficients=self.coefficients,
-            source=self.source,
-        )
+        reads = (self.listens, self.coefficients, self.source)
+        return GradientReader(self.ranks, self._exchange, self.norm, shares, self._weights, *reads)
 
     def prepare_anew(self, read: Reader, payload_length: int = 0) -> None:
         """Make another plan, after the set of shards changed. Collective.

@@ -29,7 +29,7 @@ from distnorm.measure.gpu_overlap import GpuOverlap, local_of, versions_of
 from distnorm.measure.gradients import Gradients
 from distnorm.measure.norms import Norm
 from distnorm.plan.plan import Share
-from distnorm.sources.shards import GradShard, Source
+from distnorm.sources.shards import GradShard
 
 Ints = npt.NDArray[np.int64]
 
@@ -203,5 +203,4 @@ def _remove(handles: Sequence[Any]) -> None:
 
 def _can_be_taken(shard: GradShard) -> bool:
     holder = shard.holder
-    is_read = shard.source is Source.GRADIENT and shard.has_fast_path and shard.gate is None
-    return is_read and holder.requires_grad and holder.is_leaf
+    return shard.is_in_grad and shard.gate is None and holder.requires_grad and holder.is_leaf

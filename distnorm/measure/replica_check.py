@@ -30,6 +30,7 @@ from distnorm.errors import ReplicaError
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.join import join
 from distnorm.plan.plan import Share, identity_rows, piece_groups, raise_named, spread
+from distnorm.plan.wording import SHARDED
 from distnorm.sources.shards import PACKED, GradShard
 
 Ints = npt.NDArray[np.int64]
@@ -253,7 +254,7 @@ def compare_replicas(
             ReplicaError,
             "the same gradient on every replica",
             "Replicas' gradients must be reduced (by DDP, FSDP, or an all-reduce of your own) before they "
-            "are measured; for parameters that are no replicas give whole-model names, or pp_mesh.",
+            f"are measured; for parameters that are none give whole-model names, pp_mesh, or {SHARDED}.",
         )
 
 

@@ -194,6 +194,12 @@ def _apart(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The target, however it is given, and the other arguments."""
+    for name in ("sharded", "grad_of"):
+        if kwargs.get(name) is not None:
+            raise DistnormError(
+                f"{name}: expected none in LocalTensorMode, whose tensors stand for all ranks' tensors; "
+                "found one; use torch's fake process group for a dry run"
+            )
     if args:
         return args[0], args[1:], dict(kwargs)
     named = inspect.signature(function).bind(**kwargs).arguments

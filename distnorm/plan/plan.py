@@ -9,18 +9,18 @@ The exchange is a distributed hash join: all rows of one name meet on one rank, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from distnorm import kernels
-from distnorm.errors import ConfigError, CoverageError, DistnormError, ReplicaError
+from distnorm.errors import CoverageError, DistnormError, ReplicaError
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.join import join
 from distnorm.plan.terms import agree_on_terms, stable_hash
-from distnorm.plan.wording import name_ranks, shown
+from distnorm.plan.wording import SHARDED, name_ranks, shown
 from distnorm.sources.shards import Extent, GradShard, Source
 
 _NAMED_IN_ERRORS = 3
@@ -64,7 +64,12 @@ class Plan:
 
 
 def make_plan(
-    ranks: Ranks, shards: Sequence[GradShard], terms: Mapping[str, object], *, replicas_share: bool
+    ranks: Ranks,
+    shards: Sequence[GradShard],
+    terms: Mapping[str, object],
+    *,
+    replicas_share: bool,
+    check_names: Callable[[], None] | None = None,
 ) -> Plan:
     """Plan who counts what. Collective: every rank must call it.
 
@@ -73,6 +78,7 @@ def make_plan(
         shards: what this rank holds.
         terms: what all ranks must have alike (threshold, norm type, tied names, ...), by name.
         replicas_share: whether replicas share the work of a shard, or each counts all of it.
+        check_names: refuses names that nobody holds, when terms, which have them, are agreed on. Collective.
 
     Raises:
         DisagreementError: the terms differ between ranks; the term and the ranks are named.
@@ -80,13 +86,15 @@ def make_plan(
         ReplicaError: shards that claim to be replicas hold other parameter values.
     """
     with kernels.plain_operators():
+        agree_on_terms(ranks, terms)
+        if check_names is not None:
+            check_names()
         return _make_plan(ranks, shards, terms, replicas_share)
 
 
 def _make_plan(
     ranks: Ranks, shards: Sequence[GradShard], terms: Mapping[str, object], replicas_share: bool
 ) -> Plan:
-    agree_on_terms(ranks, terms)
     ranks.agree_on_device([shard.holder.device for shard in shards])
     rows = identity_rows(shards)
     numels = torch.tensor([s.numel for s in shards], dtype=torch.int64, device="cpu").view(-1, 1)
@@ -166,7 +174,8 @@ def _check_coverage(ranks: Ranks, shards: Sequence[GradShard], replies: list[lis
         CoverageError,
         "pieces that add up to its number of elements",
         "Give every rank all the pieces that it holds, a group of all the ranks that hold the model, and "
-        "whole-model names (or pp_mesh, where stages use the same names for other parameters).",
+        "whole-model names (or pp_mesh, where stages use the same names for other parameters). Plain tensors "
+        f"that are pieces of a parameter are declared by {SHARDED}.",
     )
 
 
@@ -197,7 +206,8 @@ def _check_values(ranks: Ranks, shards: Sequence[GradShard], rows: Tensor, share
         ReplicaError,
         "replicas with the same values",
         "Ranks that hold the same name and piece are taken for replicas. If these are other parameters, "
-        "give them whole-model names, or pp_mesh; if they are replicas, they have drifted apart.",
+        f"give them whole-model names, or pp_mesh; if they are pieces of one, declare them by {SHARDED}; if "
+        "they are replicas, they have drifted apart.",
     )
 
 
@@ -237,23 +247,6 @@ def raise_named(
         for name in sorted(by_name)[:_NAMED_IN_ERRORS]
     ]
     raise kind("\n".join([*lines, advice]))
-
-
-def check_tied(ranks: Ranks, names: Sequence[str], tied: Sequence[Sequence[str]]) -> None:
-    """Refuse a tied name that no rank holds. Collective; `tied` is the same on every rank.
-
-    Raises:
-        ConfigError: naming it.
-    """
-    listed = [name for group in tied for name in group]
-    if not listed or ranks.is_simulated:  # the ranks that may hold them don't exist
-        return
-    held = torch.tensor([name in names for name in listed], dtype=torch.int64, device=ranks.device())
-    absent = [
-        n for n, is_held in zip(listed, ranks.all_reduce_(held, "max").tolist(), strict=True) if not is_held
-    ]
-    if absent:
-        raise ConfigError(f"tied: expected names of parameters, found {absent}, which no rank holds")
 
 
 def to_host(scalars: Sequence[Tensor]) -> list[int]:

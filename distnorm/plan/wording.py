@@ -16,3 +16,7 @@ def shown(facts: Sequence[str]) -> list[str]:
 def name_ranks(ranks: Sequence[int]) -> str:
     """``rank 3``, or ``ranks [1, 3]``."""
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {list(ranks)}"
+
+
+SHARDED = 'sharded={"*.qkv.weight": (dim, group)}'
+"""How a caller declares pieces, for advice in errors."""

@@ -7,13 +7,17 @@ not imported already.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from distnorm.errors import DistnormError
-from distnorm.sources import dtensor, fsdp1, plain
+from distnorm.sources import declared, dtensor, fsdp1, plain
+from distnorm.sources.declared import Piece, Sharded
+from distnorm.sources.elsewhere import GradOf, GradPlace
 from distnorm.sources.inventory import Inventory, Managers, Replicated
+from distnorm.sources.layout import UNDECLARED, Layout
 from distnorm.sources.recognition import recognise
 from distnorm.sources.shards import GradShard, Source
 from distnorm.sources.targets import (
@@ -24,17 +28,22 @@ from distnorm.sources.targets import (
     modules_of,
     named_tensors,
     read_once,
-    stage_of,
 )
 
 Target = Tensor | nn.Module | Iterable[Any]
 """One tensor, a module, or an iterable of tensors, of (name, tensor) pairs or of modules."""
 
 __all__ = [
+    "UNDECLARED",
     "Fleeting",
+    "GradOf",
+    "GradPlace",
     "Inventory",
+    "Layout",
     "Managers",
+    "Piece",
     "Replicated",
+    "Sharded",
     "Source",
     "Target",
     "Tied",
@@ -44,7 +53,6 @@ __all__ = [
     "read_once",
     "recognise",
     "shards_of",
-    "stage_of",
 ]
 
 
@@ -53,8 +61,7 @@ def shards_of(
     source: Source,
     *,
     target: Target = (),
-    stage: int | None = None,
-    tied: Tied = (),
+    layout: Layout = UNDECLARED,
 ) -> list[GradShard]:
     """Describe every tensor's local piece.
 
@@ -62,28 +69,33 @@ def shards_of(
         named: names and tensors, as `named_tensors` gives them.
         source: what is measured of them.
         target: what they were named from. FSDP1's parameters are found by its modules.
-        stage: this rank's pipeline stage, put before every name that is not tied; `None` where names
-            are those of the whole model already.
-        tied: groups of names that are one parameter.
+        layout: how the whole model lies on the ranks.
 
     Raises:
         UnsupportedGradientError: a tensor that can't be described, named.
+        ConfigError: a tensor is not the piece that it is declared to be, named.
         DistnormError: gradients were given where parameters are meant, or one name twice.
     """
-    if source is Source.GRADIENT and named and all(_never_has_grad(tensor) for _, tensor in named):
+    is_gradient = source is Source.GRADIENT
+    if is_gradient and layout.place is None and named and all(_never_has_grad(t) for _, t in named):
         raise DistnormError(
             f"expected parameters, found {len(named)} tensors that hold no gradient and require none; "
             "were gradients passed where parameters are meant?"
         )
-    names = canonical_names([fsdp1.plain_name(name, tensor) for name, tensor in named], stage, tied)
+    plain_names = [fsdp1.plain_name(name, tensor) for name, tensor in named]
+    names = canonical_names(plain_names, layout.stage, layout.tied)
     homes = fsdp1.homes(modules_of(target))
     shards: list[GradShard] = []
+    place = layout.place if is_gradient else None
     for name, (_, tensor) in zip(names, named, strict=True):
-        if id(tensor) in homes or fsdp1.holds(tensor):
-            shards.append(fsdp1.shard(name, tensor, source, homes))
+        shard: GradShard
+        if (piece := layout.declared.piece(name, tensor)) is not None:
+            shard = declared.shard(name, tensor, source, piece)
+        elif id(tensor) in homes or fsdp1.holds(tensor):
+            shard = fsdp1.shard(name, tensor, source, homes)
         else:
-            framework = dtensor if dtensor.holds(tensor) else plain
-            shards.append(framework.shard(name, tensor, source))
+            shard = (dtensor if dtensor.holds(tensor) else plain).shard(name, tensor, source)
+        shards.append(shard if place is None else replace(shard, place=place))
     return shards
 
 

@@ -126,6 +126,8 @@ class DTensorShard(GradShard):
             raise UnsupportedGradientError(f"expected one kind of Partial, found {sorted(ops)}")
         if not unlike:
             return local
+        if self.place is not None and callable(self.place.given):
+            self.place.put(self.holder, None)  # refuses it, before any rank reduces
         arrived = PartialGrad(local, axes, ops.pop() if ops else "sum", wide)
         if wide and tuple(local.shape) == self.wide_shape(wide):
             self.narrowed(local, wide)  # refuses what it can't cut before any rank reduces
@@ -143,9 +145,7 @@ class DTensorShard(GradShard):
             shape=parameter.shape,
             stride=parameter.stride(),
         )
-        # torch refuses to put a gradient of another layout in an old one's place, but not in no one's.
-        self.holder.grad = None
-        self.holder.grad = gradient
+        self._put(gradient)
 
 
 def shard(name: str, tensor: Tensor, source: Source) -> DTensorShard:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar, Protocol
 
@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 
 from distnorm import kernels
 from distnorm.errors import UnsupportedGradientError
+from distnorm.sources.elsewhere import GradPlace, refuse_unnamed
 
 Extent = tuple[int, int] | str
 """The indices a piece holds along one dim: ``(start, stop)``, or a digest where they have gaps."""
@@ -72,10 +73,11 @@ class GradShard(ABC):
         piece: which piece of the parameter this is, an extent for each dim of the global shape.
         shape: shape of the local piece.
         global_shape: shape of the whole parameter.
+        place: where its gradient is, if it is not the `grad` of the holder.
 
     Attributes:
-        has_fast_path: whether the gradient is the `grad` of the holder, and nothing but `gate` decides
-            whether it may be read.
+        has_fast_path: whether the gradient is what the holder has, and nothing but `gate` decides whether it
+            may be read.
     """
 
     has_fast_path: ClassVar[bool] = False
@@ -86,6 +88,12 @@ class GradShard(ABC):
     piece: tuple[Extent, ...]
     shape: tuple[int, ...]
     global_shape: tuple[int, ...]
+    place: GradPlace | None = field(default=None, kw_only=True)
+
+    @property
+    def is_in_grad(self) -> bool:
+        """Whether the gradient can be found in the holder's `grad` without the shard."""
+        return self.has_fast_path and self.source is Source.GRADIENT and self.place is None
 
     @property
     def gate(self) -> Gate | None:
@@ -109,7 +117,22 @@ class GradShard(ABC):
 
     def value(self) -> Tensor | None:
         """What is measured in this step, as its framework holds it; `None` where there is no gradient."""
-        return self.holder if self.source is Source.TENSOR else self.holder.grad
+        if self.source is Source.TENSOR:
+            return self.holder
+        if self.place is not None:
+            return self.place.of(self.holder)
+        gradient = self.holder.grad
+        if gradient is None:
+            refuse_unnamed(self.holder)
+        return gradient
+
+    def _put(self, gradient: Tensor) -> None:
+        if self.place is not None:
+            self.place.put(self.holder, gradient)
+            return
+        # torch refuses to put a gradient of another layout in an old one's place, but not in no one's.
+        self.holder.grad = None
+        self.holder.grad = gradient
 
     @property
     def is_flat(self) -> bool:

@@ -18,7 +18,7 @@ from torch import nn
 
 from distnorm.config import Config
 from distnorm.plan.plan import Share
-from distnorm.sources import Source, modules_of, named_tensors, shards_of
+from distnorm.sources import Layout, Source, modules_of, named_tensors, shards_of
 from distnorm.sources.shards import GradShard
 from distnorm.step import Step
 from distnorm.verification.dry_ranks import DryRanks, Message, Rows, rows_of_stage
@@ -142,7 +142,7 @@ def preview(
 
 
 def _shards(module: nn.Module, tied: _Names) -> list[GradShard]:
-    return shards_of(named_tensors([module]), Source.GRADIENT, target=[module], tied=tied)
+    return shards_of(named_tensors([module]), Source.GRADIENT, target=[module], layout=Layout(tied=tied))
 
 
 def _planned(config: Config, ranks: DryRanks, module: nn.Module, tied: _Names) -> dict[str, Any]:
@@ -169,13 +169,14 @@ def _planned(config: Config, ranks: DryRanks, module: nn.Module, tied: _Names) -
 def _plan(config: Config, ranks: DryRanks, module: nn.Module, tied: _Names) -> Step:
     """What `GradClipper` does when it is made."""
     with ranks.together():
-        step = Step(config, ranks, tied)
+        layout = Layout(tied=tied)
+        step = Step(config, ranks, layout)
     named = named_tensors([module])
     # The other end of a tied pair is on another stage.
     listed = [(name, named[0][1]) for pair in tied for name in pair if named]
 
     def read() -> tuple[list[GradShard], list[tuple[str, torch.Tensor]]]:
-        return shards_of(named, Source.GRADIENT, target=[module], tied=tied), [*named, *listed]
+        return shards_of(named, Source.GRADIENT, target=[module], layout=layout), [*named, *listed]
 
     step.plan(read, modules_of([module]))
     return step

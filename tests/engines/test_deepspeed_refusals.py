@@ -14,6 +14,7 @@ from distnorm.hooks.deepspeed import DeepSpeedHook, is_engine
 from distnorm.hooks.deepspeed.verdict import Verdict
 from distnorm.plan.collectives import Ranks
 from distnorm.policies.deciding import Decider
+from distnorm.sources import UNDECLARED
 from distnorm.step import Step
 from tests.engines.rig import make_engine, make_net, use_deepspeed
 
@@ -155,7 +156,7 @@ def test_a_group_that_was_destroyed_is_refused_with_what_an_engine_can_do(engine
 def test_gradients_stay_where_ranks_of_a_device_measured_another_set_and_zero_is_asked_for():
     """Nobody has read there that they did, so the total norm is NaN though every gradient is finite."""
     total_norm, agreed = torch.tensor(math.nan, dtype=torch.float64), torch.tensor(False)
-    outcome = Decider(Step(load_config(ZERO), Ranks(), ()).groups).decide(total_norm, None, agreed)
+    outcome = Decider(Step(load_config(ZERO), Ranks(), UNDECLARED).groups).decide(total_norm, None, agreed)
     assert outcome.decision is not None
     gradient = torch.tensor([8.0, 4.0])
     Verdict(outcome.result, outcome.decision, 4.0, skips=False, error=None).rescale_([gradient])

@@ -20,6 +20,7 @@ from distnorm.policies import Decision, policy_of
 from distnorm.policies.deciding import Outcome
 from distnorm.policies.groups import PolicyGroups
 from distnorm.policies.results import ClipResult
+from distnorm.sources import UNDECLARED
 from distnorm.sources.shards import GradShard
 from distnorm.step import Step
 
@@ -76,7 +77,7 @@ class EngineClipper:
         with ranks.together():
             self.config = load_config(config)
             _check(self.config)
-            self._step = Step(self.config, ranks, (), waits=("raise", "raise_now"))
+            self._step = Step(self.config, ranks, UNDECLARED, waits=("raise", "raise_now"))
         self._shards = shards
         self._step.plan(lambda: (shards, [(shard.name, shard.holder) for shard in shards]), ())
 

@@ -1,0 +1,164 @@
+"""Plain tensors that are declared to be pieces: hand-written tensor parallelism, without DTensor."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import distnorm
+from distnorm.testing import dense_norm
+
+SHAPES = {"0.qkv.weight": (8, 6), "0.out.weight": (6, 8), "0.norm.weight": (6,)}
+CUTS = {"0.qkv.weight": 0, "0.out.weight": 1}
+
+
+def whole(name: str, what: int) -> Tensor:
+    seed = sorted(SHAPES).index(name) * 2 + what
+    return torch.randn(SHAPES[name], generator=torch.Generator().manual_seed(seed))
+
+
+def truth() -> float:
+    return dense_norm({name: whole(name, 1) for name in SHAPES})
+
+
+def held(tp: int, at: int) -> dict[str, nn.Parameter]:
+    """What one of `tp` ranks holds, with gradients."""
+    parameters = {}
+    for name in SHAPES:
+        value, gradient = whole(name, 0), whole(name, 1)
+        if name in CUTS:
+            value, gradient = (t.chunk(tp, CUTS[name])[at].contiguous() for t in (value, gradient))
+        parameters[name] = nn.Parameter(value)
+        parameters[name].grad = gradient
+    return parameters
+
+
+def tensor_parallel(by: str) -> dict[str, Any]:
+    """Two groups of two ranks, which are replicas of each other, and the argument that says so."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    at, group = mesh.get_local_rank("tp"), mesh.get_group("tp")
+    if by == "function":
+        return {"sharded": lambda name, tensor: piece(name, tensor, at)}
+    given = {"group": group, "mesh": mesh["tp"]}[by]
+    return {"sharded": {"*.qkv.weight": (0, given), "*.out.weight": (-1, given)}}
+
+
+def piece(name: str, tensor: Tensor, at: int) -> distnorm.Piece | None:
+    if name not in CUTS:
+        return None
+    dim, size = CUTS[name], tensor.shape[CUTS[name]]
+    extents = [(0, n) for n in tensor.shape]
+    extents[dim] = (at * size, (at + 1) * size)
+    return distnorm.Piece(tuple(extents), SHAPES[name])
+
+
+def by_clipper(by: str) -> list[float]:
+    said = tensor_parallel(by)
+    parameters = held(2, dist.get_rank() % 2)
+    clipper = distnorm.GradClipper(parameters, {"clip": {"max_norm": 1.0}}, **said)
+    norms = []
+    for _ in range(3):  # the first is read with care, and the others by address
+        for name, parameter in held(2, dist.get_rank() % 2).items():
+            parameters[name].grad = parameter.grad
+        norms.append(float(clipper.clip().total_norm))
+    return [*norms, float(clipper.measure().total_norm)]
+
+
+@pytest.mark.parametrize("by", ["group", "mesh", "function"])
+def test_a_clipper_counts_each_declared_piece_once(ranks, by):
+    for norms in ranks(4, by_clipper, by):
+        assert norms == pytest.approx([truth()] * 3 + [1.0], rel=1e-6)
+
+
+def by_functions() -> list[float]:
+    said = tensor_parallel("group")
+    parameters = held(2, dist.get_rank() % 2)
+    found = distnorm.get_total_norm({name: p.grad for name, p in parameters.items()}, **said)
+    clipped = distnorm.clip_grad_norm_(parameters, 0.5, **said)
+    again = distnorm.clip_grad_norm_(parameters, float("inf"), **said)
+    return [float(found), float(clipped), float(again)]
+
+
+def test_functions_take_declared_pieces(ranks):
+    for norms in ranks(4, by_functions):
+        assert norms == pytest.approx([truth(), truth(), 0.5], rel=1e-6)
+
+
+def uneven_runs() -> float:
+    """A flat buffer cut anywhere, under names of its own."""
+    value, gradient = whole("0.qkv.weight", 0).view(-1), whole("0.qkv.weight", 1).view(-1)
+    start, stop = ((0, 17), (17, 48))[dist.get_rank()]
+    flat = nn.Parameter(value[start:stop].clone())
+    flat.grad = gradient[start:stop].clone()
+    said = {"sharded": lambda name, tensor: distnorm.Piece(((start, stop),), (8, 6), "0.qkv.weight")}
+    return float(distnorm.GradClipper([(f"flat{start}", flat)], **said).clip().total_norm)
+
+
+def test_a_function_may_give_names_and_runs_of_any_length(ranks):
+    assert ranks(2, uneven_runs) == [pytest.approx(dense_norm({"0": whole("0.qkv.weight", 1)}), rel=1e-6)] * 2
+
+
+def always(stop: int, name: str, tensor: Tensor) -> distnorm.Piece | None:
+    return distnorm.Piece(((0, stop), (0, 6)), (8, 6)) if "qkv" in name else None
+
+
+def refused(what: str) -> None:
+    group = dist.new_group([0, 1])
+    rank = dist.get_rank()
+    said: Any = {"*.qkv.weight": (0, group), "*.out.weight": (1, group)}
+    parameters = held(2, rank)
+    if what == "nothing":
+        said = None
+    elif what == "pattern":
+        said["*.qvk.weight"] = said.pop("*.qkv.weight")
+    elif what == "dim":
+        said["*.out.weight"] = (2, group)
+    elif what == "group":
+        other = dist.new_group([0])
+        said["*.out.weight"] = (1, other if rank else group)
+    elif what == "dims that differ":
+        said["*.out.weight"] = (rank, group)
+    elif what == "shape":
+        said = partial(always, 3)
+    elif what == "overlap":
+        said = partial(always, 4)
+        parameters.pop("0.out.weight")
+    elif what == "uneven":
+        said["*.norm.weight"] = (0, group)
+        parameters["0.norm.weight"] = nn.Parameter(whole("0.norm.weight", 0)[: 4 - rank])
+    distnorm.GradClipper(parameters, sharded=said)
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "text"),
+    [
+        ("nothing", distnorm.ReplicaError, r"0\.qkv\.weight.*sharded=\{"),
+        ("pattern", distnorm.ConfigError, r"'\*\.qvk\.weight'.*fit none on any rank"),
+        ("dim", distnorm.ConfigError, r"\*\.out\.weight.*dim of '0\.out\.weight'.*found 2"),
+        ("group", distnorm.ConfigError, r"\*\.out\.weight.*this rank is in"),
+        ("dims that differ", distnorm.DisagreementError, r"sharded: expected the same"),
+        ("shape", distnorm.ConfigError, r"0\.qkv\.weight.*\(3, 6\).*found the shape \(4, 6\)"),
+        ("overlap", distnorm.CoverageError, r"0\.qkv\.weight.*24 of 48"),
+        ("uneven", distnorm.CoverageError, r"0\.norm\.weight"),
+    ],
+)
+def test_what_is_declared_wrongly_is_refused_on_all_ranks(ranks, what, kind, text):
+    failures = ranks(2, refused, what, expect_errors=True)
+    assert len(failures) == 2
+    for failure in failures:
+        assert failure.type_name == kind.__name__, failure
+        assert re.search(text, failure.message.replace("\n", " ")), failure.message
+
+
+def test_a_piece_lies_within_its_parameter():
+    with pytest.raises(distnorm.ConfigError, match=r"\(start, stop\) within \(8, 6\)"):
+        distnorm.Piece(((0, 9), (0, 6)), (8, 6))
+    with pytest.raises(distnorm.ConfigError, match="process group"):
+        distnorm.GradClipper([torch.ones(2, requires_grad=True)], sharded={"0": (0, None)})
