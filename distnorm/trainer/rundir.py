@@ -123,7 +123,7 @@ def _check_folder(folder: Path, config: Config) -> None:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RunError(f"train.output_dir: expected a run's config in {path}, found {error}") from error
     return content if isinstance(content, dict) else {}
 
