@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the other scripts. Needs python3 (3.10 or newer) with venv and pip, nothing else.
 #
-#   set_up        leaves a .venv in the repository that has distnorm and what it needs
+#   set_up        leaves a .venv in the repository that has distnorm and what it and `distnorm report` need
 #   set_up dev    ... and what the checks need; as root on Debian also chromium, which a test opens a report in
 #
 # A torch (2.6 or newer) that python3 can already import is used as it is. Otherwise the version in constraints.txt is
@@ -10,6 +10,10 @@
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 VENV="$ROOT/.venv"
 VENV_PYTHON="$VENV/bin/python"
+
+# On a terminal pip shows what it downloads; elsewhere only what goes wrong.
+PROGRESS=(--quiet)
+if [[ -t 2 ]]; then PROGRESS=(--progress-bar on); fi
 
 say() { echo "set-up: $*" >&2; }
 
@@ -91,7 +95,8 @@ install() {
         say "torch will be installed, which can take minutes"
         cp "$ROOT/launch/constraints.txt" "$constraints"
     fi
-    "$VENV_PYTHON" -m pip install --quiet --no-input --disable-pip-version-check \
+    say "installing distnorm$extras and what it needs"
+    "$VENV_PYTHON" -m pip install "${PROGRESS[@]}" --no-input --disable-pip-version-check \
         --constraint "$constraints" --editable "$ROOT$extras" || fail "pip could not install distnorm$extras"
     if [[ "$extras" == *dev* ]]; then
         install_deepspeed "$constraints"
@@ -102,7 +107,8 @@ install() {
 
 # DeepSpeed's build imports torch, so it can't be isolated from it; no operator of its own is compiled.
 install_deepspeed() {
-    local pip=("$VENV_PYTHON" -m pip install --quiet --no-input --disable-pip-version-check --constraint "$1")
+    say "installing deepspeed"
+    local pip=("$VENV_PYTHON" -m pip install "${PROGRESS[@]}" --no-input --disable-pip-version-check --constraint "$1")
     "${pip[@]}" setuptools wheel || fail "pip could not install setuptools and wheel"
     DS_BUILD_OPS=0 DS_ACCELERATOR=cpu "${pip[@]}" --no-build-isolation deepspeed ||
         fail "pip could not install deepspeed"
@@ -140,7 +146,7 @@ set_up() {
     if ! "$VENV_PYTHON" -m pip --version >/dev/null 2>&1; then
         "$VENV_PYTHON" -m ensurepip >/dev/null || fail "$VENV has no pip (on Debian: apt install python3-venv)"
     fi
-    if [[ "$kind" == dev ]]; then install "[dev]"; else install ""; fi
+    if [[ "$kind" == dev ]]; then install "[dev]"; else install "[report]"; fi
     echo "$stamp" >"$VENV/.set-up-$kind"
     say "done"
 }
