@@ -7,10 +7,13 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distnorm.bench import ROUNDS, WORKLOADS
 from distnorm.errors import ConfigError, DistnormError
+
+if TYPE_CHECKING:
+    from distnorm.trainer.rundir import Existing
 
 _BAD_INPUT = 2
 _INTERRUPTED = 130
@@ -36,11 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command(**arguments)
     except DistnormError as error:
-        # One write, so that the lines of several ranks don't mix.
-        sys.stderr.write("".join(f"distnorm: error: {line}\n" for line in str(error).splitlines()))
+        tell(error)
         return _BAD_INPUT
     except KeyboardInterrupt:
         return _INTERRUPTED
+
+
+def tell(error: DistnormError) -> None:
+    """Say what is wrong, in one write, so that the lines of several ranks don't mix."""
+    sys.stderr.write("".join(f"distnorm: error: {line}\n" for line in str(error).splitlines()))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -83,6 +90,17 @@ def make_parser() -> argparse.ArgumentParser:
             action="append",
             default=[],
             help="override one key, such as clip.max_norm=0.5 (repeatable)",
+        )
+    existing = train.add_mutually_exclusive_group()
+    for name, text in (
+        ("resume", "go on from the newest checkpoint of the run in train.output_dir, or begin where none is"),
+        (
+            "overwrite",
+            "begin anew, though a run is in train.output_dir; its rows are kept in earlier-N there",
+        ),
+    ):
+        existing.add_argument(
+            f"--{name}", dest="existing", action="store_const", const=name, default="refuse", help=text
         )
     for run in ("run_a", "run_b"):
         compare.add_argument(run, metavar="RUN", help="a run's folder")
@@ -193,13 +211,13 @@ def _schema() -> int:
     return 0
 
 
-def _train(config: str, overrides: Sequence[str]) -> int:
+def _train(config: str, overrides: Sequence[str], existing: Existing) -> int:
     from distnorm.config import load_config
 
     loaded = load_config(config, overrides)
     from distnorm.trainer import run
 
-    return run.main(loaded)
+    return run.main(loaded, existing)
 
 
 def _verify(config: str, overrides: Sequence[str]) -> int:

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the other scripts. Needs python3 (3.10 or newer) with venv and pip, nothing else.
 #
-#   set_up        leaves a .venv in the repository that has distnorm and what it needs
+#   set_up        leaves a .venv in the repository that has distnorm and what it and `distnorm report` need
 #   set_up dev    ... and what the quick form of the checks needs
 #   set_up full   ... and what all tests need: the frameworks, gigabytes of them; as root on Debian also chromium
 #
@@ -11,6 +11,10 @@
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 VENV="$ROOT/.venv"
 VENV_PYTHON="$VENV/bin/python"
+
+# On a terminal pip shows what it downloads; elsewhere only what goes wrong.
+PROGRESS=(--quiet)
+if [[ -t 2 ]]; then PROGRESS=(--progress-bar on); fi
 
 say() { echo "set-up: $*" >&2; }
 
@@ -83,7 +87,7 @@ PY
 install() {
     local extras torch constraints
     case "$1" in
-    run) extras="" ;;
+    run) extras="[report]" ;;
     dev) extras="[dev]" ;;
     full) extras="[dev,frameworks]" ;;
     *) fail "set_up: expected run, dev or full, found '$1'" ;;
@@ -98,7 +102,8 @@ install() {
         say "torch will be installed, which can take minutes"
         cp "$ROOT/launch/constraints.txt" "$constraints"
     fi
-    "$VENV_PYTHON" -m pip install --quiet --no-input --disable-pip-version-check \
+    say "installing distnorm$extras and what it needs"
+    "$VENV_PYTHON" -m pip install "${PROGRESS[@]}" --no-input --disable-pip-version-check \
         --constraint "$constraints" --editable "$ROOT$extras" || fail "pip could not install distnorm$extras"
     if [[ "$1" == full ]]; then
         install_deepspeed "$constraints"
@@ -109,7 +114,8 @@ install() {
 
 # DeepSpeed's build imports torch, so it can't be isolated from it; no operator of its own is compiled.
 install_deepspeed() {
-    local pip=("$VENV_PYTHON" -m pip install --quiet --no-input --disable-pip-version-check --constraint "$1")
+    say "installing deepspeed"
+    local pip=("$VENV_PYTHON" -m pip install "${PROGRESS[@]}" --no-input --disable-pip-version-check --constraint "$1")
     "${pip[@]}" setuptools wheel || fail "pip could not install setuptools and wheel"
     DS_BUILD_OPS=0 DS_ACCELERATOR=cpu "${pip[@]}" --no-build-isolation deepspeed ||
         fail "pip could not install deepspeed"

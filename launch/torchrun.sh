@@ -15,12 +15,14 @@ arguments:
     SCRIPT.py             a script of yours, found from the current folder
 
 environment:
-    NNODES            number of nodes (default: 1)
+    NNODES            number of nodes, or MIN:MAX, between which it may change (default: 1)
     NPROC_PER_NODE    processes on each node (default: gpu, one for each GPU; needed where there is none)
     RDZV_ENDPOINT     HOST[:PORT] of one of the nodes, the same on all; needed with more than one node
                       (default: MASTER_ADDR:MASTER_PORT where MASTER_ADDR is set; port 29400)
     RDZV_ID           name of the run, the same on all nodes (default: distnorm)
-    RDZV_TIMEOUT      seconds that a node waits for the others (default: 600)
+    RDZV_TIMEOUT      seconds that a node waits for the endpoint, and for the other nodes (default: 600)
+    MAX_RESTARTS      how often all processes are started again after one has failed; a run with train.checkpoint.every
+                      then goes on from its newest checkpoint (default: 0)
     OMP_NUM_THREADS   threads of each process (default: 1)
     PYTHON            interpreter (default: .venv/bin/python of this repository, else python3)
 Others pass through: NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the network interface, DISTNORM_A__B sets a key.
@@ -48,12 +50,12 @@ PYTHON="${PYTHON:-$([[ -x "$ROOT/.venv/bin/python" ]] && echo "$ROOT/.venv/bin/p
 NNODES="${NNODES:-1}"
 ENDPOINT="${RDZV_ENDPOINT:-${MASTER_ADDR:+$MASTER_ADDR:${MASTER_PORT:-29400}}}"
 
-if [[ ! "$NNODES" =~ ^[1-9][0-9]*$ ]]; then
-    echo "torchrun.sh: NNODES must be a positive number; it is '$NNODES'" >&2
+if [[ ! "$NNODES" =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]]; then
+    echo "torchrun.sh: NNODES must be a positive number, or two as MIN:MAX; it is '$NNODES'" >&2
     exit 2
 fi
 if [[ -z "$ENDPOINT" ]]; then
-    if ((NNODES > 1)); then
+    if ((${NNODES#*:} > 1)); then
         echo "torchrun.sh: $NNODES nodes need RDZV_ENDPOINT=HOST[:PORT], the same on all of them" >&2
         exit 2
     fi
@@ -67,11 +69,12 @@ else
 fi
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "$PYTHON" -m torch.distributed.run \
+exec "$PYTHON" -m distnorm.launch \
     --nnodes "$NNODES" \
     --nproc-per-node "${NPROC_PER_NODE:-gpu}" \
     --rdzv-backend c10d \
     --rdzv-endpoint "$ENDPOINT" \
     --rdzv-id "${RDZV_ID:-distnorm}" \
-    --rdzv-conf "join_timeout=${RDZV_TIMEOUT:-600}" \
+    --rdzv-conf "join_timeout=${RDZV_TIMEOUT:-600},read_timeout=${RDZV_TIMEOUT:-600}" \
+    --max-restarts "${MAX_RESTARTS:-0}" \
     "${program[@]}"

@@ -24,11 +24,11 @@ ORDER = [
     *("errors", "config", "kernels", "sources", "plan", "measure", "payload", "policies", "monitor"),
     *("deferred", "step", "graphs"),
     *("clipper", "functional", "verification", "hooks", "integrations"),
-    *("trainer", "bench", "cli", "__main__"),
+    *("trainer", "bench", "cli", "__main__", "launch"),
 ]
 MOST_MODULES, MOST_PACKAGES = 10, 14
 # These import the catalogue, `from distnorm import Config`, like any user.
-USERS_OF_PUBLIC_NAMES = {"trainer", "bench", "cli", "__main__"}
+USERS_OF_PUBLIC_NAMES = {"trainer", "bench", "cli", "__main__", "launch"}
 APART = {"testing"}
 FRAMEWORKS = {
     "deepspeed",

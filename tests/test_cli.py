@@ -90,7 +90,7 @@ def test_the_surface_is_frozen() -> None:
     assert surface(cli.make_parser()) == {
         "-h/--help": None,
         "--version": None,
-        "train": configured,
+        "train": {**configured, "--resume": None, "--overwrite": None},
         "verify": configured,
         "validate": {"-h/--help": None, "configs": "CONFIG", "--set": "KEY=VALUE"},
         "plan": {**configured, "--world": "N", "--rank": "R", "--json": None},
@@ -141,6 +141,7 @@ def test_help_lists_every_option(command: tuple[str, ...], capsys: pytest.Captur
         ["nothing"],
         ["train"],
         ["train", "a", "b"],
+        ["train", "a", "--resume", "--overwrite"],
         ["validate"],
         ["validate", "a", "--se", "x=1"],
         ["plan"],
@@ -211,8 +212,9 @@ def test_a_wrong_config_is_one_line_a_problem(
 @pytest.mark.parametrize(("command", "module"), [("train", "run"), ("verify", "verify")])
 def test_train_and_verify_get_the_config(command: str, module: str, good: str, called: list[Any]) -> None:
     assert cli.main([command, good, "--set", "train.steps=3"]) == 1
-    ((name, config),) = called
+    ((name, config, *existing),) = called
     assert name == f"distnorm.trainer.{module}"
+    assert existing == (["refuse"] if command == "train" else [])
     assert isinstance(config, Config)
     assert (config.clip.max_norm, config.train.steps) == (1e-3, 3)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -16,10 +17,12 @@ import shutil
 import stat
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from distnorm.kernels import child
 
+_LOG = logging.getLogger("distnorm")
 _TIMEOUT = 180.0  # seconds
 
 
@@ -69,7 +72,8 @@ def load(recipe: Recipe, kind: type[ctypes.CDLL] = ctypes.CDLL, *, compiles: boo
     features = _cpu_features()
     path = _cache() / f"{recipe.source.stem}-{_ident(recipe, compiler, found, features)}.so"
     with suppress(OSError):
-        if _only_ours(path.parent) and _only_ours(path):
+        _require_private(path.parent)
+        if _only_ours(path):
             return kind(str(path))
     if not compiles:
         raise CompileError(f"{recipe.source.name} has not been compiled yet")
@@ -78,7 +82,9 @@ def load(recipe: Recipe, kind: type[ctypes.CDLL] = ctypes.CDLL, *, compiles: boo
         return build.into(path)
     except child.ProcessEndsError as error:
         raise CompileError(str(error)) from error
-    except OSError:  # a directory that is read-only, full, not ours, or mounted noexec
+    except OSError as error:  # a directory that is read-only, full, not ours, or mounted noexec
+        if isinstance(error, _SharedFolderError):
+            _warn(f"{error}; so compiled code is neither loaded from there nor kept there")
         return build.for_this_process(path.name)
 
 
@@ -102,16 +108,21 @@ def _lock_of(recipe: Recipe) -> int:
     """A descriptor of the lock file, in a folder that is ours alone: others could put a link in its place."""
     folder = _cache()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not _only_ours(folder):
-        raise PermissionError(f"others may write to {folder}")
-    return os.open(folder / f"{recipe.source.stem}.lock", os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    _require_private(folder)
+    flags = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe in its place would not return
+    lock = os.open(folder / f"{recipe.source.stem}.lock", flags, 0o600)
+    if os.fstat(lock).st_uid != os.geteuid():  # its owner could hold it for ever
+        os.close(lock)
+        raise PermissionError(f"the lock in {folder} is another user's")
+    return lock
 
 
 def _cache() -> Path:
+    """The folder itself: were it reached by a link, what was checked could be another than what is used."""
     if own := os.environ.get("DISTNORM_CACHE"):
-        return Path(own)
+        return Path(own).resolve()
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path(os.path.expanduser("~"), ".cache")) / "distnorm"
+    return ((Path(base) if base else Path(os.path.expanduser("~"), ".cache")) / "distnorm").resolve()
 
 
 def _cpu_features() -> str:
@@ -132,10 +143,28 @@ def _ident(recipe: Recipe, compiler: list[str], found: str, features: str) -> st
     return hashlib.sha256(facts.encode()).hexdigest()[:24]
 
 
+class _SharedFolderError(PermissionError):
+    """Others can put something into the folder, or another in its place."""
+
+
+def _require_private(folder: Path) -> None:
+    if not _only_ours(folder):
+        raise _SharedFolderError(f"others may write to {folder}")
+    for above in folder.parents:
+        mode = above.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise _SharedFolderError(f"others may replace {folder}, since they may write to {above}")
+
+
 def _only_ours(path: Path) -> bool:
     """Whether a path is this user's, and nobody else may write to it."""
     status = path.stat()
     return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+@cache
+def _warn(text: str) -> None:
+    _LOG.warning(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,8 +176,7 @@ class _Build:
 
     def into(self, path: Path) -> ctypes.CDLL:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _only_ours(path.parent):
-            raise PermissionError(f"others may write to {path.parent}")
+        _require_private(path.parent)
         with child.scratch(path.parent) as scratch:
             built = scratch / path.name
             self._compile(built)

@@ -15,7 +15,7 @@ from distnorm.trainer.console import open_console
 from distnorm.trainer.interrupt import Interrupt
 from distnorm.trainer.job import Job, Trainer, make_job
 from distnorm.trainer.model import build_model, parameter_count
-from distnorm.trainer.rundir import find_start, write_config
+from distnorm.trainer.rundir import Existing, Start, find_start, set_aside, write_config
 from distnorm.trainer.torch_trainer import TorchTrainer
 from distnorm.trainer.world import World, open_world
 
@@ -23,8 +23,13 @@ INTERRUPTED = 130
 """The exit code after Ctrl-C, as in a shell."""
 
 
-def main(config: Config) -> int:
+def main(config: Config, existing: Existing = "refuse") -> int:
     """Train as the config says; every rank calls it. Metrics go to `<output_dir>/metrics.jsonl`.
+
+    Args:
+        config: what to train.
+        existing: what to do if the folder holds a run of this config already: refuse it, resume it from its
+            newest checkpoint, or start anew. Rows that would be written over are moved into `earlier-N`.
 
     Returns:
         0, or 130 where a signal stopped it after a finished step.
@@ -33,10 +38,10 @@ def main(config: Config) -> int:
         DistnormError: on every rank, before anything is overwritten.
     """
     with open_world(config) as world:
-        start = find_start(config, world)
+        start = find_start(config, world, existing)
         trainer = build(_watched(config), world)
         done = trainer.load(start.checkpoint) if start.checkpoint is not None else 0
-        code = _train(trainer, config, done)
+        code = _train(trainer, config, start, done)
         if code == 0:
             _say(world, str(Path(config.train.output_dir, "metrics.jsonl")))
         return code
@@ -57,23 +62,34 @@ def build(config: Config, world: World) -> Trainer:
     return TorchTrainer(job, model)
 
 
-def _train(trainer: Trainer, config: Config, done: int) -> int:
+def _train(trainer: Trainer, config: Config, start: Start, done: int) -> int:
     world, clipper = trainer.job.world, trainer.clipper
     steps, every = config.train.steps, config.train.checkpoint.every
     _say(world, _headline(trainer.job, done))
-    world.together("train.output_dir", lambda: write_config(config) if world.rank == 0 else None)
+    if earlier := world.together("train.output_dir", lambda: _claim_folder(config, world, start)):
+        _say(world, f"the rows of the run that was there are kept in {earlier}")
     console = open_console(config.monitor.console, done, steps, quiet=world.rank != 0)
     assert clipper.monitor is not None
     with clipper.monitor, closing(clipper), console, Interrupt() as interrupt:
         for step in range(done + 1, steps + 1):
             row, stop = _one_step(trainer, step, interrupt)
             console.row(row)
-            if every is not None and step % every == 0:
+            stopped = stop and step < steps
+            if every is not None and (stopped or step % every == 0):
                 trainer.save(step)
-            if stop and step < steps:
-                console.say(f"stopped by a signal after step {step} of {steps}")
+            if stopped:
+                saved = "" if every is None else "; its checkpoint is saved, and --resume goes on from there"
+                console.say(f"stopped by a signal after step {step} of {steps}{saved}")
                 return INTERRUPTED
     return 0
+
+
+def _claim_folder(config: Config, world: World, start: Start) -> Path | None:
+    if world.rank != 0:
+        return None
+    earlier = set_aside(config, start)
+    write_config(config)
+    return earlier
 
 
 def _watched(config: Config) -> Config:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -26,38 +28,81 @@ _OTHER_WAYS_TO_ONE_RUN = ("train.steps", "train.checkpoint.", "monitor")
 
 _SHOWN_DIFFERENCES = 3
 
+Existing = Literal["refuse", "resume", "overwrite"]
+"""What to do with a run that is in the folder already."""
+
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a run begins: a checkpoint's folder, or `None` for step 0."""
+    """Where a run begins.
+
+    Args:
+        checkpoint: a checkpoint's folder, or `None` for step 0.
+        sets_aside: whether an earlier run's rows are in the folder, which this one would write over.
+    """
 
     checkpoint: Path | None
+    sets_aside: bool = False
 
 
-def find_start(config: Config, world: World) -> Start:
+def find_start(config: Config, world: World, existing: Existing = "refuse") -> Start:
     """Decide on rank 0 how the run begins, and change nothing. Collective.
 
     A run folder's own newest checkpoint comes before `train.checkpoint.resume_from`, so that a run that was
     resumed from elsewhere and then interrupted goes on; but not before one that it names in the same folder.
+    Workers that torchrun has restarted go on with their own run, whatever `existing` says.
 
     Raises:
-        RunError: the folder holds another run or something else, or there is no such checkpoint.
+        RunError: the folder holds another run or something else; or this one, and nobody said what to do with
+            it; or there is no such checkpoint.
     """
     where = f"train.output_dir {config.train.output_dir}"
-    start = world.together(where, lambda: _find_start(config) if world.rank == 0 else Start(None))
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        existing = "resume"
+    start = world.together(where, lambda: _find_start(config, existing) if world.rank == 0 else Start(None))
     return world.gather(start)[0]
 
 
-def _find_start(config: Config) -> Start:
+def _find_start(config: Config, existing: Existing) -> Start:
     folder = Path(config.train.output_dir)
-    _check_folder(folder, config)
-    own = newest_checkpoint(folder)
+    rows = _check_folder(folder, config, existing)
     named = config.train.checkpoint.resume_from
-    if named is None:
-        return Start(own)
-    given = _named_checkpoint(Path(named))
-    in_own_folder = folder.resolve() in given.resolve().parents
-    return Start(given if own is None or in_own_folder else own)
+    if existing == "overwrite":
+        given = None if named is None else _named_checkpoint(Path(named))
+        if given is not None and folder.resolve() in given.resolve().parents:
+            raise RunError(f"--overwrite would remove {given}, which train.checkpoint.resume_from names")
+        return Start(given, sets_aside=rows)
+    own = newest_checkpoint(folder)
+    given = None if named is None else _named_checkpoint(Path(named))
+    in_own_folder = given is not None and folder.resolve() in given.resolve().parents
+    if rows and existing == "refuse" and not in_own_folder:
+        last = f"its newest checkpoint, {own.name}" if own else "the start, since it has no checkpoint"
+        raise RunError(
+            f"train.output_dir: {folder} holds a run of this config already. --resume goes on from {last}; "
+            "--overwrite starts anew; both keep the rows that are there. Or choose another output_dir"
+        )
+    start = given if own is None or in_own_folder else own
+    return Start(start, sets_aside=rows and start is None)
+
+
+def set_aside(config: Config, start: Start) -> Path | None:
+    """Move the rows and the config of an earlier run into `earlier-N`, and remove its checkpoints.
+
+    Returns:
+        That folder; `None` where nothing had to be moved.
+    """
+    folder = Path(config.train.output_dir)
+    if not start.sets_aside:
+        return None
+    number = 1
+    while (earlier := folder / f"earlier-{number}").exists():
+        number += 1
+    earlier.mkdir()
+    for path in folder.glob("*.jsonl"):
+        path.replace(earlier / path.name)
+    shutil.copy(folder / CONFIG_FILE, earlier)  # which also says that the folder is a run's
+    shutil.rmtree(folder / CHECKPOINTS_FOLDER, ignore_errors=True)
+    return earlier
 
 
 def write_config(config: Config) -> None:
@@ -96,10 +141,10 @@ def _is_complete(path: Path) -> bool:
     return all((path / name).is_file() for name in CHECKPOINT_FILES)
 
 
-def _check_folder(folder: Path, config: Config) -> None:
-    """Refuse a folder that this run would overwrite something in."""
+def _check_folder(folder: Path, config: Config, existing: Existing) -> bool:
+    """Refuse a folder that this run would overwrite something in; says whether a run's rows are there."""
     if not folder.exists():
-        return
+        return False
     if not folder.is_dir():
         raise RunError(f"train.output_dir: expected a folder, found a file, {folder}")
     written = folder / CONFIG_FILE
@@ -109,21 +154,26 @@ def _check_folder(folder: Path, config: Config) -> None:
                 f"train.output_dir: expected a new or empty folder, or a run's with its {CONFIG_FILE}, "
                 f"found other files in {folder}"
             )
-        return
+        return False
+    rows = any(path.stat().st_size for path in folder.glob("*.jsonl"))
+    if existing == "overwrite":
+        return rows
     differences = list(_differences(_read_yaml(written), yaml.safe_load(config.to_yaml())))
     if differences:
         shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
         more = len(differences) - _SHOWN_DIFFERENCES
         raise RunError(
             f"train.output_dir: expected {folder} to be new or a run of this config, found a run of another: "
-            f"{shown}{f'; and {more} more' if more > 0 else ''}; choose another output_dir"
+            f"{shown}{f'; and {more} more' if more > 0 else ''}; choose another output_dir, or "
+            "--overwrite, which keeps the rows that are there"
         )
+    return rows
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RunError(f"train.output_dir: expected a run's config in {path}, found {error}") from error
     return content if isinstance(content, dict) else {}
 

@@ -124,6 +124,8 @@ def test_signal_on_one_rank_stops_all_after_the_same_step(
     written = rows(tmp_path)
     assert [row["step"] for row in written] == list(range(1, len(written) + 1))
     assert 2 <= len(written) < 10000
-    assert results[0][1].splitlines()[-1] == f"stopped by a signal after step {len(written)} of 10000"
+    last = results[0][1].splitlines()[-1]
+    assert last.startswith(f"stopped by a signal after step {len(written)} of 10000; its checkpoint is saved")
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["alerts.jsonl", "config.yaml", "metrics.jsonl"]
+    assert names == ["alerts.jsonl", "checkpoints", "config.yaml", "metrics.jsonl"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{len(written)}"]

@@ -92,12 +92,51 @@ def test_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-def test_run_without_a_checkpoint_starts_anew(tmp_path: Path) -> None:
+def test_resuming_without_a_checkpoint_starts_anew_and_keeps_the_rows(tmp_path: Path) -> None:
     config = shipped("single", tmp_path, "train.steps=2")
     train(config)
     before = trace(tmp_path)
-    train(config)
-    assert trace(tmp_path) == before
+    _, printed = train(config)
+    assert f"the rows of the run that was there are kept in {tmp_path / 'earlier-1'}" in printed
+    assert trace(tmp_path) == trace(tmp_path / "earlier-1") == before
+
+
+@pytest.mark.parametrize(("checkpoints", "says"), [((EVERY_2,), "step-2"), ((), "it has no checkpoint")])
+def test_the_same_run_again_asks_what_to_do(checkpoints: tuple[str], says: str, tmp_path: Path) -> None:
+    config = shipped("single", tmp_path, "train.steps=3", *checkpoints)
+    train(config, "refuse")
+    before = contents(tmp_path)
+    with pytest.raises(RunError, match=rf"--resume goes on from .*{says}.*--overwrite starts anew"):
+        train(config, "refuse")
+    assert contents(tmp_path) == before
+
+
+def test_overwriting_keeps_the_rows(tmp_path: Path) -> None:
+    old = shipped("single", tmp_path, "train.steps=3", EVERY_2)
+    train(old, "refuse")
+    before = contents(tmp_path)
+    new = shipped("single", tmp_path, "train.steps=2", "train.seed=7")
+    for _ in range(2):
+        assert train(new, "overwrite")[0] == 0
+    kept = contents(tmp_path)
+    for name in ("metrics.jsonl", "config.yaml"):
+        assert kept[f"earlier-1/{name}"] == before[name] != kept[name]
+    assert len(rows(tmp_path / "earlier-2")) == len(rows(tmp_path)) == 2
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_overwriting_what_is_resumed_from_is_refused(tmp_path: Path) -> None:
+    train(shipped("single", tmp_path, "train.steps=2", EVERY_2))
+    resume = f"train.checkpoint.resume_from={tmp_path / 'checkpoints' / 'step-2'}"
+    with pytest.raises(RunError, match="--overwrite would remove"):
+        train(shipped("single", tmp_path, "train.steps=4", resume), "overwrite")
+
+
+def test_workers_that_torchrun_restarts_resume(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    train(shipped("single", tmp_path, "train.steps=2", EVERY_2))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    _, printed = train(shipped("single", tmp_path, "train.steps=3", EVERY_2), "overwrite")
+    assert "going on after step 2" in printed
 
 
 def test_unfinished_checkpoint_is_passed_over(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import yaml
 
 from distnorm import Config, load_config
 from distnorm.trainer import run
+from distnorm.trainer.rundir import Existing
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TEXT = Path(__file__).with_name("numbers.txt")
@@ -37,10 +38,10 @@ def rank_count(config: Config) -> int:
     return parallel.dp_replicate * parallel.dp_shard * parallel.tp * parallel.pp
 
 
-def train(config: Config) -> tuple[int, str]:
+def train(config: Config, existing: Existing = "resume") -> tuple[int, str]:
     """The exit code and what was printed."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        code = run.main(config)
+        code = run.main(config, existing)
     return code, printed.getvalue()
 
 
