@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from distnorm.policies.results import ClipResult, GroupResult
     from distnorm.verification import VerifyReport, verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Alert",
