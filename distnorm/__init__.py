@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from distnorm.sources import Piece
     from distnorm.verification import VerifyReport, verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Alert",

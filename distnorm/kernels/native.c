@@ -4,6 +4,10 @@
 // unit i / UNIT, and lanes and units are added up in a fixed order. So the result has the same bits
 // however the sequence is cut into spans, wherever these lie, and whatever the number of threads.
 
+//
+// A square of fp32 and less is exact in fp64, and nothing else is multiplied and added in one: so, compiled with
+// -ffp-contract=off, the bits are the same for every CPU.
+
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
@@ -12,6 +16,19 @@
 #include <unistd.h>
 #if defined(__AVX__)
 #include <immintrin.h>
+#endif
+
+// A wheel holds this file several times in one library, for CPUs of several kinds (hatch_build.py).
+#if defined(VARIANT)
+#define JOINED(name, variant) name##variant
+#define NAMED(name, variant) JOINED(name, variant)
+#define distnorm_use_pool NAMED(distnorm_use_pool_, VARIANT)
+#define distnorm_dtypes NAMED(distnorm_dtypes_, VARIANT)
+#define distnorm_run NAMED(distnorm_run_, VARIANT)
+#define distnorm_summaries NAMED(distnorm_summaries_, VARIANT)
+#define distnorm_checksum NAMED(distnorm_checksum_, VARIANT)
+#define distnorm_fingerprints NAMED(distnorm_fingerprints_, VARIANT)
+#define distnorm_samples NAMED(distnorm_samples_, VARIANT)
 #endif
 
 #if defined(__AVX512F__)
@@ -84,8 +101,8 @@ INLINE void load(enum dtype dtype, const char *p, f64 x[VECTORS]) {
     if (dtype == BF16) {
         EACH(k, VECTORS / 2) {
             u32 words = *(const u32 *)(p + k * BYTES / 2);
-            x[2 * k] = widened(lower(words));
-            x[2 * k + 1] = widened(upper(words));
+            x[k] = widened(lower(words)); // these lanes are the same whatever BYTES is
+            x[k + VECTORS / 2] = widened(upper(words));
         }
         return;
     }
@@ -301,12 +318,12 @@ int32_t distnorm_run(int32_t op, int64_t spans, char *const *pointers, const int
 
 // ---- summaries: several statistics of each span by itself, in one pass. A unit is no longer than a span here.
 
-enum { SUMS, MOST, ZEROS, BAD, FIELDS, FOLDED = 2 };
+enum { SUMS, MOST, ZEROS, BAD, FIELDS, FOLDED = 2, SUMMED = 8 / WIDTH }; // so sums have 8 lanes on every CPU
 
 static const int64_t INFINITE = 0x7ff0000000000000; // the bits of inf; those of NaN are above
 
 struct summary {
-    f64 sums[FOLDED], most[FOLDED];
+    f64 sums[SUMMED], most[FOLDED];
     i64 zeros[FOLDED], bad[FOLDED];
 };
 
@@ -317,7 +334,7 @@ INLINE void summarise_steps(enum op op, enum dtype dtype, const char *p, int64_t
         load(dtype, p, x);
         EACH(k, VECTORS) {
             i64 bits = (i64)x[k] & INT64_MAX;
-            s.sums[k % FOLDED] = accumulated(op, s.sums[k % FOLDED], x[k]);
+            s.sums[k % SUMMED] = accumulated(op, s.sums[k % SUMMED], x[k]);
             s.most[k % FOLDED] = accumulated(LARGEST, s.most[k % FOLDED], x[k]);
             s.zeros[k % FOLDED] -= bits == 0; // true is -1
             s.bad[k % FOLDED] -= bits >= INFINITE;
@@ -338,8 +355,8 @@ INLINE void summarise_unit(enum op op, enum dtype dtype, const char *p, int64_t 
     }
     f64 sums[VECTORS] = {}, most[VECTORS] = {};
     int64_t zeros = tail ? tail - LANES : 0, bad = 0; // what fills a step up is no element
+    EACH(k, SUMMED) sums[k] = s.sums[k];
     EACH(k, FOLDED) {
-        sums[k] = s.sums[k];
         most[k] = s.most[k];
         for (int i = 0; i < WIDTH; i++) {
             zeros += s.zeros[k][i];

@@ -1,6 +1,7 @@
 """The local statistic and the scaling of CPU tensors by compiled C, at the memory's bandwidth.
 
-Other tensors, orders and machines without a compiler are left to `distnorm.kernels.eager`. The
+Wheels bring the library, built for several kinds of CPU; elsewhere the compiler makes it at the first use.
+Other tensors and orders, and machines that have neither, are left to `distnorm.kernels.eager`. The
 environment variable ``DISTNORM_NATIVE=0`` leaves everything to it.
 """
 
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,9 +31,11 @@ _RECIPE = compiling.Recipe(
     Path(__file__).with_name("native.c"),
     "CC",
     "cc",
-    # No -ffast-math: NaN and inf must come through.
-    ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-pthread"),
+    # No -ffast-math: NaN and inf must come through. hatch_build.py builds with these flags too.
+    ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-pthread"),
 )
+_IN_WHEEL = Path(__file__).with_name("native.so")
+_VARIANTS = {"AVX2": "_avx2", "AVX512": "_avx512"}  # what torch calls a CPU, whose conditions are the build's
 _OPENMP = re.compile(r"/lib(g|i)?omp[^/]*\.so")
 _PER_THREAD = 1 << 19  # elements: below, starting a thread takes longer than it saves
 
@@ -74,30 +78,54 @@ class Library:
 
 @cache
 def library() -> Library | None:
-    """Compile the C file, or take what an earlier process left; `None` if there can't be one here."""
+    """The wheel's, or else what the compiler makes or has left; `None` if there can't be one here."""
     if os.environ.get("DISTNORM_NATIVE") == "0":
         return None
     try:
-        loaded = compiling.load(_RECIPE)
+        loaded, variant = _load()
     except (compiling.CompileError, OSError) as error:
-        _LOG.info("gradients on the CPU are read by torch's operators, not by compiled code: %s", error)
+        level = logging.WARNING if os.environ.get("LOCAL_RANK", "0") == "0" else logging.INFO
+        _LOG.log(
+            level,
+            "gradients on the CPU are read by torch's operators, not by compiled "
+            "code, which would take less time: %s",
+            error,
+        )
         return None
+    return _described(loaded, variant)
+
+
+def _load() -> tuple[ctypes.CDLL, str]:
+    """The library, and what stands behind the names of the functions that are built for this CPU."""
+    with suppress(OSError):  # not there, or of another architecture or C library
+        return ctypes.CDLL(str(_IN_WHEEL)), _VARIANTS.get(torch.backends.cpu.get_cpu_capability(), "")
+    return compiling.load(_RECIPE), ""
+
+
+def _described(loaded: ctypes.CDLL, variant: str) -> Library:
+    def function(name: str) -> ctypes._NamedFuncPointer:
+        found: ctypes._NamedFuncPointer = getattr(loaded, f"distnorm_{name}{variant}")
+        return found
+
     address, size, code = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     rows = (size, address, address, address)
-    loaded.distnorm_run.argtypes = [code, *rows, size, size, ctypes.c_double, address]
-    loaded.distnorm_summaries.argtypes = [code, *rows, size, address]
-    loaded.distnorm_checksum.argtypes = [address, size, size]
-    loaded.distnorm_checksum.restype = size
-    loaded.distnorm_fingerprints.argtypes = [*rows, size, address]
-    loaded.distnorm_fingerprints.restype = None
-    loaded.distnorm_samples.argtypes = [*rows, ctypes.c_uint64, address]
-    loaded.distnorm_samples.restype = None
-    loaded.distnorm_use_pool.argtypes = [address]
-    loaded.distnorm_use_pool(_pool())
-    able = loaded.distnorm_dtypes()
-    names = ("run", "summaries", "checksum", "fingerprints", "samples")
-    functions = [getattr(loaded, f"distnorm_{name}") for name in names]
-    return Library({dtype: code for dtype, code in CODES.items() if able >> code & 1}, *functions)
+    arguments: dict[str, list[Any]] = {
+        "run": [code, *rows, size, size, ctypes.c_double, address],
+        "summaries": [code, *rows, size, address],
+        "checksum": [address, size, size],
+        "fingerprints": [*rows, size, address],
+        "samples": [*rows, ctypes.c_uint64, address],
+        "use_pool": [address],
+    }
+    functions = {name: function(name) for name in arguments}
+    for name, types in arguments.items():
+        functions[name].argtypes = types
+        functions[name].restype = None
+    functions["run"].restype = functions["summaries"].restype = code
+    functions["checksum"].restype = size
+    functions.pop("use_pool")(_pool())
+    able = function("dtypes")()
+    return Library({dtype: code for dtype, code in CODES.items() if able >> code & 1}, **functions)
 
 
 def _pool() -> int | None:
