@@ -36,7 +36,7 @@ def test_a_dry_run_checks_every_part_and_measures_nothing():
     code, told = run("benchmarks/gpu.py", "--dry")
     assert code == 0, told
     assert told.startswith("no GPU: nothing is measured") and told.endswith("failed: nothing\n")
-    for part in ("bandwidth", "published", "sizes", "many", "graph", "tests", "sanitizer"):
+    for part in ("bandwidth", "published", "sizes", "many", "overlap", "graph", "tests", "sanitizer"):
         assert f"\n## {part}\n" in told
     assert told.count("distnorm: correct") == 2 and "statistics of each tensor: launches: 2" in told
     assert "a step of GradClipper: launches: 3" in told, "two for the norm, and one that scales"

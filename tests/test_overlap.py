@@ -51,9 +51,9 @@ class Watched:
         self._reads = 0
         measure = Norm.statistic_at
 
-        def counted(norm: Norm, table: Any) -> Tensor:
+        def counted(norm: Norm, table: Any, *taken: Any) -> Tensor:
             self._reads += 1
-            return measure(norm, table)
+            return measure(norm, table, *taken)
 
         Norm.statistic_at = counted  # type: ignore[method-assign]
         self._restore = lambda: setattr(Norm, "statistic_at", measure)

@@ -64,7 +64,7 @@ class ClipConfig(Section):
     overlap: bool = Field(
         False,
         description="Whether each gradient is read as soon as backward has finished it, so that little of "
-        "the norm's cost is left afterwards; on the CPU, under FSDP2, DDP, or neither.",
+        "the norm's cost is left afterwards; under FSDP2, DDP, or neither.",
     )
     policy: PolicyChoice = Field(default_factory=default_policy, description=_POLICY)
     groups: Annotated[tuple[GroupConfig, ...], AS_TUPLE] = Field(

@@ -3,7 +3,7 @@ reference."""
 
 from __future__ import annotations
 
-from distnorm.kernels.addresses import HOST, PLAIN, AddressTable, addresses_of, on_host
+from distnorm.kernels.addresses import HOST, PLAIN, AddressTable, Ints, addresses_of, on_host
 from distnorm.kernels.device_table import DeviceTable
 from distnorm.kernels.dispatch import (
     checksum,
@@ -50,6 +50,7 @@ __all__ = [
     "Finder",
     "FiniteMarks",
     "Found",
+    "Ints",
     "Kernel",
     "Located",
     "SharedMemoryError",

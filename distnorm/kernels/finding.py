@@ -32,6 +32,10 @@ class Found:
     _held: Any  # a list of the tensors; or a capsule that holds them, or their memory
     _compiled: ctypes.PyDLL | None = None  # what made the capsule
 
+    def replaced(self, addresses: Ints, tensors: Callable[[], list[Tensor]]) -> Found:
+        """What keeps the same memory, with the addresses and tensors of parts of it."""
+        return Found(addresses, tensors, self._held, self._compiled)
+
     def mark_changed(self) -> None:
         """Tell autograd that every plain gradient is changed in place; of local tensors nobody counts."""
         if self._compiled is None:
@@ -46,13 +50,14 @@ class Finder:
     Args:
         gradients: as a careful reading found them, each of exactly the class `torch.Tensor`, or each of
             exactly `DTensor`: local tensors are meant then, and addresses are theirs.
+        are_given: whether calls get the gradients themselves, in place of parameters.
 
     Raises:
         ValueError: a (local) tensor is none that it could find again: of exactly `torch.Tensor`, contiguous,
             on one device with the others, and of a dtype that compiled code knows.
     """
 
-    def __init__(self, gradients: Sequence[Tensor]) -> None:
+    def __init__(self, gradients: Sequence[Tensor], *, are_given: bool = False) -> None:
         self._kind, self._specs = _kind_of(gradients)
         tensors = [self._local(gradient) for gradient in gradients]
         self._dtypes = [tensor.dtype for tensor in tensors]
@@ -71,7 +76,8 @@ class Finder:
         self._found: Ints = np.empty(len(tensors), dtype=np.int64)
         self._scratch = np.empty_like(self._found)
         self._compiled: ctypes.PyDLL | None = None
-        self._asks = True  # whether compiled code may be there one day
+        self._are_given = are_given
+        self._asks = not are_given  # whether compiled code may be there one day
 
     def __call__(self, holders: Sequence[Tensor]) -> Found | None:
         """Find the gradients of the parameters, and check each.
@@ -116,7 +122,7 @@ class Finder:
         held: list[Tensor] = []
         specs = self._specs or [None] * len(holders)
         for holder, spec, numel, dtype in zip(holders, specs, self._numels, self._dtypes, strict=True):
-            gradient: Any = holder.grad
+            gradient: Any = holder if self._are_given else holder.grad
             if type(gradient) is not self._kind:
                 return None
             if spec is not None and not self._has(spec, gradient):

@@ -461,7 +461,14 @@ INLINE void stir_lines(u64s hash[CHAINS], const char *p, int64_t lines) {
     EACH(k, CHAINS) hash[k] = h[k];
 }
 
-// Every byte of up to LARGE; of more, both ends and one line of each period, which moves from one to the next.
+// Pseudo-random, so that a column of a matrix, whose rows may be as long as some periods, is met as surely as a row.
+INLINE int64_t line_of(uint32_t period) {
+    uint32_t mixed = period * 0x9E3779B1u;
+    mixed = (mixed ^ mixed >> 15) * 0x85EBCA6Bu;
+    return (mixed >> 16) % (PERIOD / LINE);
+}
+
+// Every byte of up to LARGE; of more, both ends and one line of each period.
 static uint64_t fingerprint(const char *p, int64_t bytes) {
     u64s hash[CHAINS] = {0};
     int64_t inner = bytes > LARGE ? bytes - 2 * END : 0, end = bytes > LARGE ? END : bytes;
@@ -472,8 +479,8 @@ static uint64_t fingerprint(const char *p, int64_t bytes) {
         stir_lines(hash, line, 1);
     }
     for (int64_t i = 0; i < inner / PERIOD; i++) {
-        const char *line = p + END + i * PERIOD + i * 5 % (PERIOD / LINE) * LINE;
-        __builtin_prefetch(line + FETCHED * PERIOD);
+        const char *line = p + END + i * PERIOD + line_of(i) * LINE;
+        __builtin_prefetch(p + END + (i + FETCHED) * PERIOD + line_of(i + FETCHED) * LINE);
         hash[i % CHAINS] = STIRRED(hash[i % CHAINS], *(const u64s *)line);
     }
     if (inner) stir_lines(hash, p + bytes - END, END / LINE);

@@ -121,8 +121,10 @@ class TakenParts:
             given = (table.rows, first, table.each, self._prints, self._changed, self._step, most)
             code.compare[(count,)](*given, dtype, BLOCK)
         for kind, first, count in table.kinds:
-            given = (table.rows, first, out, self._parts, self._prints, self._changed, self._step)
-            code.partials_unless_taken[(count,)](*given, gpu_code.DTYPES[kind], int(kernel), BLOCK)
+            records = (self._parts, self._prints, self._changed, self._step)
+            code.partials_unless_taken[(count,)](
+                table.rows, first, out, *records, gpu_code.DTYPES[kind], int(kernel), BLOCK
+            )
         self._next()
 
     def were_kept(self) -> Tensor:

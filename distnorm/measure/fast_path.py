@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from distnorm import kernels
+from distnorm.measure.flat_gradients import FlatFinder
 from distnorm.measure.gradients import Gradients
 from distnorm.measure.norms import Norm
 from distnorm.measure.replica_check import ReplicaCheck
 from distnorm.plan.plan import Share
-from distnorm.sources.shards import Gate, GradShard
+from distnorm.sources.shards import FlatGradient, Gate, GradShard, Source
 
 _GRAD = attrgetter("grad")
 
@@ -41,7 +42,7 @@ class _Class:
     """
 
     pick: Callable[[Sequence[Tensor]], Sequence[Tensor]]
-    finder: kernels.Finder
+    finder: kernels.Finder | FlatFinder
 
 
 @dataclass(slots=True)
@@ -195,17 +196,21 @@ class FastPath:
         cls, shards: Sequence[GradShard], shares: Sequence[Share], gradients: Gradients, presence: int
     ) -> FastPath | None:
         """What is known from a careful reading; `None` where the next step needs another."""
-        if not gradients.is_plain or not all(shard.is_in_grad for shard in shards):
+        if not gradients.is_plain or not all(_can_be_found(shard) for shard in shards):
             return None
         by_class: dict[type, dict[int, Tensor]] = {}
+        flat: dict[int, tuple[FlatGradient, Tensor]] = {}
         absent: list[int] = []
         for i, (shard, tensor) in enumerate(zip(shards, gradients.tensors, strict=True)):
-            if tensor is None:
+            place = shard.flat
+            if tensor is None and place is None:
                 absent.append(i)
-            elif tensor.is_contiguous() and kernels.has_kernel(tensor):
+            elif tensor is None or not tensor.is_contiguous() or not kernels.has_kernel(tensor):
+                return None
+            elif place is None:
                 by_class.setdefault(type(shard.holder.grad), {})[i] = tensor
             else:
-                return None
+                flat[i] = place, tensor
         there = [tensor for tensor in gradients.tensors if tensor is not None]
         if not there or any(tensor.device != there[0].device for tensor in there):
             return None
@@ -213,14 +218,22 @@ class FastPath:
         present: dict[int, Tensor] = {}
         for members in by_class.values():
             try:
-                finder = kernels.Finder([_GRAD(shards[i].holder) for i in members])
+                of_class = kernels.Finder([_GRAD(shards[i].holder) for i in members])
             except ValueError:  # of a class that is read with care
                 return None
             # What was read may be a part, or a sum, of what the parameters hold.
-            if not finder.table.is_of(list(members.values())):
+            if not of_class.table.is_of(list(members.values())):
                 return None
-            classes.append(_Class(_picker(list(members), len(shards)), finder))
+            classes.append(_Class(_picker(list(members), len(shards)), of_class))
             present |= members
+        if flat:
+            there = [tensor for _, tensor in flat.values()]
+            try:
+                finder = FlatFinder([place for place, _ in flat.values()], there)
+            except ValueError:  # they are copies, or parts of what no compiled code can read
+                return None
+            classes.append(_Class(_picker((), len(shards)), finder))
+            present |= dict(zip(flat, there, strict=True))
         gates = {id(gate): gate for shard in shards if (gate := shard.gate) is not None}
         return cls(classes, _picker(absent, len(shards)), list(gates.values()), present, shares, presence)
 
@@ -266,6 +279,11 @@ class FastPath:
         if self._of_check is None or self._of_check[0] is not check:
             self._of_check = check, self._places[check.positions]
         return self._of_check[1]
+
+
+def _can_be_found(shard: GradShard) -> bool:
+    is_flat = shard.flat is not None and shard.source is Source.GRADIENT and shard.place is None
+    return shard.is_in_grad or is_flat
 
 
 def _picker(which: Sequence[int], count: int) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:

@@ -2,8 +2,8 @@
 
 A launch measures each chunk of the gradients that have become final, and fingerprints its bytes. When the
 step is measured, one launch fingerprints all chunks again, and the next keeps the partial sums, or reads all
-chunks if a single one has other bytes now. So the sum has the bits that it has without overlap, the host waits
-for nothing, and a gradient that was not taken costs what it did.
+chunks if a single one has other bytes now. So the sum has the bits that it has without overlap, the host
+waits for nothing, and a gradient that was not taken costs what it did.
 
 Fingerprints of gradients of up to 1 MiB have every byte. Of larger ones they have 64 bytes of each KiB, so of
 these the host also compares addresses and the versions that autograd counts; if one is not the same, all

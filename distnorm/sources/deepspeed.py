@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distnorm.errors import UnsupportedGradientError
-from distnorm.sources.shards import GradShard, Source, measurable
+from distnorm.sources.shards import FlatGradient, GradShard, Source, measurable
 
 Cuts = Mapping[str, Sequence[int]]
 """Offsets, ascending, at which a parameter is cut into pieces, by the parameter's name."""
@@ -36,10 +36,16 @@ class EngineShard(GradShard):
     Args:
         gradient: finds this step's gradient of it.
         values: the elements themselves.
+        lies: where the gradient lies.
     """
 
     gradient: Callable[[], Tensor | None]
     values: Callable[[], Tensor]
+    lies: FlatGradient | None
+
+    @property
+    def flat(self) -> FlatGradient | None:
+        return self.lies
 
     def value(self) -> Tensor | None:
         return self.gradient()
@@ -64,6 +70,7 @@ class Piece:
         stop: end of the elements.
         gradient: this step's gradient of the elements, in any shape, scaled as backward left it.
         values: the elements, in any shape.
+        lies: where the gradient lies, if that is known.
     """
 
     name: str
@@ -73,6 +80,7 @@ class Piece:
     stop: int
     gradient: Callable[[], Tensor | None]
     values: Callable[[], Tensor]
+    lies: FlatGradient | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -98,6 +106,7 @@ def _shards(piece: Piece, cuts: Sequence[int]) -> Iterator[EngineShard]:
             piece.shape,
             partial(_part_of_gradient, piece.gradient, inside),
             partial(_part_of_values, piece.values, inside),
+            piece.lies and piece.lies._replace(at=piece.lies.at + inside[0]),
         )
 
 
@@ -173,10 +182,11 @@ def _is_untied_part_of_tied_layer(module: Any, name: str) -> bool:
 
 def of_parameters(parameters: Iterable[Tensor], names: Mapping[int, str]) -> list[Piece]:
     """Whole parameters with their gradient in `grad`: stage 0, but for `BF16_Optimizer`."""
-    return [
-        Piece(names[id(p)], p, tuple(p.shape), 0, p.numel(), partial(_own_gradient, p), p.detach)
-        for p in parameters
-    ]
+    pieces = []
+    for p in parameters:
+        found = (partial(_own_gradient, p), p.detach, FlatGradient(id(p), partial(_own_gradient, p), 0))
+        pieces.append(Piece(names[id(p)], p, tuple(p.shape), 0, p.numel(), *found))
+    return pieces
 
 
 def _own_gradient(parameter: Tensor) -> Tensor | None:
@@ -190,9 +200,11 @@ def of_bf16_optimizer(optimizer: Any, names: Mapping[int, str]) -> list[Piece]:
         partition = optimizer.fp32_groups_gradient_flat_partition[i]
         rank = dist.get_rank(optimizer.real_dp_process_group[i])
         for p, start, stop, at in _in_partition(group, _contiguous(group), partition.numel(), rank):
-            gradient = partial(_narrowed, optimizer.fp32_groups_gradient_flat_partition, i, at, stop - start)
+            flats = optimizer.fp32_groups_gradient_flat_partition
+            gradient = partial(_narrowed, flats, i, at, stop - start)
             values = partial(_narrowed, optimizer.fp32_groups_flat_partition, i, at, stop - start)
-            pieces.append(Piece(names[id(p)], p, tuple(p.shape), start, stop, gradient, values))
+            lies = FlatGradient(("flat", i), partial(flats.__getitem__, i), at)
+            pieces.append(Piece(names[id(p)], p, tuple(p.shape), start, stop, gradient, values, lies))
     return pieces
 
 
@@ -206,14 +218,9 @@ def of_zero_1_and_2(optimizer: Any, names: Mapping[int, str]) -> list[Piece]:
         for p, start, stop, at in _in_partition(group, optimizer.round_robin_bit16_offsets[i], size, rank):
             numel = stop - start
             index += at > end  # alignment's padding is a tensor of the list as well
-            gradient: Callable[[], Tensor | None] = (
-                partial(_narrowed_gradient, masters, i, at, numel)
-                if optimizer.cpu_offload
-                else partial(_averaged, optimizer, i, index, numel)
-            )
+            found = _of_zero(optimizer, optimizer.cpu_offload, masters, i, at, index, numel)
             index, end = index + 1, at + numel
-            values = partial(_narrowed, masters, i, at, numel)
-            pieces.append(Piece(names[id(p)], p, tuple(p.shape), start, stop, gradient, values))
+            pieces.append(Piece(names[id(p)], p, tuple(p.shape), start, stop, *found))
     return pieces
 
 
@@ -228,14 +235,22 @@ def of_zero_3(optimizer: Any, names: Mapping[int, str]) -> list[Piece]:
             numel = min(size, p.ds_numel - start)
             if numel <= 0:
                 continue
-            gradient: Callable[[], Tensor | None] = (
-                partial(_narrowed_gradient, masters, i, at, numel)
-                if optimizer.offload_optimizer
-                else partial(_averaged, optimizer, i, index, numel)
-            )
-            values = partial(_narrowed, masters, i, at, numel)
-            pieces.append(Piece(names[id(p)], p, tuple(p.ds_shape), start, start + numel, gradient, values))
+            found = _of_zero(optimizer, optimizer.offload_optimizer, masters, i, at, index, numel)
+            pieces.append(Piece(names[id(p)], p, tuple(p.ds_shape), start, start + numel, *found))
     return pieces
+
+
+def _of_zero(
+    optimizer: Any, is_offloaded: bool, masters: Sequence[Tensor], i: int, at: int, index: int, numel: int
+) -> tuple[Callable[[], Tensor | None], Callable[[], Tensor], FlatGradient]:
+    """Gradient, values and place of `numel` elements: from `at` on in group i, of which they are the tensor
+    `index` where they are averaged."""
+    values = partial(_narrowed, masters, i, at, numel)
+    if is_offloaded:
+        lies = FlatGradient(("grad", i), partial(_gradient, masters, i), at)
+        return partial(_narrowed_gradient, masters, i, at, numel), values, lies
+    lies = FlatGradient(("averaged", i, index), partial(_averaged_whole, optimizer, i, index), 0)
+    return partial(_averaged, optimizer, i, index, numel), values, lies
 
 
 def _contiguous(group: Sequence[Tensor]) -> list[int]:
@@ -260,6 +275,15 @@ def _narrowed(flats: Sequence[Tensor], i: int, at: int, numel: int) -> Tensor:
 def _narrowed_gradient(flats: Sequence[Tensor], i: int, at: int, numel: int) -> Tensor | None:
     gradient = flats[i].grad
     return None if gradient is None else gradient.narrow(0, at, numel)
+
+
+def _gradient(flats: Sequence[Tensor], i: int) -> Tensor | None:
+    return flats[i].grad
+
+
+def _averaged_whole(optimizer: Any, i: int, index: int) -> Tensor | None:
+    buffers = optimizer.averaged_gradients.get(i)
+    return None if buffers is None or index >= len(buffers) else buffers[index]
 
 
 def _averaged(optimizer: Any, i: int, index: int, numel: int) -> Tensor | None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -62,6 +62,20 @@ class Gate(Protocol):
         """Why they may not be, if they may not."""
 
 
+class FlatGradient(NamedTuple):
+    """Where a gradient lies that is no tensor's `grad`: elements of a contiguous tensor, in memory's order.
+
+    Args:
+        key: of the tensor; gradients that lie in one tensor have one key.
+        find: finds the tensor of this step, or `None`, and waits for nothing.
+        at: the first of the elements.
+    """
+
+    key: Hashable
+    find: Callable[[], Tensor | None]
+    at: int
+
+
 @dataclass(frozen=True, slots=True)
 class GradShard(ABC):
     """The piece of one parameter's gradient that this rank holds.
@@ -98,6 +112,12 @@ class GradShard(ABC):
     @property
     def gate(self) -> Gate | None:
         """What decides whether the gradient may be read; `None` where it always may. Many shards share it."""
+        return None
+
+    @property
+    def flat(self) -> FlatGradient | None:
+        """Where the gradient lies, where that is known of what is no `grad` of the holder; if there is a
+        tensor, nothing else decides whether it may be read."""
         return None
 
     @property

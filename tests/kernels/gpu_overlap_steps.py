@@ -1,4 +1,4 @@
-"""Steps on a GPU whose gradients are measured during backward, in Triton's interpreter; see `gpu_steps.py`."""
+"""Steps on a GPU whose gradients are measured during backward; run as `gpu_steps.py`."""
 
 from __future__ import annotations
 

@@ -81,6 +81,19 @@ def test_large_tensors_are_read_in_part(size):
 
 
 @needs_compiler
+@pytest.mark.parametrize("width", [256, 2048, 5376, 8192])
+def test_a_column_shows_as_surely_as_a_row(width):
+    """Of rows that are as long as one, 8, 21 or 32 of the periods in which a line is sampled."""
+    matrix = torch.ones(LARGEST_WHOLE // 4 // width + 30, width)
+    (before,) = prints(matrix)
+    for column in range(0, width, width // 8 + 16):
+        matrix[8:-8, column] = 2
+        assert prints(matrix) != [before]
+        matrix[8:-8, column] = 1
+    assert prints(matrix) == [before]
+
+
+@needs_compiler
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_fingerprint_is_of_the_bytes_alone(monkeypatch, threads):
     tensors = [torch.randn(1 + 37 * i % 500).to(DTYPES[i % 4]) for i in range(50)]
