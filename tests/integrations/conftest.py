@@ -6,7 +6,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-FRAMEWORKS = ("transformers", "accelerate", "peft", "trl", "lightning", "torchtitan", "ray")
+FRAMEWORKS = ("transformers", "accelerate", "peft", "trl", "lightning", "torchtitan", "ray", "megatron")
 MISSING = [name for name in FRAMEWORKS if find_spec(name) is None]
 ARE_ASKED_FOR = os.environ.get("DISTNORM_FRAMEWORKS") == "1"
 collect_ignore = [
