@@ -75,6 +75,9 @@ def test_other_parameters_a_measurement_and_a_paused_step_are_no_second_clip():
     expected = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     assert float(torch.nn.utils.clip_grad_norm_(other.parameters(), 0.1)) > 0.1
     assert torch.equal(torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf")), expected)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    optimizer.zero_grad()
+    backward(model)  # other gradients than those that were clipped
     with handle.paused():
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
         optimizer.step()

@@ -215,8 +215,10 @@ def documented(title: str) -> str:
 
 
 def snippet(title: str) -> float:
-    stages = chunks(World(1, 1, 1, 1))
-    names: dict[str, Any] = {"optimizer": optimizer_of(World(1, 1, 1, 1), stages, "whole"), "model": stages}
+    names: dict[str, Any] = {}
+    if title == "Megatron-core":
+        names["model"] = chunks(world := World(1, 1, 1, 1))
+        names["optimizer"] = optimizer_of(world, names["model"], "whole")
     exec(documented(title), names)
     return names.get("grad_norm") or float(names["clipper"].last.total_norm)
 
@@ -239,17 +241,14 @@ def used_rightly() -> list[str]:
         attach_optimizer(optimizer, stages, {"clip": {"max_norm": 1.0}}, pg_collection=world.groups)
     except distnorm.ConfigError as error:
         told.append(str(error))
-    clipping = attach_optimizer(
-        optimizer, stages, {"clip": {"nonfinite": "skip"}}, pg_collection=world.groups
-    )
+    groups = {"pg_collection": world.groups}
+    clipping = attach_optimizer(optimizer, stages, {"clip": {"nonfinite": "skip"}}, **groups)
     for wrong in (
         lambda: attach_optimizer(optimizer, stages, pg_collection=world.groups),
         lambda: optimizer.clip_grad_norm(3.0),
         lambda: optimizer.chained_optimizers[0].get_grad_norm(),
-        lambda: attach_optimizer(torch.optim.SGD(trained(stages)), stages, pg_collection=world.groups),
-        lambda: attach_optimizer(
-            optimizer_of(world, stages, "whole"), stages[:0], pg_collection=world.groups
-        ),
+        lambda: attach_optimizer(torch.optim.SGD(trained(stages)), stages, **groups),
+        lambda: attach_optimizer(optimizer_of(world, stages, "whole"), stages[:0], **groups),
     ):
         try:
             wrong()

@@ -70,8 +70,8 @@ class TorchClips:
     """
 
     def __init__(self, clipper: GradClipper) -> None:
-        self._clipper, self._other = clipper, ""
-        self.is_paused = False
+        self._clipper, self.is_paused = clipper, False
+        self._noted: tuple[str, Tensor, Tensor] | None = None  # function, a parameter, and its gradient
 
     def listen(self) -> Callable[[], None]:
         """Begin; the function returned ends it."""
@@ -79,21 +79,27 @@ class TorchClips:
 
     def note(self, function: str, parameters: Sequence[Tensor]) -> None:
         """Note a call."""
+        if self.is_paused or getattr(self._clipper, "grad_place", None) is not None:
+            return  # torch clips what is in `grad`
         ours = set(map(id, self._clipper.parameters))
-        if not self.is_paused and any(id(parameter) in ours for parameter in parameters):
-            self._other = function
+        clipped = [p for p in parameters if id(p) in ours and p.grad is not None]
+        if clipped:
+            smallest = min(clipped, key=Tensor.numel)  # it is kept alive, since a new one may get its `id`
+            assert smallest.grad is not None
+            self._noted = function, smallest, smallest.grad
 
     def refuse(self) -> None:
-        """Let the next measurement raise, on all ranks, if there was a call since the last one."""
-        other, self._other = self._other, ""
-        if other:
-            self._clipper.refuse_next(
-                ConfigError(
-                    f"torch.nn.utils.{other}: expected no other clipper than distnorm, which is attached, "
-                    "found a call for the same parameters since the last step, so the true norm is lost; "
-                    "remove the call and set clip.max_norm, or give it max_norm=inf, which only measures"
-                )
+        """Let the next measurement raise, on all ranks, if these gradients were clipped."""
+        noted, self._noted = self._noted, None
+        if noted is not None and noted[1].grad is noted[2]:  # else backward has made others since
+            error = ConfigError(
+                f"torch.nn.utils.{noted[0]}: expected no clipper beside distnorm, which is attached, found a "
+                "call for the same parameters since the last step, so the true norm is lost; remove the call "
+                "and set clip.max_norm, or give it max_norm=inf, which only measures"
             )
+            if not hasattr(self._clipper, "refuse_next"):  # one of simulated ranks, which meet nobody else
+                raise error
+            self._clipper.refuse_next(error)
 
 
 _listeners: list[weakref.ref[TorchClips]] = []

@@ -57,8 +57,11 @@ class MegatronClipper:
             inner = inner_optimizers(optimizer)
             _refuse_twice(optimizer, inner)
             self._axes = Axes.of(pg_collection)
-            self._limit = float(getattr(optimizer.config, "clip_grad", 0.0) or 0.0) if inner else 0.0
+            settings = getattr(optimizer, "config", None)  # which a chain of nothing has not
+            self._limit = float(getattr(settings, "clip_grad", 0.0) or 0.0)
+            scales = any(getattr(each, "grad_scaler", None) is not None for each in inner)
             taken = taken_over(config, self._limit, "clip_grad")
+        self._scales = self._ranks.any(scales)[0]
         self._runs, self._twins = self._described(optimizer, chunks)
         views = [run.part.between(run.start, run.stop).requires_grad_() for run in self._runs]
         self._run_of = {id(view): run for view, run in zip(views, self._runs, strict=True)}
@@ -124,13 +127,16 @@ class MegatronClipper:
                 patches.add(each, "get_grad_norm", _refuse_part)
         patches.add(optimizer, "get_grad_norm", self.get_grad_norm)
         patches.add(optimizer, "clip_grad_norm", self.clip_grad_norm)
-        for settings in {id(each.config): each.config for each in (optimizer, *inner)}.values():
+        configs = [getattr(each, "config", None) for each in (optimizer, *inner)]
+        for settings in {id(config): config for config in configs if config is not None}.values():
             patches.add(settings, "clip_grad", 0.0)  # what the optimizer would do by itself
 
     # ---- in each step
 
     def _prepared(self, prepare: Callable[[], bool]) -> bool:
         overflows = prepare()
+        if self._scales:  # Megatron asks fewer ranks, and those that left a step out would be waited for
+            overflows = self._ranks.any(overflows)[0]
         self._is_fresh = False
         if not overflows:
             self._clip()

@@ -61,9 +61,8 @@ def train(lie: bool) -> dict[str, Any]:
     model = Model()
     if lie:
         del model.fc1.bias.tensor_model_parallel
-    optimizer = ChainedOptimizer(
-        [OnCpu(list(model.parameters()), OptimizerConfig(optimizer="sgd", clip_grad=0.5))]
-    )
+    config = OptimizerConfig(optimizer="sgd", clip_grad=0.5)
+    optimizer = ChainedOptimizer([OnCpu(list(model.parameters()), config)])
     try:
         clipping = attach_optimizer(optimizer, model)
         before = {name: whole(p, p.detach()) for name, p in model.named_parameters()}
