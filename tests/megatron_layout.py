@@ -67,6 +67,8 @@ def dense_gradients() -> dict[str, Tensor]:
 class World:
     """Where this rank is; ranks count along tp first, then dp (ep first), then pp.
 
+    Where `folded`, experts are not tensor parallel, and ep counts along tp too.
+
     Attributes:
         groups: as a `ProcessGroupCollection` has them.
     """
@@ -75,15 +77,17 @@ class World:
     pp: int
     dp: int
     ep: int
+    folded: bool = False
 
     def __post_init__(self) -> None:
         rank = dist.get_rank()
         self.at_tp, rest = rank % self.tp, rank // self.tp
         self.at_dp, self.at_pp = rest % self.dp, rest // self.dp
-        self.at_ep, self.at_edp = self.at_dp % self.ep, self.at_dp // self.ep
-        self.groups = SimpleNamespace(
-            tp=self._group("tp"), pp=self._group("pp"), ep=self._group("ep"), expt_tp=self._group("tp")
-        )
+        along = rank % (self.tp * self.dp) if self.folded else self.at_dp
+        self.at_ep, self.at_edp = along % self.ep, along // self.ep
+        self.edp = self.dp * (self.tp if self.folded else 1) // self.ep
+        groups = {axis: self._group(axis) for axis in ("tp", "pp", "ep", "expt_tp")}
+        self.groups = SimpleNamespace(**groups)
 
     def _group(self, axis: str) -> Any:
         mine = None
@@ -96,7 +100,9 @@ class World:
         groups: dict[Any, list[int]] = {}
         for rank in range(self.tp * self.dp * self.pp):
             tp, dp, pp = rank % self.tp, rank // self.tp % self.dp, rank // self.tp // self.dp
-            key = {"tp": (dp, pp), "pp": (tp, dp), "ep": (tp, dp // self.ep, pp)}[axis]
+            key = {"tp": (dp, pp), "pp": (tp, dp), "ep": (tp, dp // self.ep, pp), "expt_tp": (dp, pp)}[axis]
+            if self.folded and axis in ("ep", "expt_tp"):
+                key = (rank // self.ep,) if axis == "ep" else (rank,)
             groups.setdefault(key, []).append(rank)
         return list(groups.values())
 
@@ -107,11 +113,15 @@ class World:
 def parameter(world: World, name: str, dim: int | None = None, **attributes: Any) -> nn.Parameter:
     """This rank's piece, with Megatron's attributes and its gradient in `main_grad`."""
     value, gradient = whole(name, "value"), whole(name, "gradient")
-    if dim is not None:
+    is_whole = world.folded and ".experts." in name
+    if dim is not None and not is_whole:
         value, gradient = world.cut(value, dim), world.cut(gradient, dim)
+    if dim is not None:
         attributes |= {"tensor_model_parallel": True, "partition_dim": dim, "partition_stride": 1}
     made = nn.Parameter(value.bfloat16() if ".mlp." in name else value)
-    vars(made).update(attributes, main_grad=gradient.clone(), true_name=name, true_dim=dim)
+    vars(made).update(
+        attributes, main_grad=gradient.clone(), true_name=name, true_dim=None if is_whole else dim
+    )
     return made
 
 
@@ -301,7 +311,7 @@ def optimizer_of(world: World, stages: list[nn.Module], kind: str, clip_grad: fl
     experts = [p for p in every if not getattr(p, "allreduce", True)]
     inner: list[HandMade] = [HandMadeDistributed(dense, config, world.at_dp, world.dp)]
     if experts:
-        inner.append(HandMadeDistributed(experts, config, world.at_edp, world.dp // world.ep))
+        inner.append(HandMadeDistributed(experts, config, world.at_edp, world.edp))
     return HandMadeChain(inner)
 
 

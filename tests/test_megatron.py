@@ -32,6 +32,7 @@ WORLDS = {
     "tp2 x pp2 x dp2, ep2, distributed": ((2, 2, 2, 2), "distributed"),
     "pp2 x dp3, distributed": ((1, 2, 3, 1), "distributed"),
     "tp2 x pp2 x dp2, ep2": ((2, 2, 2, 2), "whole"),
+    "tp2 x dp2, ep4 over both, distributed": ((2, 1, 2, 4, True), "distributed"),
 }
 
 
@@ -112,8 +113,13 @@ def wrong_dim(world: World, layer: Any) -> None:
     layer.self_attention.linear_qkv.weight.partition_dim = 1
 
 
+def dim_that_is_none(world: World, layer: Any) -> None:
+    layer.self_attention.linear_qkv.bias.partition_dim = 1
+
+
 def no_dim(world: World, layer: Any) -> None:
-    del layer.self_attention.linear_qkv.weight.partition_dim
+    del layer.self_attention.linear_proj.weight.partition_dim
+    del layer.self_attention.linear_qkv.weight.partition_dim  # 0 is what it says anyway
 
 
 def copy_is_not_shared(world: World, stages: list[nn.Module]) -> None:
@@ -162,7 +168,8 @@ LIES: dict[str, tuple[Lie, str, str]] = {
     "and no sizes": (of_layers(weight_without_sizes), "proj.weight", "no tensor_model_parallel"),
     "bias not marked": (of_layers(bias_is_not_marked), "qkv.bias", "no tensor_model_parallel"),
     "wrong dim": (of_layers(wrong_dim), "qkv.weight", "partition_dim=1.*along 0"),
-    "no dim": (of_layers(no_dim), "qkv.weight", "partition_dim=-1"),
+    "dim that is none": (of_layers(dim_that_is_none), "qkv.bias", "partition_dim=1, and 1 dims"),
+    "no dim": (of_layers(no_dim), "proj.weight", "partition_dim=-1.*along 1"),
     "copy not shared": (copy_is_not_shared, "word_embeddings.weight", "no shared=True"),
     "all shared": (original_is_shared_too, "word_embeddings.weight", "shared=True"),
     "dense as expert": (of_layers(dense_as_expert), "router.weight", "allreduce=False"),

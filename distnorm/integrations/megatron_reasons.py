@@ -15,7 +15,7 @@ _ROWS, _COLUMNS = ("output_size", "num_embeddings"), ("input_size", "embedding_d
 def against_module(each: Held) -> Reason:
     """What the module that has the parameter says of its whole shape, where it says so."""
     claims, shape, owner = each.claims, tuple(each.parameter.shape), each.owner
-    if each.is_cut and not 0 <= claims.partition_dim < len(shape):
+    if each.is_cut and not each.dim < len(shape):
         return f"partition_dim={claims.partition_dim}, and {len(shape)} dims"
     sizes = tuple(_first(owner, names) for names in (_ROWS, _COLUMNS))
     if len(shape) == 2 and each.axis.size > 1 and all(isinstance(size, int) for size in sizes):
@@ -24,7 +24,7 @@ def against_module(each: Held) -> Reason:
         fits = [dim for dim in whole if whole[dim] == sizes]
         if fits and not each.is_cut:
             return f"no tensor_model_parallel=True, and a part of a module of {sizes}"
-        if fits and claims.partition_dim not in fits:
+        if fits and each.dim not in fits:
             return f"partition_dim={claims.partition_dim}, and a module of {sizes}, cut along {fits[0]}"
         if not fits and each.is_cut and shape == sizes:
             return f"tensor_model_parallel=True, and all of a module of {sizes} on this rank"
@@ -32,7 +32,7 @@ def against_module(each: Held) -> Reason:
         return None
     mode = getattr(owner, "parallel_mode", "")  # TransformerEngine's
     dim = {"column": 0, "row": 1}.get(str(mode))
-    if len(shape) == 2 and dim is not None and dim != claims.partition_dim:
+    if len(shape) == 2 and dim is not None and dim != each.dim:
         return f"partition_dim={claims.partition_dim}, and parallel_mode={mode!r}, which cuts along {dim}"
     if mode is None and not each.is_expert and hasattr(owner, "in_features"):
         return "tensor_model_parallel=True, and a module whose parallel_mode is None"

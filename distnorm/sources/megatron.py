@@ -133,8 +133,8 @@ class Held:
 
     @property
     def dim(self) -> int:
-        """The dim along which it claims to be cut."""
-        return self.claims.partition_dim
+        """The dim along which it claims to be cut; 0 where it doesn't say, as state-space modules don't."""
+        return max(self.claims.partition_dim, 0)
 
     def piece(self, start: int, stop: int) -> Piece:
         """Which piece of the whole parameter some of its elements are, in row-major order."""
