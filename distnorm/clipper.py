@@ -93,6 +93,7 @@ class GradClipper(Joinable):
             self._step = Step(load_config(config), ranks, self._layout)
             self._target = read_once(target)
         self.number_in_graphs, self.grad_place = graphs.number_of(self), self._layout.place
+        self.refuse_next = self._step.refuse_next
         self._step.plan(self._read_target, modules_of(self._target))
 
     @graphs.in_graphs(graphs.trace_clip)

@@ -45,11 +45,9 @@ class Step:
     Attributes:
         groups, decider: the policies, and what asks them.
         monitor: records steps; `None` where nothing is set under `monitor`.
-        count: number of steps made.
-        last, outcome: of the newest step.
+        count, last, outcome: number of steps made; and what the newest gave.
         deferred: raises what the step before found, where no step waits for its norm.
-        is_registered_with_join: whether the clipper was given to torch's `Join`, which ends with equal
-            histories.
+        is_registered_with_join: whether torch's `Join` has the clipper, and so ends with equal histories.
 
     Raises:
         ConfigError: a policy doesn't go with the norm.
@@ -160,6 +158,10 @@ class Step:
             return False
         norm = reduced.total_norm
         return reduced.agreed is True and kernels.on_host(norm) and not bool(norm.isfinite())
+
+    def refuse_next(self, error: DistnormError) -> None:
+        """Let the next step raise this, on all ranks. Not collective."""
+        self._meter_now().refusal = error
 
     @property
     def may_skip(self) -> bool:

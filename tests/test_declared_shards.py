@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
 
 import distnorm
 from distnorm.testing import dense_norm
@@ -162,3 +163,14 @@ def test_a_piece_lies_within_its_parameter():
         distnorm.Piece(((0, 9), (0, 6)), (8, 6))
     with pytest.raises(distnorm.ConfigError, match="process group"):
         distnorm.GradClipper([torch.ones(2, requires_grad=True)], sharded={"0": (0, None)})
+
+
+def dtensor_declared() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    tensor = nn.Parameter(DTensor.from_local(torch.ones(2, 3), mesh, [Replicate()]))
+    distnorm.GradClipper([("w", tensor)], sharded={"w": (0, mesh.get_group())})
+
+
+def test_a_dtensor_says_itself_which_piece_it_is(ranks):
+    for failure in ranks(2, dtensor_declared, expect_errors=True):
+        assert failure.type_name == "ConfigError" and "placements say" in failure.message

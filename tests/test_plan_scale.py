@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from benchmarks import planning
 from benchmarks.simulated_rank import TERMS, Piece, most_loaded_rank, piece, plan, simulated
 from distnorm.errors import ConfigError
-from distnorm.hooks.deepspeed.cutting import cuts_inside
 from distnorm.plan import join
 from distnorm.plan.collectives import Ranks
+from distnorm.plan.cutting import cuts_inside
 from distnorm.plan.plan import make_plan
 from distnorm.plan.wording import shown
 from distnorm.sources import deepspeed as source

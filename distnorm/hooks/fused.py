@@ -18,6 +18,7 @@ from distnorm import kernels
 from distnorm.clipper import GradClipper
 from distnorm.errors import ConfigError
 from distnorm.policies.results import ClipResult
+from distnorm.sources import GradPlace
 
 _ATTRIBUTES = ("grad_scale", "found_inf")
 
@@ -36,8 +37,8 @@ class HandOver:
     def __init__(self, clipper: GradClipper, optimizers: Sequence[Optimizer]) -> None:
         self._clipper, self._optimizers = clipper, optimizers
         clip, fixed = clipper.config.clip, clipper.rules.obstacle
-        if fixed is None and clipper.grad_place is not None:
-            fixed = f"gradients in {clipper.grad_place}"
+        if fixed is None and (place := place_of(clipper)) is not None:
+            fixed = f"gradients in {place}"
         if fixed is None and clip.nonfinite == "zero":  # zeroing what is not finite is no division
             fixed = "nonfinite: zero, which no optimizer can do"
         self._fixed = "clip.apply: scale" if clip.apply == "scale" else fixed
@@ -83,6 +84,12 @@ class HandOver:
         if optimizer is not None:
             for name in _ATTRIBUTES:
                 vars(optimizer).pop(name, None)
+
+
+def place_of(clipper: GradClipper) -> GradPlace | None:
+    """Where gradients are, if not in `grad`; of simulated ranks they always are there."""
+    place: GradPlace | None = getattr(clipper, "grad_place", None)
+    return place
 
 
 def _is_fused(optimizer: Optimizer) -> bool:

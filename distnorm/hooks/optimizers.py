@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from distnorm.clipper import GradClipper
 from distnorm.errors import ConfigError, DistnormError, NonFiniteGradientError, UnsupportedGradientError
 from distnorm.hooks import amp, callers, fused
-from distnorm.hooks.second_clipper import refuse_second_clipper
+from distnorm.hooks.second_clipper import TorchClips, refuse_second_clipper
 from distnorm.hooks.wrapping import hookable, wrapped
 from distnorm.kernels import refuse_capture
 from distnorm.sources import GradPlace
@@ -61,16 +61,18 @@ class OptimizerHook:
         self._hand_over = fused.HandOver(clipper, self.optimizers)
         self._optimizers_multiply = False  # those of this round, in their own steps
         self._round = _Round()
-        self._hidden = _HiddenGradients(clipper.grad_place)
+        self._hidden = _HiddenGradients(fused.place_of(clipper))
         _refuse_unhidable(clipper)
         self._prepared: set[int] = set()  # optimizers for which a running GradScaler step has clipped
         self._outermost: FrameType | None = None  # the newest step that is not part of another
         self._pauses = 0
+        self._torch = TorchClips(clipper)
         self._undo: list[Callable[[], None]] = []
 
     def install(self) -> None:
         """Begin to clip. Nothing outside of this object has changed before, and nothing is refused here."""
         self._undo.append(amp.take_part_in_steps(self))
+        self._undo.append(self._torch.listen())
         for optimizer in self.optimizers:
             _attached.add(optimizer)
             self._undo.append(optimizer.register_step_pre_hook(self._before).remove)
@@ -86,11 +88,12 @@ class OptimizerHook:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Let steps pass as if nothing were attached."""
-        self._pauses += 1
+        self._pauses, self._torch.is_paused = self._pauses + 1, True
         try:
             yield
         finally:
             self._pauses -= 1
+            self._torch.is_paused = self._pauses > 0
 
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -156,6 +159,7 @@ class OptimizerHook:
         if self._clipper.monitor is not None and (rate := _learning_rate(steppers[0])) is not None:
             self._clipper.note(learning_rate=rate)
         self._optimizers_multiply = may_hand_over and self._hand_over.obstacle() is None
+        self._torch.refuse()
         try:
             if self._optimizers_multiply:
                 self._clipper.decide()
@@ -265,7 +269,7 @@ class _HiddenGradients:
 
 
 def _refuse_unhidable(clipper: GradClipper) -> None:
-    place = clipper.grad_place
+    place = fused.place_of(clipper)
     if place is not None and callable(place.given) and clipper.rules.may_skip:
         raise ConfigError(
             "grad_of: expected an attribute's name under clip.nonfinite: skip or policy skip_spikes, where a "

@@ -64,6 +64,7 @@ class Meter:
         managers: of the parameters whose gradients are measured; `None` for other tensors.
         plan: who counts what; `None` before `prepare`.
         raised_alone: whether in the newest step this rank raised what the others have not read.
+        refusal: why the next step's gradients may not be measured, if they may not.
     """
 
     ranks: Ranks
@@ -79,6 +80,7 @@ class Meter:
     managers: Managers | None = None
     plan: Plan | None = None
     raised_alone: bool = False
+    refusal: DistnormError | None = None
     _home: torch.device = kernels.HOST  # of the first parameter
     _shards: list[GradShard] | None = None
     _describe: Callable[[], list[GradShard]] = list
@@ -207,6 +209,9 @@ class Meter:
         if self.managers is not None:
             diagnosis.refuse_inside_backward()
             try:
+                refusal, self.refusal = self.refusal, None
+                if refusal is not None:
+                    raise refusal
                 self.managers.refuse_unreduced()
             except DistnormError as error:
                 return Gradients([None] * len(self.shares), [error])

@@ -89,9 +89,10 @@ def shards_of(
     place = layout.place if is_gradient else None
     for name, (_, tensor) in zip(names, named, strict=True):
         shard: GradShard
+        is_flat = id(tensor) in homes or fsdp1.holds(tensor)
         if (piece := layout.declared.piece(name, tensor)) is not None:
-            shard = declared.shard(name, tensor, source, piece)
-        elif id(tensor) in homes or fsdp1.holds(tensor):
+            shard = declared.shard(name, tensor, source, piece, "FSDP1's, whose modules" if is_flat else None)
+        elif is_flat:
             shard = fsdp1.shard(name, tensor, source, homes)
         else:
             shard = (dtensor if dtensor.holds(tensor) else plain).shard(name, tensor, source)

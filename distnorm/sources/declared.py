@@ -180,8 +180,17 @@ class DeclaredShard(PlainShard):
         return PlainShard.indices(self, dim)
 
 
-def shard(name: str, tensor: Tensor, source: Source, piece: Piece) -> DeclaredShard:
+def shard(
+    name: str, tensor: Tensor, source: Source, piece: Piece, framework: str | None = None
+) -> DeclaredShard:
     """Describe a tensor that is a piece.
+
+    Args:
+        name: of the parameter in the whole model.
+        tensor: this rank's.
+        source: what is measured of it.
+        piece: what it is declared to be.
+        framework: whose tensor it is, and what says which piece; `None` if it is a plain one.
 
     Raises:
         ConfigError: it is no plain tensor, or not of the piece's shape.
@@ -189,7 +198,9 @@ def shard(name: str, tensor: Tensor, source: Source, piece: Piece) -> DeclaredSh
     shape = tuple(tensor.shape)
     misfit = piece.misfit(shape)
     if hasattr(tensor, "placements"):
-        misfit = "expected a plain tensor, found a DTensor, whose placements say which piece it is"
+        framework = "a DTensor, whose placements"
+    if framework is not None:
+        misfit = f"expected a plain tensor, found {framework} say which piece it is"
     if misfit:
         raise ConfigError(f"sharded: parameter '{name}': {misfit}")
     return DeclaredShard(piece.name or name, tensor, source, piece.extents, shape, piece.shape)

@@ -12,11 +12,11 @@ from torch.distributed import ProcessGroup
 from distnorm.config import Config
 from distnorm.errors import DistnormError, NonFiniteGradientError
 from distnorm.hooks.deepspeed.adapters import Adapter
-from distnorm.hooks.deepspeed.cutting import cuts_inside
 from distnorm.hooks.deepspeed.patches import Patches
 from distnorm.hooks.deepspeed.refusals import adapter_class, retire_engines_clipping
 from distnorm.hooks.deepspeed.verdict import EngineClipper
 from distnorm.plan.collectives import Ranks
+from distnorm.plan.cutting import cuts_inside
 from distnorm.sources import Tied, checked_tied
 from distnorm.sources import deepspeed as source
 from distnorm.sources.deepspeed import Piece

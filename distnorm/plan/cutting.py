@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,10 +13,32 @@ from distnorm import kernels
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.join import join
 from distnorm.plan.terms import stable_hash
-from distnorm.sources.deepspeed import Cuts, Piece
+
+Cuts = Mapping[str, Sequence[int]]
+"""Offsets, ascending, at which a parameter is cut into runs, by the parameter's name."""
 
 
-def cuts_inside(ranks: Ranks, pieces: Sequence[Piece]) -> Cuts:
+class Run(Protocol):
+    """Elements `start` to `stop` of a parameter, in row-major order."""
+
+    @property
+    def name(self) -> str:
+        """The parameter's."""
+
+    @property
+    def start(self) -> int:
+        """First element."""
+
+    @property
+    def stop(self) -> int:
+        """End of the elements."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the whole parameter."""
+
+
+def cuts_inside(ranks: Ranks, pieces: Sequence[Run]) -> Cuts:
     """Where other ranks' pieces end inside this rank's. Collective: every rank must call it.
 
     Args:
@@ -29,7 +52,7 @@ def cuts_inside(ranks: Ranks, pieces: Sequence[Piece]) -> Cuts:
         return _cuts_inside(ranks, pieces)
 
 
-def _cuts_inside(ranks: Ranks, pieces: Sequence[Piece]) -> Cuts:
+def _cuts_inside(ranks: Ranks, pieces: Sequence[Run]) -> Cuts:
     facts = [[stable_hash(p.name), p.start, p.stop, p.is_whole, 0] for p in pieces]
     rows = torch.tensor(facts, dtype=torch.int64, device="cpu").view(-1, 5)
     inside, cut = join(ranks, rows, _nth_cut).unbind(1)
