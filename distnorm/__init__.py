@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from distnorm.functional import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
     from distnorm.hooks import Handle, attach
     from distnorm.monitor import Alert, LayerRow, Monitor
+    from distnorm.policies.qk_clip import QkHeads, clip_qk_
     from distnorm.policies.results import ClipResult, GroupResult
     from distnorm.sources import Piece
     from distnorm.verification import VerifyReport, verify
@@ -45,6 +46,7 @@ __all__ = [
     "Monitor",
     "NonFiniteGradientError",
     "Piece",
+    "QkHeads",
     "ReplicaError",
     "RunError",
     "UnsupportedGradientError",
@@ -52,6 +54,7 @@ __all__ = [
     "attach",
     "clip_grad_norm_",
     "clip_grads_with_norm_",
+    "clip_qk_",
     "get_total_norm",
     "load_config",
     "verify",
@@ -73,6 +76,7 @@ _HOMES = {
     "functional": ("clip_grad_norm_", "clip_grads_with_norm_", "get_total_norm"),
     "hooks": ("Handle", "attach"),
     "monitor": ("Alert", "LayerRow", "Monitor"),
+    "policies.qk_clip": ("QkHeads", "clip_qk_"),
     "policies.results": ("ClipResult", "GroupResult"),
     "sources": ("Piece",),
     "verification": ("VerifyReport", "verify"),

@@ -99,8 +99,7 @@ class Step:
         number, meter = self.count + 1, self._meter_now()
         snapshot = None if meter is self._alone else self._snapshot(number)
         payload = join_payloads(self.groups.payload, snapshot)
-        length = 0 if payload is None else payload.length
-        meets = self.groups.measures or snapshot is not None
+        meets, length = self.groups.measures or snapshot is not None, 0 if payload is None else payload.length
         with torch.no_grad(), torch._C.DisableTorchFunction():
             try:
                 gradients = meter.read(holders, given, store=True, meets=meets, payload_length=length)
@@ -132,9 +131,8 @@ class Step:
     def measure(self, holders: Sequence[Tensor]) -> ClipResult:
         """Measure, and change and count nothing. Collective: every rank must call it."""
         meter, payload = self._meter_now(), self.groups.payload
-        length = 0 if payload is None else payload.length
         with torch.no_grad(), torch._C.DisableTorchFunction():
-            gradients = meter.read(holders, store=False, payload_length=length)
+            gradients = meter.read(holders, store=False, payload_length=payload.length if payload else 0)
             gradients, reduced = meter.reduce(gradients, payload, store=False)
             found = reduced.payload if len(reduced.payload) else None
             return self.decider.measured(reduced.total_norm, found)
@@ -150,6 +148,8 @@ class Step:
         self.last, self.outcome = outcome.result, outcome
         self.count = self.count if self._replays.leaves_out(outcome.result.total_norm) else number
         self._announce_snapshot()
+        if self.monitor is not None:
+            self.monitor.look_ahead(self.count + 1)
 
     def _names_not_finite(self, reduced: ReducedStatistics | UnreadStatistics) -> bool:
         """Whether to search for the gradients that are not finite: if the norm can be read for free, and no

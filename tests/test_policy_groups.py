@@ -48,6 +48,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "agc": {"policy": {"name": "agc", "lambda": 0.5}},
     "percentile": {"policy": {"name": "percentile", "p": 40, "window": 3}},
     "zclip": {"policy": ZCLIP},
+    "zclip mean": {"policy": {**ZCLIP, "clip_option": "mean", "skip_update_on_spike": True}},
+    "aggc": {"policy": {"name": "aggc", "raise_small": True, "beta": 0.5}},
     "adagc": {"policy": ADAGC},
     "skip_spikes": {"max_norm": 4.0, "policy": SPIKES},
     "loss": {"max_norm": 4.0, "policy": {**SPIKES, "on": "loss"}},
@@ -60,6 +62,7 @@ POLICIES: dict[str, dict[str, Any]] = {
             {"params": ["tok.*"], "policy": {"name": "agc", "lambda": 0.5}},
             {"params": ["*.scale"], "policy": "value", "max_norm": 0.25},
             {"params": ["z"], "policy": ADAGC},
+            {"params": ["b.weight"], "policy": {"name": "aggc", "beta": 0.5}},
         ],
     },
 }  # fmt: skip

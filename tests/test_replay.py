@@ -33,6 +33,10 @@ CLIPS: dict[str, dict[str, Any]] = {
     "constant": {"max_norm": 1.0},
     "zclip": {"policy": {"name": "zclip", "warmup": 3}},
     "zclip bounded": {"max_norm": 2.0, "policy": {"name": "zclip", "warmup": 2, "alpha": 0.5, "z_t": 1.0}},
+    "zclip of percentiles": {
+        "policy": {"name": "zclip", "warmup": 2, "mode": "percentile", "z_t": 0.5, "clip_factor": 0.5}
+    },
+    "aggc": {"policy": {"name": "aggc", "raise_small": True, "total_steps": 6, "max_down": None}},
     "percentile": {"policy": {"name": "percentile", "window": 3, "p": 40}},
     "adagc": {"policy": {"name": "adagc", "warmup": 3, "warmup_max_norm": 0.5}},
     "skip_spikes": {"policy": {"name": "skip_spikes", "k": 0.5, "window": 3, "after": 2}, "max_norm": 1.0},

@@ -3,7 +3,7 @@
 from distnorm.config.clip_models import ClipConfig, GroupConfig
 from distnorm.config.loading import load_config
 from distnorm.config.models import Config, NormConfig, TrainConfig, json_schema
-from distnorm.config.monitor_models import AlertsConfig, MonitorConfig, SinksConfig
+from distnorm.config.monitor_models import AlertsConfig, MonitorConfig, SinksConfig, SliceConfig
 from distnorm.config.train_models import (
     CheckpointConfig,
     DataConfig,
@@ -25,6 +25,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "SinksConfig",
+    "SliceConfig",
     "TrainConfig",
     "json_schema",
     "load_config",

@@ -13,7 +13,7 @@ from distnorm.config.section import AS_TUPLE, Conflict, Section, Threshold
 _MAX_NORM = "The threshold: gradients whose norm is larger are scaled down to it. "
 _POLICY = (
     "How the threshold is found: a name, or a mapping with the name and the policy's parameters. "
-    "percentile and zclip never go above max_norm; agc and adagc have none."
+    "percentile and zclip never go above max_norm; agc, adagc and aggc have none."
 )
 
 
@@ -88,7 +88,7 @@ class ClipConfig(Section):
 
 def _policy_conflicts(owner: ClipConfig | GroupConfig, at: str) -> Iterator[Conflict]:
     policy, max_norm = owner.policy, owner.max_norm
-    if policy.name in ("agc", "adagc") and max_norm is not None:
+    if policy.name in ("agc", "adagc", "aggc") and max_norm is not None:
         yield Conflict(
             (f"{at}max_norm", f"{at}policy"),
             f"expected max_norm = null under policy {policy.name}, which has no max norm, found {max_norm}",

@@ -18,6 +18,7 @@ LARGEST_ORDER = 10_000.0
 LARGEST_PARAMETER_ORDER = 6.5
 """The largest finite order of a norm that can be measured of single parameters."""
 _UNITS_ORDER = 2.0
+_SUMMED = ("cosines", "updates", "slices", "spectral")
 
 BEYOND_TOTAL = {
     "per_tensor": "has a coefficient for each parameter",
@@ -45,6 +46,12 @@ def of_norm(order: float, clip: ClipConfig, monitor: MonitorConfig) -> Iterator[
         yield _too_high(("clip.groups", "norm.type"), "with clip.groups", order)
     if monitor.every is not None and is_too_high:
         yield _too_high(("monitor.every", "norm.type"), "with monitor.every", order)
+    for key in _SUMMED:
+        if order == math.inf and getattr(monitor, key):
+            text = (
+                f"expected a finite norm.type with monitor.{key}, whose sums no maximum can carry, found inf"
+            )
+            yield Conflict((f"monitor.{key}", "norm.type"), text)
 
 
 def of_apply(clip: ClipConfig) -> Iterator[Conflict]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, WithJsonSchema
 
-from distnorm.config.section import Conflict, Location, PositiveInt, Section
+from distnorm.config.section import AS_TUPLE, Conflict, Count, Location, PositiveInt, Section
 
 _KINDS = ("parameter", "module", "depth")
 _TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
@@ -37,6 +37,15 @@ By = Annotated[
         }
     ),
 ]
+
+
+_ON_MONITORED_STEPS = {
+    "replicas": "replicas are compared",
+    "cosines": "cosines are measured",
+    "updates": "updates are measured",
+    "slices": "slices are measured",
+    "spectral": "spectral norms are estimated",
+}
 
 
 class AlertsConfig(Section):
@@ -94,6 +103,19 @@ class SinksConfig(Section):
     )
 
 
+class SliceConfig(Section):
+    """Stacked parameters of which each slice is reported too."""
+
+    params: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1), AS_TUPLE] = Field(
+        description="Patterns of parameters' names, with * and ?, such as *.experts.w1. Every pattern "
+        "matches one at least, and no parameter is in two entries."
+    )
+    dim: Count = Field(0, description="The dim along which they are stacked.")
+    size: PositiveInt = Field(
+        1, description="So many neighbouring indices are one slice: 1 for experts, the head's size for heads."
+    )
+
+
 class MonitorConfig(Section):
     """What is monitored, and where rows and alerts go."""
 
@@ -119,6 +141,30 @@ class MonitorConfig(Section):
         False,
         description="Whether monitored steps compare replicated gradients between replicas, bit by bit.",
     )
+    cosines: bool = Field(
+        False,
+        description="Whether monitored steps measure the cosine of gradient and weight, and the share of the "
+        "gradient that is radial.",
+    )
+    updates: bool = Field(
+        False,
+        description="Whether monitored steps measure the newest update, whatever the optimizer: its norm, "
+        "its ratio to the weight, and its cosine with the gradient. From the step before until then each "
+        "rank keeps a copy of the weights that it counts.",
+    )
+    slices: Annotated[tuple[SliceConfig, ...], AS_TUPLE] = Field(
+        (), description="Slices of stacked parameters that are reported too, such as experts and heads."
+    )
+    spectral: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], AS_TUPLE] = Field(
+        (),
+        description="Patterns of weight matrices whose spectral norm and stable rank are estimated, by half "
+        "a power iteration on each monitored step, which goes on from the one before.",
+    )
+    spectral_vectors: Annotated[int, Field(ge=1, le=64)] = Field(
+        4,
+        description="How many vectors iterate together: more come close sooner, and each costs 8 bytes a row "
+        "of every such matrix in the all-reduce.",
+    )
     dir: Location | None = Field(
         None,
         description="Folder for metrics.jsonl, layers.jsonl and alerts.jsonl; distnorm's trainer uses "
@@ -140,7 +186,8 @@ class MonitorConfig(Section):
         return alerts.non_finite or self.replicas or any(rule is not None for rule in rules)
 
     def conflicts(self) -> Iterator[Conflict]:
-        """Replicas are compared on monitored steps only."""
-        if self.replicas and self.every is None:
-            text = "expected monitor.every, which says when replicas are compared, found null"
-            yield Conflict(("replicas", "every"), text)
+        """What only monitored steps do."""
+        for key, does in _ON_MONITORED_STEPS.items():
+            if getattr(self, key) and self.every is None:
+                text = f"expected monitor.every, which says when {does}, found null"
+                yield Conflict((key, "every"), text)

@@ -14,6 +14,7 @@ from distnorm.config.section import (
     Fraction,
     NotNegative,
     Positive,
+    PositiveInt,
     Section,
 )
 
@@ -76,7 +77,9 @@ class PercentilePolicy(Section):
 
     name: Literal["percentile"] = Field(description="Clip to a percentile of the norms so far.")
     p: Annotated[float, Field(ge=0, le=100)] = Field(10.0, description="The percentile.")
-    window: Window = Field(1024, description=f"How many of the newest norms are kept. {_NONFINITE}")
+    window: Window | None = Field(
+        1024, description=f"How many of the newest norms are kept; null keeps all. {_NONFINITE}"
+    )
 
 
 class ZClipPolicy(Section):
@@ -87,6 +90,18 @@ class ZClipPolicy(Section):
     z_t: Positive = Field(2.5, description="So many standard deviations above the mean a norm is clipped.")
     warmup: Window = Field(25, description=f"How many norms are only collected first. {_NONFINITE}")
     eps: Positive = Field(1e-6, description="Added to the standard deviation.")
+    mode: Literal["zscore", "percentile"] = Field(
+        "zscore",
+        description="How norms that stand out are clipped; percentile: to mean + z_t * standard deviation.",
+    )
+    clip_option: Literal["adaptive_scaling", "mean"] = Field(
+        "adaptive_scaling",
+        description="To what zscore clips them: the farther out the lower, or to the mean.",
+    )
+    clip_factor: Positive = Field(1.0, description="What the threshold of adaptive_scaling is multiplied by.")
+    skip_update_on_spike: bool = Field(
+        False, description="Whether norms that are clipped leave mean and variance alone."
+    )
 
 
 class AdaGcPolicy(Section):
@@ -99,6 +114,38 @@ class AdaGcPolicy(Section):
     beta: Fraction = Field(0.98, description="The decay of the history.")
     warmup: Count = Field(100, description=f"Steps that are clipped by the total norm first. {_NONFINITE}")
     warmup_max_norm: Positive = Field(1.0, description="What the total norm is clipped to in these.")
+    eps: NotNegative = Field(
+        0.0, description="Added to norms that a coefficient is divided by; its authors' code has 1e-8."
+    )
+    warmup_gamma: Literal["clipped", "unclipped"] = Field(
+        "clipped", description="Which norms of warm-up the history begins with the smallest of."
+    )
+
+
+class AggcPolicy(Section):
+    """Keep the norm within an interval around what it has been; max_norm is null."""
+
+    name: Literal["aggc"] = Field(
+        description="Keep the norm, such as that of a group, within an interval around what it has been."
+    )
+    beta: Fraction = Field(0.95, description="The decay of the running mean.")
+    low: NotNegative = Field(0.95, description="The interval's lower end, as a multiple of the mean.")
+    high: NotNegative = Field(0.6, description="Its upper end.")
+    min_norm: NotNegative = Field(0.0, description="The lower end is this at least.")
+    raise_small: bool = Field(False, description="Whether smaller norms are raised to the lower end.")
+    max_down: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        0.9, description="The smallest coefficient of a step; null: no such bound."
+    )
+    max_up: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = Field(
+        1.1, description="The largest coefficient of a step; null: no such bound."
+    )
+    low_late: NotNegative | None = Field(0.98, description="low, later in the run; null: as before.")
+    high_late: NotNegative | None = Field(0.7, description="high, later in the run; null: as before.")
+    total_steps: PositiveInt | None = Field(
+        None, description="Steps of the run; null: low and high don't change."
+    )
+    switch: Fraction = Field(0.4, description="When they begin to change, as a share of total_steps ...")
+    transition: Fraction = Field(0.3, description="... and how long it takes them.")
 
 
 class SkipSpikesPolicy(Section):
@@ -123,6 +170,7 @@ AnyPolicy = (
     | PercentilePolicy
     | ZClipPolicy
     | AdaGcPolicy
+    | AggcPolicy
     | SkipSpikesPolicy
 )
 NAMES: tuple[str, ...] = tuple(

@@ -28,7 +28,7 @@ def taken_over(config: ConfigSource, limit: float | None, key: str) -> Config:
     if not limit or limit == float("inf"):
         return own
     clip = own.clip
-    if clip.policy.name in ("agc", "adagc"):
+    if clip.policy.name in ("agc", "adagc", "aggc"):
         raise ConfigError(
             f"{key}: expected 0, or none, under clip.policy {clip.policy.name}, which has no max norm; "
             f"found {limit}"

@@ -40,7 +40,7 @@ def trends(rows: Iterable[LayerRow]) -> list[Trend]:
     kinds: dict[str, dict[int, list[float]]] = {}
     for row in rows:
         found = _NUMBERED.search(row.layer)
-        if found is not None and 0.0 < row.norm < math.inf:
+        if found is not None and row.of is None and 0.0 < row.norm < math.inf:
             blocks = kinds.setdefault(row.layer[: found.start()], {})
             blocks.setdefault(int(found[0]), []).append(row.norm)
     return [

@@ -120,6 +120,7 @@ class PendingSteps:
         name, ranks = first_of(pending.where)
         if pending.snapshot is not None:
             rows = pending.snapshot.read(pending.copy.values()[len(pending.flags) :], pending.loss_scale)
+            row |= rows.model
             if rows.first_nonfinite is not None:
                 name, rank = rows.first_nonfinite
                 ranks = None if rank is None else [rank]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 METRICS_FILE, LAYERS_FILE, ALERTS_FILE = "metrics.jsonl", "layers.jsonl", "alerts.jsonl"
@@ -18,29 +18,56 @@ Kind = Literal["vanishing", "exploding", "clip_rate", "non_finite", "divergence"
 class LayerRow:
     """One layer's gradient in one monitored step, before clipping.
 
+    The newest update is the weights less those before, as they were when the step before had been clipped.
+
     Args:
-        layer: its name.
+        layer: its name, or that of a slice.
         norm: the 2-norm over all its elements.
         rms: the norm divided by the root of the number of elements.
         max: the largest magnitude; None where it wasn't measured.
-        zero_fraction: the share of elements that are exactly zero.
+        zero_fraction: the share of elements that are exactly zero; None where it wasn't measured.
         grad_to_weight: the norm divided by that of the weights; None where it wasn't measured.
+        weight_norm: the 2-norm of the weights; this and what follows: None where it wasn't measured.
+        cos_weight: the cosine of gradient and weight.
+        radial_share: its square, the share of the gradient's square that is along the weight.
+        update_norm: the 2-norm of the newest update.
+        update_to_weight: the same divided by that of the weights.
+        cos_update: the cosine of gradient and newest update; below 0 while updates descend.
+        spectral_norm: the largest of those of its weight matrices, estimated from below.
+        stable_rank: the smallest of theirs: the square of (the norm of all elements / the spectral norm).
+        of: the parameter of which this is a slice; None where it is none.
     """
 
     layer: str
     norm: float
     rms: float
     max: float | None
-    zero_fraction: float
+    zero_fraction: float | None
     grad_to_weight: float | None
+    weight_norm: float | None = None
+    cos_weight: float | None = None
+    radial_share: float | None = None
+    update_norm: float | None = None
+    update_to_weight: float | None = None
+    cos_update: float | None = None
+    spectral_norm: float | None = None
+    stable_rank: float | None = None
+    of: str | None = None
 
     def numbers(self) -> dict[str, float]:
         """What was measured, by name."""
-        fields = {name: getattr(self, name) for name in LAYER_NUMBERS}
-        return {name: value for name, value in fields.items() if value is not None}
+        named = {name: getattr(self, name) for name in _NUMBERS}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as in layers.jsonl: the keys that every row has, and those that were measured."""
+        always = {name: getattr(self, name) for name in ("layer", *LAYER_NUMBERS)}
+        return {**always, **self.numbers()} | ({} if self.of is None else {"of": self.of})
 
 
 LAYER_NUMBERS = ("norm", "rms", "max", "zero_fraction", "grad_to_weight")
+"""What every row of a layer has."""
+_NUMBERS = tuple(field.name for field in fields(LayerRow) if field.name not in ("layer", "of"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,13 +25,15 @@ from distnorm.measure.overlap import Overlap
 from distnorm.monitor.monitor import Monitor
 from distnorm.monitor.pending_steps import KeyPath, PendingStep, PendingSteps, Where, first_of
 from distnorm.monitor.snapshot import LayerSnapshot
+from distnorm.payload.finite_loss import LossFiniteness
 from distnorm.payload.noise import noise_scale_payload
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.plan import Share
 from distnorm.sources.shards import GradShard
 
 _log = logging.getLogger("distnorm")
-_SAME_ON_ALL_RANKS = ("every", "by", "replicas", "stop_after")
+_SPECTRAL = ("spectral", "spectral_vectors")
+_SAME_ON_ALL_RANKS = ("every", "by", "replicas", "cosines", "updates", "slices", *_SPECTRAL, "stop_after")
 
 
 def monitor_terms(config: MonitorConfig) -> dict[str, object]:
@@ -57,6 +59,7 @@ class StepMonitor:
         self._snapshot: LayerSnapshot | None = None
         self._facts: dict[str, Any] = {}
         self._loss: Tensor | None = None
+        self._losses = LossFiniteness()
         self._began: float | None = None
         # At the interpreter's exit too: the last step is reported though nobody flushed.
         self.close = weakref.finalize(self, self._pending.close)
@@ -88,7 +91,9 @@ class StepMonitor:
             noise = noise_scale_payload(self._ranks, self._norm, shares, overlap)
             if noise is None and self._ranks.rank == 0:
                 _log.info("noise_scale is not available: it needs clip.overlap, norm.type 2, and DDP alone")
-            self._snapshot = LayerSnapshot(self._config, self._ranks, self._norm, shards, shares, noise)
+            self._snapshot = LayerSnapshot(
+                self._config, self._ranks, self._norm, shards, shares, self._losses, noise
+            )
 
     def snapshot(self, step: int) -> LayerSnapshot | None:
         """What is added to a step's all-reduce; `None` in steps that are not monitored."""
@@ -99,14 +104,19 @@ class StepMonitor:
         every = self._config.every
         return None if every is None or step % every else self._snapshot
 
+    def look_ahead(self, step: int) -> None:
+        """Get ready for a step, of which the optimizer's step before is still to come."""
+        if self._snapshot is not None and self._config.every is not None:
+            self._snapshot.look_ahead(step % self._config.every == 0)
+
     def note(
         self, loss: float | Tensor | None, tokens: int | Tensor | None, facts: Mapping[str, Any] | None = None
     ) -> None:
         """Keep what belongs to the step that is recorded next; a tensor may be changed afterwards."""
         if isinstance(loss, Tensor):
-            self._loss = loss.detach().clone()
+            self._loss = self._losses.loss = loss.detach().clone()
         elif loss is not None:
-            self._facts["loss"] = float(loss)
+            self._facts["loss"] = self._losses.loss = float(loss)
         if tokens is not None:
             self._facts["tokens"] = tokens.clone() if isinstance(tokens, Tensor) else tokens
         self._facts.update(facts or {})
@@ -140,6 +150,8 @@ class StepMonitor:
         copy = AsyncHostCopy(values if payload is None else torch.cat([values, payload]))
         flags = {path: number.dtype == torch.bool for path, number in numbers.items()}
         snapshot = None if payload is None else self.snapshot(step)
+        if payload is not None and snapshot is not None:
+            snapshot.advance(payload)
         self._pending.add(PendingStep(step, flags, copy, snapshot, facts, where, loss_scale))
         # An accelerator has computed the step before long ago, so all ranks read that one, and stop together:
         # before a callback, which one rank alone has, can report more.
@@ -189,7 +201,7 @@ class StepMonitor:
     def _take_notes(self) -> tuple[Tensor | None, dict[str, Any]]:
         """The loss and the facts of this step, with its tokens a second; the next step begins without."""
         loss, facts, now, began = self._loss, self._facts, time.perf_counter(), self._began
-        self._loss, self._facts, self._began = None, {}, now
+        self._loss, self._facts, self._began, self._losses.loss = None, {}, now, None
         tokens = facts.pop("tokens", None)
         if tokens is not None and began is not None:
             facts["tokens_per_second"] = tokens / (now - began)

@@ -173,6 +173,19 @@ class ParameterStatistics:
         statistic = self._sums(reduced, self._statistic) if self._is_sum else self._largest(reduced)
         return self.norm.finalise(statistic.view(1, -1))
 
+    def squares(self, reduced: Tensor) -> tuple[Tensor, Tensor]:
+        """The squared 2-norms of gradients and weights, [parameters] fp64 each; needs `weights`."""
+        return self._sums(reduced, "squares"), self._sums(reduced, "weights")
+
+    @property
+    def members(self) -> tuple[tuple[int, int], ...]:
+        """(parameter, layer) by their places."""
+        return self._layers.members
+
+    def by_layer(self, of_parameters: Tensor) -> Tensor:
+        """[layers] the sums over the parameters of each layer."""
+        return self._by_layer(of_parameters)
+
     def first_bad(self, reduced: Tensor) -> tuple[str, int | None] | None:
         """The first parameter with an element that is not finite, and the lowest rank that counted one.
 

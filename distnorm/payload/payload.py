@@ -27,6 +27,11 @@ class PayloadParts:
     def local(self, gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
         return torch.cat([part.local(gradients, device) for part in self._parts])
 
+    def place_of(self, part: Payload) -> slice:
+        """Where the values of one part are."""
+        start = sum(one.length for one in self._parts[: self._parts.index(part)])
+        return slice(start, start + part.length)
+
     def split(self, reduced: Tensor) -> list[Tensor]:
         """What each part was reduced to."""
         return list(torch.split(reduced, [part.length for part in self._parts]))

@@ -2,6 +2,7 @@
 
 from distnorm.policies.adagc import AdaGc
 from distnorm.policies.agc import Agc
+from distnorm.policies.aggc import Aggc
 from distnorm.policies.decision import EPS, Decision, check_max_norm, handle_nonfinite
 from distnorm.policies.factory import policy_of
 from distnorm.policies.fixed import Constant, constant
@@ -17,6 +18,7 @@ __all__ = [
     "EPS",
     "AdaGc",
     "Agc",
+    "Aggc",
     "Constant",
     "Decision",
     "PerTensor",

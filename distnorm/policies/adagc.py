@@ -26,6 +26,10 @@ class AdaGc(Policy):
     warm-up isn't clipped then, and its norm starts gamma. All comes from norms rounded to fp32, so that
     the coefficients are the same bits on every topology. The threshold reported is c in warm-up, then inf.
 
+    The defaults are those of the paper. Its authors' code has ``lambda: 1.04``, ``beta: 0.99``,
+    ``warmup: 101``, ``eps: 1.0e-8``, and takes gamma from norms before clipping in warm-up
+    (``warmup_gamma: unclipped``); it differs from this where a gradient is 0, which lowers gamma there.
+
     Args:
         nonfinite: see `handle_nonfinite`. A total norm that is not finite changes no gamma, and does not
             count as a warm-up step.
@@ -33,9 +37,12 @@ class AdaGc(Policy):
         beta: the decay of gamma.
         warmup: how many steps are clipped by the total norm first.
         warmup_max_norm: c.
+        eps: added to a norm by which a coefficient is divided, and where it is not 0, in warm-up in place of
+            1e-6.
+        warmup_gamma: whether gamma is the smallest ``"clipped"`` or ``"unclipped"`` norm of warm-up.
 
     Reference: Wang et al., "AdaGC: improving training stability for large language model pretraining",
-        arXiv 2502.11034.
+        arXiv 2502.11034; the code is `ClipGradByAdaptiveNorm` of PaddlePaddle's trainers.
     """
 
     name = "adagc"
@@ -50,8 +57,11 @@ class AdaGc(Policy):
         beta: float = 0.98,
         warmup: int = 100,
         warmup_max_norm: float = 1.0,
+        eps: float = 0.0,
+        warmup_gamma: str = "clipped",
     ) -> None:
         super().__init__(max_norm, nonfinite)
+        self._eps, self._takes_unclipped = eps, warmup_gamma == "unclipped"
         self._lambda, self._beta = lambda_, beta
         self._warmup, self._c = warmup, warmup_max_norm
         self._names: tuple[str, ...] | None = None
@@ -64,11 +74,14 @@ class AdaGc(Policy):
         state = self._state_at(step.total_norm)
         gamma, is_warmup, counts = state["gamma"], state["steps"] < self._warmup, is_finite(step.history_norm)
         assert gamma.shape == norms.shape, "bind() comes before decide()"
-        together = (self._c / (step.history_norm + EPS)).clamp(max=1.0)
-        each = torch.where(is_warmup, together, (gamma * self._lambda / norms).clamp(max=1.0))
-        clipped = norms * each
+        together = (self._c / (step.history_norm + (self._eps or EPS))).clamp(max=1.0)
+        bound = gamma * self._lambda
+        apart = torch.where(norms <= bound, 1.0, bound / (norms + self._eps))
+        each = torch.where(is_warmup, together, apart)
+        clipped = torch.where(is_warmup, norms * together, norms.minimum(bound))
         later = torch.where(gamma == math.inf, clipped, torch.lerp(gamma, clipped, 1 - self._beta))
-        new = torch.where(is_warmup, torch.minimum(gamma, clipped), later)
+        first = norms if self._takes_unclipped else clipped
+        new = torch.where(is_warmup, torch.minimum(gamma, first), later)
         gamma.copy_(torch.where((clipped > 0) & counts, new, gamma))
         state["steps"].add_(counts)
         threshold = torch.full_like(step.total_norm, math.inf).masked_fill(is_warmup, self._c)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from distnorm.config import ClipConfig, GroupConfig
 from distnorm.policies.adagc import AdaGc
 from distnorm.policies.agc import Agc
+from distnorm.policies.aggc import Aggc
 from distnorm.policies.decision import check_max_norm
 from distnorm.policies.fixed import Constant
 from distnorm.policies.per_tensor import PerTensor
@@ -17,7 +18,7 @@ from distnorm.policies.zclip import ZClip
 
 _KINDS: dict[str, type[Policy]] = {
     kind.name: kind
-    for kind in (Constant, Schedule, Value, PerTensor, Agc, Percentile, ZClip, AdaGc, SkipSpikes)
+    for kind in (Constant, Schedule, Value, PerTensor, Agc, Percentile, ZClip, AdaGc, Aggc, SkipSpikes)
 }
 
 

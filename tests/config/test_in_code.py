@@ -19,7 +19,8 @@ def test_a_mapping_names_the_key() -> None:
         "<config>: norm.type: expected a number > 0 or inf, found the string 'x'",
         "<config>: 3: expected a string as key, found 3 of type int",
         "<config>: monitor: expected a mapping with the keys every, by, clip_rate_window, "
-        "stop_after, replicas, dir, alerts, sinks, console, "
+        "stop_after, replicas, cosines, updates, slices, "
+        "spectral, spectral_vectors, dir, alerts, sinks, console, "
         "found null",
     }
 

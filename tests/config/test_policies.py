@@ -16,7 +16,10 @@ from distnorm.errors import ConfigError
 from distnorm.policies import policy_of
 from tests.config.files import EXAMPLES, Place, load, only, places, problems
 
-NAMES = "'constant', 'schedule', 'value', 'per_tensor', 'agc', 'percentile', 'zclip', 'adagc', 'skip_spikes'"
+NAMES = (
+    "'constant', 'schedule', 'value', 'per_tensor', 'agc', 'percentile', 'zclip', 'adagc', 'aggc', "
+    "'skip_spikes'"
+)
 # The table of the issue, and what it leaves open.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "constant": {},
@@ -25,10 +28,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "per_tensor": {"rms": False},
     "agc": {"lambda": 0.01, "eps": 1e-3},
     "percentile": {"p": 10.0, "window": 1024},
-    "zclip": {"alpha": 0.97, "z_t": 2.5, "warmup": 25, "eps": 1e-6},
-    "adagc": {"lambda": 1.05, "beta": 0.98, "warmup": 100, "warmup_max_norm": 1.0},
+    "zclip": {"alpha": 0.97, "z_t": 2.5, "warmup": 25, "eps": 1e-6, "mode": "zscore",
+              "clip_option": "adaptive_scaling", "clip_factor": 1.0, "skip_update_on_spike": False},
+    "adagc": {"lambda": 1.05, "beta": 0.98, "warmup": 100, "warmup_max_norm": 1.0, "eps": 0.0,
+              "warmup_gamma": "clipped"},
+    "aggc": {"beta": 0.95, "low": 0.95, "high": 0.6, "min_norm": 0.0, "raise_small": False, "max_down": 0.9,
+             "max_up": 1.1, "low_late": 0.98, "high_late": 0.7, "total_steps": None, "switch": 0.4,
+             "transition": 0.3},
     "skip_spikes": {"k": 6.0, "window": 128, "after": 64, "on": "norm", "above": None},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
@@ -115,7 +123,8 @@ def test_a_key_that_yaml_1_1_takes_for_true_is_written_in_quotes() -> None:
         (
             "{policy: {name: zclip, beta: 0.9}}",
             (1, 30, "clip.policy.beta"),
-            "unknown key; expected one of name, alpha, z_t, warmup, eps",
+            "unknown key; expected one of name, alpha, z_t, warmup, eps, mode, clip_option, clip_factor, "
+            "skip_update_on_spike",
         ),
         (
             "{policy: {name: zclip, alpha: 2}}",

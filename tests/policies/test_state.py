@@ -31,13 +31,16 @@ POLICIES: dict[str, Any] = {
     "agc": "agc",
     "percentile": {"name": "percentile", "window": 50},
     "zclip": "zclip",
+    "zclip of percentiles": {"name": "zclip", "mode": "percentile", "skip_update_on_spike": True},
     "adagc": "adagc",
+    "aggc": {"name": "aggc", "raise_small": True},
+    "percentile of all": {"name": "percentile", "window": None},
     "skip_spikes": {"name": "skip_spikes", "k": 3.0},
 }
 
 
 def made(name: str, names: tuple[str, ...] = NAMES) -> Policy:
-    max_norm = None if name in ("agc", "adagc") else 2.0
+    max_norm = None if name in ("agc", "adagc", "aggc") else 2.0
     policy = policy_of(ClipConfig(max_norm=max_norm, nonfinite="skip", policy=POLICIES[name]))
     policy.bind(names)
     return policy

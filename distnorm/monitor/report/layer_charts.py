@@ -10,6 +10,16 @@ from distnorm.monitor.report.numbers import finite, number, packed, plural, shor
 from distnorm.monitor.report.tables import Table, span
 
 _COLUMNS_OF_TABLE = 8
+_LAST = {"rms": "rms", "max": "max", "zero_fraction": "zero share", "grad_to_weight": "norm / weight's"}
+_LAST_IF_MEASURED = {
+    "weight_norm": "weight norm",
+    "cos_weight": "cos(gradient, weight)",
+    "update_norm": "update norm",
+    "update_to_weight": "update / weight",
+    "cos_update": "cos(gradient, update)",
+    "spectral_norm": "spectral norm",
+    "stable_rank": "stable rank",
+}
 
 
 def layer_charts(layers: LayerGrid) -> list[Chart]:
@@ -96,8 +106,8 @@ def _spread(layers: LayerGrid) -> Chart:
 
 def _spread_table(layers: LayerGrid) -> Table:
     heads = ("layer", "lowest", "5%", "25%", "median", "75%", "95%", "highest")
-    last = ("last rms", "last max", "last zero share", "last norm / weight's")
-    keys = ("rms", "max", "zero_fraction", "grad_to_weight")
+    shown_of = {**_LAST, **{key: head for key, head in _LAST_IF_MEASURED.items() if _any_has(layers, key)}}
+    keys, last = tuple(shown_of), tuple(f"last {head}" for head in shown_of.values())
     rows = []
     for layer in layers.layers:
         row = [layer.name, *(short(value, 3) for value in layer.spread)]
@@ -109,3 +119,7 @@ def _spread_table(layers: LayerGrid) -> Table:
             row.append("-" if math.isnan(value) else short(value, 3))
         rows.append(row)
     return Table(heads + last, rows, "Percentiles of the finite norms.")
+
+
+def _any_has(layers: LayerGrid, key: str) -> bool:
+    return any(layer.last.get(key) is not None for layer in layers.layers)

@@ -8,7 +8,6 @@ import re
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +93,7 @@ class JsonlSink:
         self._metrics.write([row])
 
     def layers(self, step: int, rows: Sequence[LayerRow]) -> None:
-        self._layers.write({"step": step, **asdict(row)} for row in rows)
+        self._layers.write({"step": step, **row.to_dict()} for row in rows)
 
     def alert(self, alert: Alert) -> None:
         self._alerts.write([alert.to_dict()])
