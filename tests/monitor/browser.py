@@ -57,19 +57,19 @@ class Browser:
         os.close(self._to)
         os.close(self._from)
 
-    def open(self, file: Path, scheme: str = "light", width: int = 1280) -> None:
-        """Load a file in a new tab without a network, and wait until it has drawn its figures."""
+    def open(self, page: Path | str, scheme: str = "light", width: int = 1280) -> None:
+        """Load a page in a new tab, a file without a network, and wait until it has drawn its figures."""
         self._session = ""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self.complaints, self.requests = [], []
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        nothing = {"latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
-        self.call("Network.emulateNetworkConditions", offline=True, **nothing)
+        nothing = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        self.call("Network.emulateNetworkConditions", offline=isinstance(page, Path), **nothing)
         self.scheme(scheme)
         self.width(width)
-        self.call("Page.navigate", url=file.resolve().as_uri())
+        self.call("Page.navigate", url=page.resolve().as_uri() if isinstance(page, Path) else page)
         self.settle()
 
     def settle(self) -> None:
