@@ -3,7 +3,7 @@
 from distnorm.config.clip_models import ClipConfig, GroupConfig
 from distnorm.config.loading import load_config
 from distnorm.config.models import Config, NormConfig, TrainConfig, json_schema
-from distnorm.config.monitor_models import AlertsConfig, MonitorConfig, SinksConfig
+from distnorm.config.monitor_models import AlertsConfig, MonitorConfig, NotifyConfig, SinksConfig
 from distnorm.config.train_models import (
     CheckpointConfig,
     DataConfig,
@@ -22,6 +22,7 @@ __all__ = [
     "ModelConfig",
     "MonitorConfig",
     "NormConfig",
+    "NotifyConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "SinksConfig",

@@ -1,4 +1,4 @@
-"""`distnorm watch`: what is read of a run that goes on, what the server answers, and what the page does with it."""
+"""`distnorm watch`: what is read of a run that goes on, what the server says, and what the page does."""
 
 from __future__ import annotations
 

@@ -126,4 +126,4 @@ def test_signal_on_one_rank_stops_all_after_the_same_step(
     assert 2 <= len(written) < 10000
     assert results[0][1].splitlines()[-1] == f"stopped by a signal after step {len(written)} of 10000"
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["alerts.jsonl", "config.yaml", "metrics.jsonl"]
+    assert names == ["alerts.jsonl", "config.yaml", "metrics.jsonl", "starts.jsonl"]
