@@ -73,6 +73,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("schema", _schema, "print the JSON Schema of a configuration")
     compare = add("compare", _compare, "find the first step at which the norms of two runs part")
     report = add("report", _report, "write one HTML page about runs: norms, clipping, layers, alerts")
+    _describe_watch(
+        add("watch", _watch, "follow runs while they train: a page on this machine, or the terminal")
+    )
     suggest = add("suggest-threshold", _suggest, "list percentiles of a run's norms with their clip rates")
     plan = add("plan", _plan, "show what planning gives and costs a rank of a large world, without the ranks")
     _describe_plan(plan)
@@ -111,6 +114,15 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_argument("-o", "--output", metavar="FILE", default="report.html", help="the page's file")
     suggest.add_argument("run", metavar="RUN", help="a run's folder")
     return parser
+
+
+def _describe_watch(watch: argparse.ArgumentParser) -> None:
+    watch.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder")
+    watch.add_argument("--host", default="127.0.0.1", metavar="HOST", help="address (default: 127.0.0.1)")
+    watch.add_argument(
+        "--port", type=int, default=8765, metavar="N", help="port (default: 8765); 0: a free one"
+    )
+    watch.add_argument("--terminal", action="store_true", help="draw in this terminal; needs rich")
 
 
 def _describe_plan(plan: argparse.ArgumentParser) -> None:
@@ -254,6 +266,12 @@ def _report(runs: Sequence[str], output: str) -> int:
     from distnorm.monitor.report import command
 
     return command.main(runs, output)
+
+
+def _watch(runs: Sequence[str], **options: Any) -> int:
+    from distnorm.monitor.watch import command
+
+    return command.main(runs, **options)
 
 
 def _suggest(run: str) -> int:

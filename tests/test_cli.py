@@ -97,6 +97,7 @@ def test_the_surface_is_frozen() -> None:
         "schema": {"-h/--help": None},
         "compare": {"-h/--help": None, "run_a": "RUN", "run_b": "RUN", "--rtol": "R"},
         "report": {"-h/--help": None, "runs": "RUN", "-o/--output": "FILE"},
+        "watch": {"-h/--help": None, "runs": "RUN", "--host": "HOST", "--port": "N", "--terminal": None},
         "suggest-threshold": {"-h/--help": None, "run": "RUN"},
         "bench": {
             "-h/--help": None,

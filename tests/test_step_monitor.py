@@ -374,7 +374,8 @@ def test_the_monitors_state_goes_along(tmp_path: Path) -> None:
     run(after, 14, 20)
     assert after.state_dict() == straight.state_dict()
     for name in ("metrics.jsonl", "layers.jsonl"):
-        assert lines(tmp_path / "a" / name) == lines(tmp_path / "b" / name)
+        a, b = (lines(tmp_path / folder / name) for folder in "ab")
+        assert [{**row, "time": 0} for row in a] == [{**row, "time": 0} for row in b]
     later = distnorm.GradClipper(named, config(tmp_path / "b"))
     later.load_state_dict({"version": 1, "steps": 20})
     later.close()

@@ -3,7 +3,13 @@
 from distnorm.config.clip_models import ClipConfig, GroupConfig
 from distnorm.config.loading import load_config
 from distnorm.config.models import Config, NormConfig, TrainConfig, json_schema
-from distnorm.config.monitor_models import AlertsConfig, MonitorConfig, SinksConfig, SliceConfig
+from distnorm.config.monitor_models import (
+    AlertsConfig,
+    MonitorConfig,
+    NotifyConfig,
+    SinksConfig,
+    SliceConfig,
+)
 from distnorm.config.train_models import (
     CheckpointConfig,
     DataConfig,
@@ -22,6 +28,7 @@ __all__ = [
     "ModelConfig",
     "MonitorConfig",
     "NormConfig",
+    "NotifyConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "SinksConfig",

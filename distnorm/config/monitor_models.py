@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, WithJsonSchema
+from pydantic import Field, PlainValidator, WithJsonSchema, field_validator
 
 from distnorm.config.section import AS_TUPLE, Conflict, Count, Location, PositiveInt, Section
 
 _KINDS = ("parameter", "module", "depth")
 _TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
 
+Text = Annotated[str, Field(min_length=1)]
+Address = Annotated[
+    str,
+    Field(
+        pattern=r"^(https?://\S+|\$[A-Za-z_][A-Za-z0-9_]*)$",
+        examples=["https://host/path", "$ENVIRONMENT_VARIABLE"],
+    ),
+]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 Factor = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 
@@ -46,6 +54,30 @@ _ON_MONITORED_STEPS = {
     "slices": "slices are measured",
     "spectral": "spectral norms are estimated",
 }
+
+
+class NotifyConfig(Section):
+    """Whom alerts reach: by a command, a webhook, or both. Neither can hold a training up, or end it."""
+
+    command: Annotated[tuple[Text, ...], Field(min_length=1), AS_TUPLE] | None = Field(
+        None,
+        description="A program and its arguments, such as [notify-send, distnorm]. It gets the alerts in "
+        "words as one more argument, and as JSON on its standard input; no shell takes part.",
+    )
+    webhook: Address | None = Field(
+        None,
+        description="An address that gets the alerts as JSON by POST, their words under text, as Slack and "
+        "Mattermost read them; or $NAME, an environment variable that has it, so that no file does.",
+    )
+    every: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        60.0,
+        description="Seconds between two messages; alerts in between are told together in the next.",
+    )
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """A message goes somewhere."""
+        if self.command is None and self.webhook is None:
+            yield Conflict(("command", "webhook"), "expected command, webhook or both, found neither")
 
 
 class AlertsConfig(Section):
@@ -85,6 +117,18 @@ class AlertsConfig(Section):
         description="An alert is given again only after the value was better than the bound by this factor.",
     )
     cooldown: PositiveInt = Field(100, description="Steps between two alerts of one kind for one layer.")
+    notify: NotifyConfig | None = Field(None, description="Whom alerts reach, beside log and files.")
+
+
+class PrometheusConfig(Section):
+    """Where Prometheus scrapes rank 0."""
+
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(description="The port.")
+    host: Text = Field(
+        "127.0.0.1",
+        description="The address to listen at. There is no password: at any other than loopback, such as "
+        "0.0.0.0, everybody reads the metrics who reaches it.",
+    )
 
 
 class SinksConfig(Section):
@@ -98,9 +142,14 @@ class SinksConfig(Section):
         description="Weights & Biases: the run that is active, else one of its own, in WANDB_PROJECT or "
         "distnorm; offline where WANDB_MODE says so; extra: wandb.",
     )
-    prometheus: Annotated[int, Field(ge=1, le=65535)] | None = Field(
-        None, description="The port on which rank 0 serves metrics to Prometheus; extra: prometheus."
+    prometheus: PrometheusConfig | None = Field(
+        None, description="Where rank 0 serves metrics to Prometheus; a number is a port; extra: prometheus."
     )
+
+    @field_validator("prometheus", mode="before", json_schema_input_type=int | PrometheusConfig | None)
+    @classmethod
+    def _port_alone(cls, value: object) -> object:
+        return {"port": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class SliceConfig(Section):

@@ -129,9 +129,10 @@ class Vocabulary:
         return None if below is None else self._follow(below)
 
     def _properties(self, node: JsonSchema) -> JsonSchema:
-        if "properties" in node:
-            properties: JsonSchema = node["properties"]
-            return properties
+        for part in _alternatives(node):  # a section that may be null, or a value that stands for it
+            if "properties" in part:
+                properties: JsonSchema = part["properties"]
+                return properties
         kinds = [self._follow(kind)["properties"] for kind in self._kinds(node).values()]
         return {name: schema for properties in reversed(kinds) for name, schema in properties.items()}
 
@@ -147,7 +148,8 @@ class Vocabulary:
     def _follow(self, node: JsonSchema) -> JsonSchema:
         reference = node.get("$ref")
         if reference is None:
-            return node
+            parts = [self._follow(part) for part in node.get("anyOf", ())]
+            return {**node, "anyOf": parts} if parts else node
         target: JsonSchema = self._schema["$defs"][reference.rpartition("/")[2]]
         return target
 
@@ -191,6 +193,8 @@ def _expected_one(schema: JsonSchema, found: object) -> str:
     text = _TYPES.get(str(kind), "another value")
     if schema.get("minLength") == 1:
         text += " that is not empty"
+    if "examples" in schema:
+        text += f" such as {' or '.join(map(str, schema['examples']))}"
     bounds = [f"{sign} {schema[bound]}" for bound, sign in _BOUNDS.items() if bound in schema]
     # The upper limits are far away: naming one helps only the person who passed it.
     if "maximum" in schema and isinstance(found, (int, float)) and not found <= schema["maximum"]:

@@ -158,7 +158,13 @@ class Monitor:
     def _open(self) -> Sinks | None:
         if self._sinks is None and self._writes and not self._closed:
             self._sinks = Sinks(
-                openers(self._config.sinks, self._folder, self._done, alerts=self._config.has_alerts)
+                openers(
+                    self._config.sinks,
+                    self._folder,
+                    self._done,
+                    alerts=self._config.has_alerts,
+                    notify=self._config.alerts.notify,
+                )
             )
         return self._sinks
 

@@ -145,8 +145,28 @@ def test_five_mistakes_are_five_problems_with_their_places(file: Path) -> None:
         ),
         (
             "monitor: {sinks: {prometheus: 70000}}",
+            (1, 31, "monitor.sinks.prometheus.port"),
+            "expected an integer >= 1 and <= 65535, found 70000",
+        ),
+        (
+            "monitor: {sinks: {prometheus: {prt: 1}}}",
+            (1, 32, "monitor.sinks.prometheus.prt"),
+            "unknown key; did you mean 'port'?",
+        ),
+        (
+            "monitor: {sinks: {prometheus: true}}",
             (1, 31, "monitor.sinks.prometheus"),
-            "expected an integer >= 1 and <= 65535 or null, found 70000",
+            "expected an integer, a mapping with the keys port, host or null, found true",
+        ),
+        (
+            "monitor: {alerts: {notify: {webhook: 'file:///etc/passwd'}}}",
+            (1, 38, "monitor.alerts.notify.webhook"),
+            "expected a string such as https://host/path or $ENVIRONMENT_VARIABLE or null, found the string",
+        ),
+        (
+            "monitor: {alerts: {notify: {every: 1}}}",
+            (1, 28, "monitor.alerts.notify.command"),
+            "expected command, webhook or both, found neither",
         ),
         (
             "monitor: {alerts: {hysteresis: 0.5}}",

@@ -5,7 +5,17 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-FRAMEWORKS = ("transformers", "accelerate", "peft", "trl", "lightning", "torchtitan", "ray", "megatron", "deepspeed")
+FRAMEWORKS = (
+    "transformers",
+    "accelerate",
+    "peft",
+    "trl",
+    "lightning",
+    "torchtitan",
+    "ray",
+    "megatron",
+    "deepspeed",
+)
 MISSING = [name for name in FRAMEWORKS if find_spec(name) is None]
 collect_ignore = [
     path.name

@@ -50,6 +50,8 @@ class Browser:
         self._session = ""
         self.complaints: list[str] = []
         self.requests: list[str] = []
+        self.traced: list[dict[str, Any]] = []
+        self._heard: set[str] = set()
 
     def close(self) -> None:
         self._send("Browser.close")
@@ -57,19 +59,19 @@ class Browser:
         os.close(self._to)
         os.close(self._from)
 
-    def open(self, file: Path, scheme: str = "light", width: int = 1280) -> None:
-        """Load a file in a new tab without a network, and wait until it has drawn its figures."""
+    def open(self, page: Path | str, scheme: str = "light", width: int = 1280) -> None:
+        """Load a page in a new tab, a file without a network, and wait until it has drawn its figures."""
         self._session = ""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self.complaints, self.requests = [], []
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        nothing = {"latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
-        self.call("Network.emulateNetworkConditions", offline=True, **nothing)
+        nothing = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        self.call("Network.emulateNetworkConditions", offline=isinstance(page, Path), **nothing)
         self.scheme(scheme)
         self.width(width)
-        self.call("Page.navigate", url=file.resolve().as_uri())
+        self.call("Page.navigate", url=page.resolve().as_uri() if isinstance(page, Path) else page)
         self.settle()
 
     def settle(self) -> None:
@@ -109,6 +111,14 @@ class Browser:
                     assert "error" not in message, (method, message["error"])
                     return dict(message["result"])
 
+    def wait_for(self, event: str) -> None:
+        """Wait until the browser has told of an event since the last wait for it."""
+        deadline = time.monotonic() + 60
+        while event not in self._heard:
+            for message in self._messages(deadline):
+                self._note(message)
+        self._heard.discard(event)
+
     def _send(self, method: str, **params: Any) -> int:
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": params}
@@ -130,7 +140,8 @@ class Browser:
         return [json.loads(each) for each in whole]
 
     def _note(self, message: dict[str, Any]) -> None:
-        method, params = message.get("method"), message.get("params", {})
+        method, params = message.get("method", ""), message.get("params", {})
+        self._heard.add(method)
         if method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "log", "assert"):
             self.complaints.append(str([each.get("value") for each in params["args"]]))
         elif method == "Runtime.exceptionThrown":
@@ -139,5 +150,7 @@ class Browser:
             self.complaints.append(str(params["entry"]["text"]))
         elif method == "Page.javascriptDialogOpening":
             self.complaints.append("a dialog: " + params["message"])
+        elif method == "Tracing.dataCollected":
+            self.traced += params["value"]
         elif method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])

@@ -80,7 +80,7 @@ def test_a_run_that_goes_on_has_each_row_once(tmp_path: Path) -> None:
     assert len(rows(tmp_path / "layers.jsonl")) == 12
     with Monitor(config, tmp_path):
         assert [rows(tmp_path / name) for name in FILES] == [[], [], []]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*FILES, "starts.jsonl"])
 
 
 def test_numbers_read_back_to_the_same_bits(tmp_path: Path) -> None:

@@ -107,6 +107,23 @@ def test_prometheus_scrapes_the_newest_row(port: int, caplog: Any) -> None:
         scrape(port)
 
 
+def addresses(port: int) -> set[str]:
+    """Where this machine listens on a port, IPv4, as the kernel says."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    local = [row[1].split(":") for row in rows if row[3] == "0A"]
+    return {socket.inet_ntoa(struct.pack("<I", int(host, 16))) for host, at in local if int(at, 16) == port}
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="no /proc/net/tcp to see who listens")
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_prometheus_listens_at_loopback_unless_told_otherwise(host: str, port: int) -> None:
+    told: Any = port if host == "127.0.0.1" else {"port": port, "host": host}
+    monitor, _ = monitored({"sinks": {"prometheus": told}})
+    monitor.step(step_row(1))
+    assert addresses(port) == {host}
+    monitor.close()
+
+
 def wandb_records(content: bytes) -> Iterator[Any]:
     """What `wandb sync` sends: records in LevelDB's log format, after a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record

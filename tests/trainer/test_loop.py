@@ -127,5 +127,5 @@ def test_signal_on_one_rank_stops_all_after_the_same_step(
     last = results[0][1].splitlines()[-1]
     assert last.startswith(f"stopped by a signal after step {len(written)} of 10000; its checkpoint is saved")
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["alerts.jsonl", "checkpoints", "config.yaml", "metrics.jsonl"]
+    assert names == ["alerts.jsonl", "checkpoints", "config.yaml", "metrics.jsonl", "starts.jsonl"]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{len(written)}"]

@@ -50,21 +50,19 @@ function heat(figure, div) {
   const width = columns > 1 ? Math.max(1, starts[columns - 1] - starts[columns - 2]) : 1;
   const x = [...starts.map((start) => start - 0.5), Math.max(trace.end + 0.5, starts[columns - 1] - 0.5 + width)];
   const y = trace.z.map((_, row) => row);
-  const range = colourRange(trace.z);
-  const label = (row, column, says) => `${trace.names[row]}<br>steps ${trace.bins[column]}<br>${says}`;
-  const text = trace.z.map((cells, row) =>
-    Array.from(cells, (value, column) => label(row, column, `norm ${readable(10 ** value)}`)));
-  const hover = { hovertemplate: "%{text}<extra></extra>", hoverongaps: false };
+  trace.range = trace.range || colourRange(trace.z);
+  const range = trace.range, hover = { hoverinfo: "none" }; // `tip` says what is under the pointer, without a text a cell
   const traces = [{
-    type: "heatmap", x, y, z: trace.z, text, ...hover, colorscale: "Viridis", zmin: range.zmin, zmax: range.zmax,
+    type: "heatmap", x, y, z: trace.z, ...hover, colorscale: "Viridis", zmin: range.zmin, zmax: range.zmax,
     colorbar: { title: { text: "norm", side: "top" }, thickness: 12, outlinewidth: 0, tickvals: range.tickvals,
       ticktext: range.ticktext, len: 1, tickfont: { size: 11 }, x: 1.02 },
   }];
   if (trace.zeros.length + trace.broken.length) {
-    const marks = y.map(() => new Array(columns).fill(null)), says = y.map(() => new Array(columns).fill(""));
-    for (const [row, column] of trace.zeros) { marks[row][column] = 0; says[row][column] = label(row, column, "all zero"); }
-    for (const [row, column] of trace.broken) { marks[row][column] = 1; says[row][column] = label(row, column, "not finite"); }
-    traces.push({ type: "heatmap", x, y, z: marks, text: says, ...hover, showscale: false, zmin: 0, zmax: 1,
+    const marks = y.map(() => new Array(columns).fill(null));
+    for (const [row, column] of trace.zeros) marks[row][column] = 0;
+    for (const [row, column] of trace.broken) marks[row][column] = 1;
+    trace.marks = marks;
+    traces.push({ type: "heatmap", x, y, z: marks, ...hover, showscale: false, zmin: 0, zmax: 1,
       colorscale: [[0, colour("zero")], [0.5, colour("zero")], [0.5, colour("broken")], [1, colour("broken")]] });
   }
   const layout = merged(baseLayout(div, figure), {
@@ -76,6 +74,20 @@ function heat(figure, div) {
     ...marked(figure),
   });
   return [traces, layout];
+}
+
+const tip = document.body.appendChild(document.createElement("div"));
+tip.className = "tip";
+tip.hidden = true;
+function showTip(figure, event) {
+  const trace = layersOf(figure), [row, column] = event.points[0].pointIndex || event.points[0].pointNumber;
+  const mark = trace.marks ? trace.marks[row][column] : null;
+  const says = mark === 1 ? "not finite" : mark === 0 ? "all zero" : `norm ${readable(10 ** trace.z[row][column])}`;
+  tip.innerHTML = `${trace.names[row]}<br>steps ${trace.bins[column]}<br>${says}`; // names are escaped already
+  tip.hidden = false;
+  const { clientX, clientY } = event.event;
+  tip.style.left = `${Math.min(clientX + 14, innerWidth - tip.offsetWidth - 8)}px`;
+  tip.style.top = `${clientY + 14}px`;
 }
 
 const picker = (run) => document.querySelector(`select[data-run="${run}"]`);

@@ -67,23 +67,37 @@ def read_layers(file: Path, max_cells: int) -> LayerGrid:
     """
     if not file.is_file():
         return LayerGrid()
-    broken = UnreadableLines(file.name)
-    series: dict[str, _Series] = {}
+    broken, found = UnreadableLines(file.name), LayerRows()
     for rows in read_rows(file, broken):
         for line, row in rows:
-            try:
-                name, step, norm = row["layer"], row["step"], row["norm"]
-                if type(norm) is not float:
-                    norm = number(norm)
-                of = series.get(name) or series.setdefault(str(name), _Series([str(name)]))
-                of.steps.append(step)
-                of.norms.append(norm)
-            except (KeyError, ValueError, TypeError, OverflowError):
+            if not found.add(line, row):
                 broken.add(line)
-            else:
-                of.last, of.line = row, line
-    notes = (str(broken),) if broken.count else ()
-    return _grid(_in_order(list(series.values())), max_cells, notes)
+    return found.grid(max_cells, (str(broken),) if broken.count else ())
+
+
+class LayerRows:
+    """Rows of layers, which may go on to grow."""
+
+    def __init__(self) -> None:
+        self._series: dict[str, _Series] = {}
+
+    def add(self, line: int, row: Row) -> bool:
+        """Take in the row of a line; says whether it is one."""
+        try:
+            name, step, norm = row["layer"], row["step"], row["norm"]
+            if type(norm) is not float:
+                norm = number(norm)
+            of = self._series.get(name) or self._series.setdefault(str(name), _Series([str(name)]))
+            of.steps.append(step)
+            of.norms.append(norm)
+        except (KeyError, ValueError, TypeError, OverflowError):
+            return False
+        of.last, of.line = row, line
+        return True
+
+    def grid(self, max_cells: int, notes: tuple[str, ...] = ()) -> LayerGrid:
+        """The layers as `read_layers` gives them."""
+        return _grid(_in_order(list(self._series.values())), max_cells, notes)
 
 
 def _in_order(all_series: list[_Series]) -> list[_Series]:

@@ -41,7 +41,7 @@ const watcher = new IntersectionObserver((entries) => entries.forEach(({ target,
 const channel = new MessageChannel();
 let pumping = false;
 function redraw(some) {
-  some.forEach((figure) => dirty.add(figure));
+  some.forEach((figure) => { dirty.add(figure); onlyMoved.delete(figure); });
   root.dataset.waiting = dirty.size;
   if (!pumping && dirty.size) { pumping = true; channel.port2.postMessage(0); }
 }
@@ -49,7 +49,7 @@ channel.port1.onmessage = () => {
   const waiting = [...dirty];
   const next = waiting.find((figure) => inSight.has(figure.id)) || waiting[0];
   dirty.delete(next);
-  if (next) draw(next);
+  if (next) (onlyMoved.delete(next) && next.wired ? move : draw)(next);
   root.dataset.waiting = dirty.size;
   pumping = dirty.size > 0;
   if (!pumping) root.dataset.drawn = figures.length;
@@ -64,7 +64,19 @@ function drawAll() {
 
 function showSteps(group, range) {
   shownSteps[group] = range;
-  redraw(inGroup(group).filter((figure) => figure.kind !== "spread"));
+  const mine = inGroup(group).filter((figure) => figure.kind !== "spread");
+  const still = mine.filter((figure) => isLayers(figure) && !dirty.has(figure));
+  redraw(mine);
+  still.forEach((figure) => onlyMoved.add(figure));
+}
+
+// Layers that another range of steps is looked at of: nothing but the axis is another.
+const onlyMoved = new Set();
+let moving = false;
+function move(figure) {
+  moving = true; // what plotly tells of it is no wish of the reader's
+  Plotly.relayout(place(figure), { "xaxis.range": xRange(figure) });
+  moving = false;
 }
 
 function wire(figure, div) {
@@ -76,12 +88,14 @@ function wire(figure, div) {
     return Math[end](...runsOf(figure).filter(places).map((run) => fromAxis(run, value)));
   };
   div.on("plotly_relayout", (change) => {
-    if (figure.kind === "spread") return;
+    if (figure.kind === "spread" || moving) return;
     if (change["xaxis.autorange"]) showSteps(figure.run, null);
     else if (change["xaxis.range[0]"] !== undefined)
       showSteps(figure.run, [back(change["xaxis.range[0]"], "min"), back(change["xaxis.range[1]"], "max")]);
   });
   if (figure.kind === "heat") {
+    div.on("plotly_hover", (event) => showTip(figure, event));
+    div.on("plotly_unhover", () => { tip.hidden = true; });
     div.on("plotly_click", (event) => {
       picker(figure.run).value = event.points[0].y;
       pick(figure.run);

@@ -48,13 +48,16 @@ def read_rows(path: Path, broken: UnreadableLines) -> Iterator[list[tuple[int, R
         with path.open("rb") as file:
             while lines := file.readlines(_AT_ONCE):
                 cut = not lines[-1].endswith(b"\n")
-                yield _rows(lines, done, cut, broken)
+                yield rows_of(lines, done, cut, broken)
                 done += len(lines)
     except OSError as error:
         raise RunError(f"expected a run's {path.name}, found {error}") from error
 
 
-def _rows(lines: list[bytes], done: int, cut: bool, broken: UnreadableLines) -> list[tuple[int, Row]]:
+def rows_of(lines: list[bytes], done: int, cut: bool, broken: UnreadableLines) -> list[tuple[int, Row]]:
+    """The rows of lines that come after `done` others; `cut` says that the last one may not be whole."""
+    if not lines:
+        return []
     try:
         rows = json.loads(b"[" + b",".join(lines) + b"]")  # one call is several times as fast as one a line
         if len(rows) == len(lines) and all(type(row) is dict for row in rows):

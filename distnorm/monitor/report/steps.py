@@ -59,9 +59,7 @@ def read_steps(path: Path) -> Steps:
     again = 0
     for rows in read_rows(file, broken):
         for line, row in rows:
-            try:
-                step = _step(row)
-            except (KeyError, ValueError, TypeError, AttributeError):
+            if (step := step_of(row)) is None:
                 broken.add(line)
                 continue
             again += step.step in found
@@ -76,6 +74,14 @@ def read_steps(path: Path) -> Steps:
         ordered = _with_rate(ordered)
         notes.append(f"{file.name} has no clip_rate; it is worked out here over {WINDOW} steps")
     return Steps(tuple(ordered), tuple(notes))
+
+
+def step_of(row: Row) -> Step | None:
+    """The step that a row is about; None where it is no such row."""
+    try:
+        return _step(row)
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
+        return None
 
 
 def _step(row: Row) -> Step:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from distnorm.config import SinksConfig
+from distnorm.config import NotifyConfig, SinksConfig
 from distnorm.monitor.records import Alert, LayerRow
 
 _log = logging.getLogger("distnorm")
@@ -79,7 +79,12 @@ class Sinks:
 
 
 def openers(
-    config: SinksConfig, folder: Path | None, last_kept: int, *, alerts: bool = True
+    config: SinksConfig,
+    folder: Path | None,
+    last_kept: int,
+    *,
+    alerts: bool = True,
+    notify: NotifyConfig | None = None,
 ) -> dict[str, Opener]:
     """What makes the sinks of a config.
 
@@ -88,6 +93,7 @@ def openers(
         folder: the run's, which need not exist; None: no JSONL.
         last_kept: what is there of later steps is from a run that this one takes the place of.
         alerts: whether there can be alerts.
+        notify: whom they reach.
     """
     wanted: dict[str, Opener] = {}
     if folder is not None:
@@ -96,8 +102,10 @@ def openers(
         wanted["tensorboard"] = lambda: _tensorboard(folder, last_kept)
     if config.wandb:
         wanted["wandb"] = lambda: _wandb(folder)
-    if (port := config.prometheus) is not None:
-        wanted["prometheus"] = lambda: _prometheus(port)
+    if (where := config.prometheus) is not None:
+        wanted["prometheus"] = lambda: _prometheus(where.port, where.host)
+    if notify is not None:
+        wanted["notify"] = lambda: _notify(notify, folder)
     return wanted
 
 
@@ -121,10 +129,16 @@ def _wandb(folder: Path | None) -> Sink:
     return WandbSink(folder)
 
 
-def _prometheus(port: int) -> Sink:
+def _prometheus(port: int, host: str) -> Sink:
     from distnorm.monitor.sinks.prometheus import PrometheusSink
 
-    return PrometheusSink(port)
+    return PrometheusSink(port, host)
+
+
+def _notify(config: NotifyConfig, folder: Path | None) -> Sink:
+    from distnorm.monitor.sinks.notify import NotifySink
+
+    return NotifySink(config.command, config.webhook, config.every, folder)
 
 
 def _warn(name: str, error: Exception) -> None:

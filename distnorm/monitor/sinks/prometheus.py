@@ -18,9 +18,10 @@ class PrometheusSink:
 
     Args:
         port: where it is served.
+        host: the address that it listens at.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
         self._registry, self._gauge = CollectorRegistry(), Gauge
@@ -28,7 +29,7 @@ class PrometheusSink:
         self._alerts = Counter(
             "distnorm_alerts", "Alerts since the run's start.", ["kind"], registry=self._registry
         )
-        self._server, self._thread = start_http_server(port, registry=self._registry)
+        self._server, self._thread = start_http_server(port, addr=host, registry=self._registry)
 
     def step(self, row: Mapping[str, Any]) -> None:
         for key, group, value in scalars(row):
