@@ -40,7 +40,9 @@ def test_examples_run_one_after_the_other() -> None:
     assert "'was_clipped'" in result.stdout
 
 
-@pytest.mark.parametrize("title", ["torch", "FSDP2", "FSDP1", "FSDP2 x tensor parallel", "Pipeline", "DeepSpeed"])
+@pytest.mark.parametrize(
+    "title", ["torch", "FSDP2", "FSDP1", "FSDP2 x tensor parallel", "Pipeline", "DeepSpeed"]
+)
 def test_a_script_runs_under_torchrun(title: str, tmp_path: Path) -> None:
     (*options, file), code = SCRIPTS[title]
     assert len([line for line in code.splitlines() if line]) <= 16

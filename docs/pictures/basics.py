@@ -16,14 +16,24 @@ def arrows(_: dict) -> Figure:
     """A bowl from above, with its gradient at some places."""
     figure, axes = panels(height=3.6)
     x, y = np.meshgrid(np.linspace(-3, 3, 121), np.linspace(-2, 2, 81))
-    axes.contour(x, y, 0.5 * x**2 + 1.5 * y**2, levels=np.array([0.25, 1, 2.25, 4, 6.25, 9]), colors=GREY, alpha=0.7)
+    axes.contour(
+        x, y, 0.5 * x**2 + 1.5 * y**2, levels=np.array([0.25, 1, 2.25, 4, 6.25, 9]), colors=GREY, alpha=0.7
+    )
     for a, b in ((2.4, 0.3), (1.2, -0.9), (-0.6, 0.45), (-2.0, -1.2), (-2.4, 1.0), (0.3, 1.4)):
         g = np.array([a, 3 * b])
         axes.annotate(
-            "", (a - 0.3 * g[0], b - 0.3 * g[1]), (a, b), arrowprops={"arrowstyle": "-|>", "color": BLUE, "lw": 1.8}
+            "",
+            (a - 0.3 * g[0], b - 0.3 * g[1]),
+            (a, b),
+            arrowprops={"arrowstyle": "-|>", "color": BLUE, "lw": 1.8},
         )
         axes.plot(a, b, "o", color=BLUE, ms=4)
-        axes.annotate(f"‖g‖ = {np.linalg.norm(g):.1f}", (a, b), xytext=(6, 5 if b > 0 else -12), textcoords="offset points")
+        axes.annotate(
+            f"‖g‖ = {np.linalg.norm(g):.1f}",
+            (a, b),
+            xytext=(6, 5 if b > 0 else -12),
+            textcoords="offset points",
+        )
     axes.plot(0, 0, "*", color=ORANGE, ms=12)
     label(axes, x="first weight", y="second weight", aspect="equal")
     axes.grid(False)
@@ -44,24 +54,30 @@ def unit_balls(_: dict) -> Figure:
     for p, color in ((1, GREEN), (2, BLUE)):
         axes[1].plot(p, np.linalg.norm([3, -4], p), "o", color=color)
     axes[1].axhline(4, color=ORANGE, ls="--", lw=1.2)
-    axes[1].text(12, 4.08, "p = inf: the largest entry, 4", ha="right", va="bottom")
-    label(axes[1], "the norm of (3, -4)", "order p", "norm")
+    axes[1].text(12, 3.92, "p = inf: the largest entry, 4", ha="right", va="top")
+    label(axes[1], "the norm of (3, -4)", "order p", "norm", ylim=(3.5, 7.2))
     return figure
 
 
 def matrix_norms(_: dict) -> Figure:
     """The unit circle, and what a matrix makes of it."""
     matrix = np.array(MATRIX)
-    u, s, vt = np.linalg.svd(matrix)
+    u, s, _ = np.linalg.svd(matrix)
     figure, axes = panels(1, 2, height=3.3)
     angle = np.linspace(0, 2 * math.pi, 300)
     circle = np.stack([np.cos(angle), np.sin(angle)])
     axes[0].plot(*circle, color=GREY, label="unit circle")
     axes[0].plot(*(matrix @ circle), color=BLUE, label="its image under G")
     for i, color in ((0, RED), (1, GREEN)):
-        end = u[:, i] * s[i]
+        end = u[:, i] * s[i] * (-1 if u[0, i] < 0 and i == 0 else 1)
         axes[0].annotate("", end, (0, 0), arrowprops={"arrowstyle": "-|>", "color": color, "lw": 2})
-        axes[0].annotate(f"σ = {s[i]:.2f}", end, xytext=(4, 4), textcoords="offset points", color=color)
+        axes[0].annotate(
+            f"σ = {s[i]:.2f}",
+            end,
+            xytext=(5, 5) if i == 0 else (-40, 8),
+            textcoords="offset points",
+            color=color,
+        )
     axes[0].legend(loc="lower right")
     label(axes[0], "a matrix stretches a circle", aspect="equal", xlim=(-3.2, 3.2), ylim=(-2.4, 2.4))
     names = ["spectral\nlargest σ", "Frobenius\n√(sum of σ²)", "nuclear\nsum of σ"]

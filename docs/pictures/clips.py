@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -24,14 +25,16 @@ def geometry(_: dict) -> Figure:
     by_value = np.clip(ends, -0.8, 0.8)
     for ax, after, color in ((axes[0], by_norm, BLUE), (axes[1], by_value, ORANGE)):
         for old, new in zip(ends, after, strict=True):
-            ax.annotate("", old, (0, 0), arrowprops={"arrowstyle": "-|>", "color": GREY, "lw": 1, "alpha": 0.6})
+            ax.annotate(
+                "", old, (0, 0), arrowprops={"arrowstyle": "-|>", "color": GREY, "lw": 1, "alpha": 0.6}
+            )
             ax.annotate("", new, (0, 0), arrowprops={"arrowstyle": "-|>", "color": color, "lw": 2})
         ax.set(xlim=(-2.9, 2.9), ylim=(-2.7, 2.9))
     circle = np.linspace(0, 2 * math.pi, 200)
     axes[0].plot(np.cos(circle), np.sin(circle), color=BLUE, ls="--", lw=1)
     axes[1].plot([-0.8, 0.8, 0.8, -0.8, -0.8], [-0.8, -0.8, 0.8, 0.8, -0.8], color=ORANGE, ls="--", lw=1)
     label(axes[0], "by norm: into a ball, same direction", "first entry", "second entry", aspect="equal")
-    label(axes[1], "by value: into a box, directions drawn to corners", "first entry", aspect="equal")
+    label(axes[1], "by value: into a box", "first entry", aspect="equal")
     return figure
 
 
@@ -59,8 +62,14 @@ def cliff() -> dict[str, Any]:
             norms.append(norm)
             losses.append(loss.item())
             place = (place - g * min(1.0, limit / max(norm, 1e-12))).detach().requires_grad_()
-        jumps = [math.dist(p, q) for p, q in zip(path, path[1:], strict=False)]
-        result[name] = {"path": path, "norm": norms, "largest": max(norms), "jump": max(jumps), "last": losses[-1]}
+        jumps = [math.dist(p, q) for p, q in itertools.pairwise(path)]
+        result[name] = {
+            "path": path,
+            "norm": norms,
+            "largest": max(norms),
+            "jump": max(jumps),
+            "last": losses[-1],
+        }
     return result
 
 
@@ -148,7 +157,9 @@ def optimizers_picture(data: dict) -> Figure:
     for column, (name, run) in zip(axes.T, data["optimizers"].items(), strict=True):
         for kind, color in (("plain", RED), ("clipped", BLUE)):
             for ax, what in zip(column, ("ratio", "cosine"), strict=True):
-                ax.plot(range(-20, len(run[kind][what]) - 20), run[kind][what], color=color, label=kind, lw=1.3)
+                ax.plot(
+                    range(-20, len(run[kind][what]) - 20), run[kind][what], color=color, label=kind, lw=1.3
+                )
         column[0].set(title=name, yscale="log", ylim=(0.03, 2000))
         column[1].set(xlabel="steps after the spike", ylim=(-0.1, 1.1))
     axes[0, 0].set_ylabel("length / usual length")
@@ -207,7 +218,11 @@ def directions() -> dict[str, Any]:
     result: dict[str, Any] = {}
     for way in ("global", "per tensor", "by value"):
         kept, cosine = [], []
-        top = {"global": flat.norm(), "per tensor": max(g.norm() for g in grads), "by value": flat.abs().max()}[way]
+        top = {
+            "global": flat.norm(),
+            "per tensor": max(g.norm() for g in grads),
+            "by value": flat.abs().max(),
+        }[way]
         for limit in torch.logspace(0, -3, 40, dtype=torch.float64) * top:
             if way == "by value":
                 new = flat.clamp(-limit, limit)
@@ -217,7 +232,11 @@ def directions() -> dict[str, Any]:
                 new = torch.cat([(g * min(1.0, float(limit / g.norm()))).flatten() for g in grads])
             kept.append(float(new.norm() / flat.norm()))
             cosine.append(float(torch.cosine_similarity(new, flat, dim=0)))
-        result[way] = {"kept": kept, "cosine": cosine, "at_tenth": float(np.interp(-0.1, [-k for k in kept], cosine))}
+        result[way] = {
+            "kept": kept,
+            "cosine": cosine,
+            "at_tenth": float(np.interp(-0.1, [-k for k in kept], cosine)),
+        }
     return result
 
 
@@ -226,8 +245,15 @@ def directions_picture(data: dict) -> Figure:
     for (way, run), color in zip(data["directions"].items(), (BLUE, GREEN, ORANGE), strict=True):
         axes.plot(run["kept"], run["cosine"], color=color, label=way)
     axes.invert_xaxis()
-    label(axes, "", "share of the norm that is kept (clipped harder to the right)", "cosine with the old gradient",
-          legend=True, xscale="log", ylim=(0, 1.05))
+    label(
+        axes,
+        "",
+        "share of the norm that is kept (clipped harder to the right)",
+        "cosine with the old gradient",
+        legend=True,
+        xscale="log",
+        ylim=(0, 1.05),
+    )
     return figure
 
 

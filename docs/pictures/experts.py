@@ -23,7 +23,9 @@ class Switch(nn.Module):
     def __init__(self, dim: int = 32) -> None:
         super().__init__()
         self.router = nn.Linear(dim, EXPERTS, bias=False)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(dim, 64), nn.GELU(), nn.Linear(64, dim)) for _ in range(EXPERTS))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(dim, 64), nn.GELU(), nn.Linear(64, dim)) for _ in range(EXPERTS)
+        )
         self.share = torch.zeros(EXPERTS)
         self.balance = torch.zeros(())
 
@@ -77,7 +79,10 @@ def moe() -> dict[str, Any]:
         result[name] = {
             "share": late.mean(0).tolist(),
             "norm": late_norms.mean(0).tolist(),
-            "points": [[float(a), float(b)] for a, b in zip(late[::10].ravel(), late_norms[::10].ravel(), strict=True)],
+            "points": [
+                [float(a), float(b)]
+                for a, b in zip(late[::10].ravel(), late_norms[::10].ravel(), strict=True)
+            ],
             "total": float(np.mean(totals[150:])),
             "experts": float(np.mean(np.sqrt((late_norms**2).sum(1)))),
             "dense": float(np.mean(dense[150:])),
@@ -95,7 +100,9 @@ def moe_picture(data: dict) -> Figure:
     for ax, (name, run), color in zip(axes, data["moe"].items(), (BLUE, ORANGE), strict=True):
         x, y = zip(*run["points"], strict=True)
         ax.scatter([100 * a for a in x], y, s=8, alpha=0.35, color=color, lw=0)
-        ax.scatter([100 * a for a in run["share"]], run["norm"], s=46, color=color, edgecolor="#fefefe", zorder=3)
+        ax.scatter(
+            [100 * a for a in run["share"]], run["norm"], s=46, color=color, edgecolor="#fefefe", zorder=3
+        )
         ax.axvline(100 / EXPERTS, color=GREY, ls=":", lw=1.2)
         label(ax, "with a balancing loss" if name == "balanced" else "without", "% of the tokens")
     axes[0].set_ylabel("norm of the expert's gradient")
@@ -150,11 +157,18 @@ def rl() -> dict[str, Any]:
             optimizer.step()
         zero = [norm for norm, quiet in zip(norms, silent, strict=True) if quiet == 1]
         result[name] = {
-            "reward": small.smooth(rewards, 0.9), "norm": norms, "silent": small.smooth(silent, 0.9), "entropy": entropies,
-            "first_reward": sum(rewards[:20]) / 20, "last_reward": sum(rewards[-50:]) / 50,
-            "peak_norm": max(small.smooth(norms, 0.9)), "last_norm": sum(norms[-50:]) / 50,
-            "silent_last": sum(silent[-50:]) / 50, "silent_first": sum(silent[:20]) / 20,
-            "all_silent": len(zero), "norm_when_silent": max(zero, default=0.0),
+            "reward": small.smooth(rewards, 0.9),
+            "norm": norms,
+            "silent": small.smooth(silent, 0.9),
+            "entropy": entropies,
+            "first_reward": sum(rewards[:20]) / 20,
+            "last_reward": sum(rewards[-50:]) / 50,
+            "peak_norm": max(small.smooth(norms, 0.9)),
+            "last_norm": sum(norms[-50:]) / 50,
+            "silent_last": sum(silent[-50:]) / 50,
+            "silent_first": sum(silent[:20]) / 20,
+            "all_silent": len(zero),
+            "norm_when_silent": max(zero, default=0.0),
         }
     return result
 

@@ -19,9 +19,15 @@ Rank = tuple[str, dict[str, str]]
 # A letter for each of 4 rows: "#" held and final, "~" held and still a summand, "." elsewhere.
 HOLDINGS: dict[str, list[Rank]] = {
     "hold_ddp": [(f"rank {r}", {"w": "####", "n": "####"}) for r in range(4)],
-    "hold_fsdp": [(f"rank {r}", {"w": "." * r + "#" + "." * (3 - r), "n": "." * r + "#" + "." * (3 - r)}) for r in range(4)],
+    "hold_fsdp": [
+        (f"rank {r}", {"w": "." * r + "#" + "." * (3 - r), "n": "." * r + "#" + "." * (3 - r)})
+        for r in range(4)
+    ],
     "hold_hsdp": [
-        (f"rank {r}\nreplica {r // 2}, shard {r % 2}", {"w": "##.." if r % 2 == 0 else "..##", "n": "##.." if r % 2 == 0 else "..##"})
+        (
+            f"rank {r}\nreplica {r // 2}, shard {r % 2}",
+            {"w": "##.." if r % 2 == 0 else "..##", "n": "##.." if r % 2 == 0 else "..##"},
+        )
         for r in range(4)
     ],
     "hold_tp": [
@@ -37,7 +43,10 @@ HOLDINGS: dict[str, list[Rank]] = {
         ("stage 1\nw tied", {"w": "####", "n": "####"}),
     ],
     "hold_ep": [
-        (f"rank {r}\nep {r % 2}, replica {r // 2}", {"e": "##.." if r % 2 == 0 else "..##", "n": "." * r + "#" + "." * (3 - r)})
+        (
+            f"rank {r}\nep {r % 2}, replica {r // 2}",
+            {"e": "##.." if r % 2 == 0 else "..##", "n": "." * r + "#" + "." * (3 - r)},
+        )
         for r in range(4)
     ],
     "hold_cp": [
@@ -55,38 +64,53 @@ def hold(name: str, _: dict) -> Figure:
     figure, axes = panels(height=2.3)
     for x, (title, holding) in enumerate(ranks):
         axes.add_patch(
-            FancyBboxPatch((x + 0.06, 0.0), 0.88, 1.0, boxstyle="round,pad=0,rounding_size=0.04", fc="none", ec=GREY, lw=1)
+            FancyBboxPatch(
+                (x + 0.06, 0.0),
+                0.88,
+                1.0,
+                boxstyle="round,pad=0,rounding_size=0.04",
+                fc="none",
+                ec=GREY,
+                lw=1,
+            )
         )
         axes.text(x + 0.5, 1.04, title, ha="center", va="bottom", color=INK, fontsize=9)
         for column, (parameter, rows) in enumerate(holding.items()):
             left = x + 0.15 + 0.38 * column
-            copies = count(ranks, parameter, rows)
+            world = (
+                ranks
+                if len({t.split("\n")[0][:6] for t, _ in ranks}) == 4
+                else ranks[x // 2 * 2 : x // 2 * 2 + 2]
+            )
+            copies = sum(other[parameter] == rows for _, other in world)
             for i, state in enumerate(rows):
-                _row(axes, left, 0.82 - 0.19 * i, COLORS[parameter], state)
+                _row(axes, left, 0.88 - 0.18 * i, COLORS[parameter], state)
             text = "" if set(rows) == {"."} else ("a summand" if "~" in rows else f"R = {copies}")
-            axes.text(left + 0.16, 0.17, parameter, ha="center", va="center", color=INK, fontsize=9, style="italic")
-            axes.text(left + 0.16, 0.07, text, ha="center", va="center", color=INK, fontsize=7.5)
+            axes.text(
+                left + 0.16, 0.175, parameter, ha="center", va="center", color=INK, fontsize=9, style="italic"
+            )
+            axes.text(left + 0.16, 0.065, text, ha="center", va="center", color=INK, fontsize=7.5)
     axes.set(xlim=(0, len(ranks)), ylim=(-0.02, 1.28))
     axes.axis("off")
     return figure
 
 
-def count(ranks: list[Rank], parameter: str, rows: str) -> int:
-    """How many ranks of the same half of the picture hold these rows."""
-    halves = len({title.split("\n")[0] for title, _ in ranks}) == 2 or any("tied" in title for title, _ in ranks)
-    tied = [title for title, _ in ranks if "tied" in title]
-    if tied:
-        return 2 if parameter == "w" and sum(h["w"] == rows for _, h in ranks) > 1 and rows == "####" else 1
-    same = sum(holding[parameter] == rows for _, holding in ranks)
-    return same // 2 if halves and same == 4 else same
-
-
 def _row(axes: Axes, x: float, y: float, color: str, state: str) -> None:
     hatch, alpha = {"#": (None, 0.85), "~": ("////", 0.3), ".": (None, 0.0)}[state]
     if state != ".":
-        axes.add_patch(Rectangle((x, y - 0.08), 0.32, 0.16, fc=color, ec="none", alpha=alpha))
-    axes.add_patch(Rectangle((x, y - 0.08), 0.32, 0.16, fc="none", ec=color if state != "." else GREY, lw=0.8, hatch=hatch,
-                             alpha=1.0 if state != "." else 0.5))
+        axes.add_patch(Rectangle((x, y - 0.07), 0.32, 0.14, fc=color, ec="none", alpha=alpha))
+    axes.add_patch(
+        Rectangle(
+            (x, y - 0.07),
+            0.32,
+            0.14,
+            fc="none",
+            ec=color if state != "." else GREY,
+            lw=0.8,
+            hatch=hatch,
+            alpha=1.0 if state != "." else 0.5,
+        )
+    )
 
 
 def worked() -> list[tuple[str, str, float]]:
@@ -99,14 +123,21 @@ def worked() -> list[tuple[str, str, float]]:
 
 def mistakes(_: dict) -> Figure:
     rows = worked()[::-1]
-    figure, axes = panels(height=4.2, width=7.6)
+    figure, axes = panels(height=4.2, width=8.4)
     for y, (_kind, _mistake, ratio) in enumerate(rows):
         axes.barh(y, ratio - 1, left=1, color=RED if ratio > 1 else BLUE, height=0.6)
-        axes.text(ratio + (0.04 if ratio > 1 else -0.04), y, f"{ratio:.2f}", va="center", ha="left" if ratio > 1 else "right", fontsize=8.5)
-    axes.set_yticks(range(len(rows)), [f"{kind}: {mistake[:46]}" for kind, mistake, _ in rows], fontsize=8)
+        axes.text(
+            ratio + (0.04 if ratio > 1 else -0.04),
+            y,
+            f"{ratio:.2f}",
+            va="center",
+            ha="left" if ratio > 1 else "right",
+            fontsize=8.5,
+        )
+    axes.set_yticks(range(len(rows)), [f"{kind}: {mistake}" for kind, mistake, _ in rows], fontsize=7.5)
     axes.axvline(1, color=INK, lw=1)
     axes.grid(False, axis="y")
-    label(axes, "", "measured / true norm", xlim=(0.3, 4.4))
+    label(axes, "", "measured / true norm", xlim=(0.1, 4.5))
     return figure
 
 
@@ -131,9 +162,18 @@ def mesh(_: dict) -> Figure:
     figure, axes = panels(height=2.9)
     for y, kinds in enumerate(MESH.values()):
         for x, kind in enumerate(kinds):
-            axes.add_patch(Rectangle((x + 0.04, y + 0.08), 0.92, 0.84, fc=CELLS[kind][1], alpha=0.75, ec="none"))
-            axes.text(x + 0.5, y + 0.5, {"name": "names", "cut": "cut", "same": "replicas", "sum": "summands"}[kind],
-                      ha="center", va="center", color=INK, fontsize=9)
+            axes.add_patch(
+                Rectangle((x + 0.04, y + 0.08), 0.92, 0.84, fc=CELLS[kind][1], alpha=0.75, ec="none")
+            )
+            axes.text(
+                x + 0.5,
+                y + 0.5,
+                {"name": "names", "cut": "cut", "same": "replicas", "sum": "summands"}[kind],
+                ha="center",
+                va="center",
+                color=INK,
+                fontsize=9,
+            )
     axes.set(xlim=(0, 5), ylim=(len(MESH), 0))
     axes.set_xticks([x + 0.5 for x in range(5)], AXES)
     axes.set_yticks([y + 0.5 for y in range(len(MESH))], list(MESH))
@@ -161,23 +201,37 @@ def wrong_today(_: dict) -> Figure:
                 cells.append((f"{who}: {row[0]}", said))
     numbers = sorted((c for c in cells if isinstance(c[1], float)), key=lambda c: c[1])
     words = [(word, sum(c[1] == word for c in cells)) for word in ("raises", "hangs", "inf", "0", "-1")]
-    figure, axes = panels(1, 2, height=2.2, width=7.6, gridspec_kw={"width_ratios": [1.3, 1]})
+    figure, axes = panels(1, 2, height=2.2, width=8.2, gridspec_kw={"width_ratios": [1.6, 1]})
     for y, (_who, ratio) in enumerate(numbers):
-        axes[0].barh(y, ratio - 1 if ratio < 100 else 0.9, left=1, color=RED if ratio > 1 else BLUE, height=0.62)
+        axes[0].barh(
+            y, ratio - 1 if ratio < 100 else 0.9, left=1, color=RED if ratio > 1 else BLUE, height=0.62
+        )
         shown = f"{ratio:.2f}" if ratio < 100 else f"{ratio:,.0f} →"
-        axes[0].text(min(ratio, 1.9) + (0.03 if ratio > 1 else -0.03), y, shown, va="center", ha="left" if ratio > 1 else "right", fontsize=8.5)
+        axes[0].text(
+            min(ratio, 1.9) + (0.03 if ratio > 1 else -0.03),
+            y,
+            shown,
+            va="center",
+            ha="left" if ratio > 1 else "right",
+            fontsize=8.5,
+        )
     axes[0].set_yticks(range(len(numbers)), [who for who, _ in numbers], fontsize=8)
     axes[0].axvline(1, color=GREEN, lw=1.6)
     axes[0].grid(False, axis="y")
-    label(axes[0], "", "reported / true norm", xlim=(0.55, 2.2))
-    bars = axes[1].bar([f"reports {w}" if w in ("inf", "0", "-1") else w for w, _ in words], [c for _, c in words], color=[ORANGE, RED, PURPLE, PURPLE, PURPLE], width=0.62)
-    axes[1].bar_label(bars, padding=2, fontsize=8.5)
-    axes[1].tick_params(axis="x", labelsize=8)
-    axes[1].grid(False, axis="x")
-    axes[1].set_yticks([])
-    label(axes[1], "", y="", ylim=(0, max(c for _, c in words) * 1.2))
-    axes[1].set_xlabel("of the table's cells for four other functions", fontsize=8.5)
+    label(axes[0], "", "reported / true norm", xlim=(0.4, 2.25))
+    names = [f"reports {word}" if word in ("inf", "0", "-1") else word for word, _ in words]
+    bars = axes[1].barh(
+        names, [c for _, c in words], color=[ORANGE, RED, PURPLE, PURPLE, PURPLE], height=0.62
+    )
+    axes[1].bar_label(bars, padding=3, fontsize=8.5)
+    axes[1].grid(False)
+    axes[1].invert_yaxis()
+    label(axes[1], "", "cases, of four functions in 14", xlim=(0, max(c for _, c in words) * 1.2))
     return figure
 
 
-PICTURES = {name: partial(hold, name) for name in HOLDINGS} | {"mistakes": mistakes, "mesh": mesh, "wrong_today": wrong_today}
+PICTURES = {name: partial(hold, name) for name in HOLDINGS} | {
+    "mistakes": mistakes,
+    "mesh": mesh,
+    "wrong_today": wrong_today,
+}

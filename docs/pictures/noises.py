@@ -61,16 +61,27 @@ def noise_scale() -> dict[str, Any]:
     signal, noise = small.smooth(signals, 0.95), small.smooth(noises, 0.95)
     estimate = [b / a if a > 0 else float("nan") for a, b in zip(signal, noise, strict=True)]
     negative = sum(s <= 0 for s in signals)
-    return {"estimate": estimate, "direct": checks, "first": checks[1][1], "last": checks[-1][1],
-            "growth": checks[-1][1] / checks[1][1], "negative": negative, "negative_share": negative / 400}
+    return {
+        "estimate": estimate,
+        "direct": checks,
+        "first": checks[1][1],
+        "last": checks[-1][1],
+        "growth": checks[-1][1] / checks[1][1],
+        "negative": negative,
+        "negative_share": negative / 400,
+    }
 
 
 def noise_picture(data: dict) -> Figure:
     run = data["noise_scale"]
     figure, axes = panels(height=2.9)
-    axes.plot([x if x is not None else float("nan") for x in run["estimate"]], color=BLUE, label="estimate of each step, ratio of running means")
+    axes.plot(
+        [x if x is not None else float("nan") for x in run["estimate"]],
+        color=BLUE,
+        label="estimate of each step, ratio of running means",
+    )
     axes.plot(*zip(*run["direct"], strict=True), "o", color=ORANGE, label="measured with 384 sequences")
-    label(axes, "", "step", "noise scale (sequences)", legend=True, yscale="log")
+    label(axes, "", "step", "noise scale (sequences)", legend=True, yscale="log", ylim=(5, 3e4))
     return figure
 
 
@@ -96,10 +107,20 @@ def critical(target: float = 2.25) -> dict[str, Any]:
         steps.append(counts[rate])
         best.append(rate)
     # Least squares of S = S_min (1 + B_crit / B), linear in 1/B, with errors relative to S.
-    rows = torch.tensor([[1 / s, 1 / (b * s)] for b, s in zip(sizes, steps, strict=True)], dtype=torch.float64)
-    least, product = torch.linalg.lstsq(rows, torch.ones(len(sizes), 1, dtype=torch.float64)).solution[:, 0].tolist()
-    return {"size": sizes, "steps": steps, "rate": best, "sequences": [a * b for a, b in zip(sizes, steps, strict=True)],
-            "least": least, "critical": product / least}
+    rows = torch.tensor(
+        [[1 / s, 1 / (b * s)] for b, s in zip(sizes, steps, strict=True)], dtype=torch.float64
+    )
+    least, product = (
+        torch.linalg.lstsq(rows, torch.ones(len(sizes), 1, dtype=torch.float64)).solution[:, 0].tolist()
+    )
+    return {
+        "size": sizes,
+        "steps": steps,
+        "rate": best,
+        "sequences": [a * b for a, b in zip(sizes, steps, strict=True)],
+        "least": least,
+        "critical": product / least,
+    }
 
 
 def critical_picture(data: dict) -> Figure:

@@ -32,7 +32,14 @@ def formats(_: dict) -> Figure:
     figure, axes = panels(height=2.7)
     for row, (name, (dtype, color)) in enumerate(reversed(FORMATS.items())):
         low, high = math.log10(smallest(dtype)), math.log10(torch.finfo(dtype).max)
-        axes.barh(row, max(-46, min(46, high)) - max(-46, low), left=max(-46, low), color=color, height=0.34, alpha=0.35)
+        axes.barh(
+            row,
+            max(-46, min(46, high)) - max(-46, low),
+            left=max(-46, low),
+            color=color,
+            height=0.34,
+            alpha=0.35,
+        )
         axes.barh(row, (min(92, high) - max(-92, low)) / 2, left=max(-92, low) / 2, color=color, height=0.62)
         axes.text(-48, row, name, ha="right", va="center", color=INK)
     axes.set_yticks([])
@@ -59,18 +66,28 @@ def sums() -> dict[str, Any]:
     tenth = np.float32(0.1)
     result["fp32, pairwise"] = errors(lambda n: math.sqrt(np.sum(np.full(n, tenth) ** 2)))
     result["fp64, one by one"] = errors(lambda n: math.sqrt(np.cumsum(np.full(n, 0.1) ** 2)[-1]))
-    return {**result, "stall": float(half[-1]), "half_end": result["fp16, one by one"][-1],
-            "single_end": result["fp32, one by one"][-1], "pair_end": result["fp32, pairwise"][-1],
-            "double_end": result["fp64, one by one"][-1]}
+    return {
+        **result,
+        "stall": float(half[-1]),
+        "half_end": result["fp16, one by one"][-1],
+        "single_end": result["fp32, one by one"][-1],
+        "pair_end": result["fp32, pairwise"][-1],
+        "double_end": result["fp64, one by one"][-1],
+    }
 
 
 def sums_picture(data: dict) -> Figure:
     run = data["sums"]
     figure, axes = panels(height=2.9)
-    for name, color in (("fp16, one by one", BLUE), ("fp32, one by one", PURPLE), ("fp32, pairwise", GREEN), ("fp64, one by one", GREY)):
+    for name, color in (
+        ("fp16, one by one", BLUE),
+        ("fp32, one by one", PURPLE),
+        ("fp32, pairwise", GREEN),
+        ("fp64, one by one", GREY),
+    ):
         axes.plot(run["n"], [max(error, 1e-16) for error in run[name]], "o-", color=color, label=name)
     axes.axhline(2**-24, color=INK, ls=":", lw=1)
-    axes.text(1e2, 2**-24 * 1.4, "half a unit in the last place of fp32", fontsize=8)
+    axes.text(1e7, 2**-24 / 3, "half a unit in the last place of fp32", fontsize=8, ha="right", va="top")
     label(axes, "", "elements of 0.1", "relative error of the norm", xscale="log", yscale="log")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
@@ -83,7 +100,9 @@ def scales() -> dict[str, Any]:
     model.zero_grad()
     model(next(data)).backward()
     g = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    g = g[g != 0] * 1e-3  # as in a model with a thousand times as many parameters' worth of tokens in its mean
+    g = (
+        g[g != 0] * 1e-3
+    )  # as in a model with a thousand times as many parameters' worth of tokens in its mean
     powers = list(range(-4, 33))
     result: dict[str, Any] = {"power": powers, "elements": g.numel()}
     result["histogram"] = torch.histc(g.abs().log2(), bins=40, min=-40, max=0).tolist()
@@ -97,10 +116,16 @@ def scales() -> dict[str, Any]:
             lost.append(float((stored == 0).double().mean()))
             over.append(bool(torch.isinf(stored).any()))
             error.append(float(stored.double().norm() / scaled.double().norm() - 1))
-        usable = [p for p, l, o in zip(powers, lost, over, strict=True) if l < 0.01 and not o]
-        result[name] = {"lost": lost, "over": over, "error": error, "first": usable[0] if usable else None,
-                        "last": usable[-1] if usable else None, "lost_unscaled": lost[powers.index(0)],
-                        "least_lost": min(l for l, o in zip(lost, over, strict=True) if not o)}
+        usable = [p for p, x, o in zip(powers, lost, over, strict=True) if x < 0.01 and not o]
+        result[name] = {
+            "lost": lost,
+            "over": over,
+            "error": error,
+            "first": usable[0] if usable else None,
+            "last": usable[-1] if usable else None,
+            "lost_unscaled": lost[powers.index(0)],
+            "least_lost": min(x for x, o in zip(lost, over, strict=True) if not o),
+        }
     return result
 
 
@@ -112,11 +137,19 @@ def scales_picture(data: dict) -> Figure:
     axes[0].text(-24.5, max(run["histogram"]) * 0.9, "lost in fp16", ha="right", color=RED, fontsize=8.5)
     for name in ("fp16", "fp8 E5M2", "fp8 E4M3"):
         entry, color = run[name], FORMATS[name][1]
-        good = [(p, 100 * l) for p, l, o in zip(run["power"], entry["lost"], entry["over"], strict=True) if not o]
+        good = [
+            (p, 100 * x) for p, x, o in zip(run["power"], entry["lost"], entry["over"], strict=True) if not o
+        ]
         axes[1].plot(*zip(*good, strict=True), color=color, label=name)
         axes[1].plot(*good[-1], "x", color=color, ms=8, mew=2)
     label(axes[0], "elements of a gradient", "log2 of the magnitude", "elements")
-    label(axes[1], "after a loss scale (×: beyond it, inf)", "log2 of the loss scale", "% of the elements that become 0", legend=True)
+    label(
+        axes[1],
+        "after a loss scale (×: beyond it, inf)",
+        "log2 of the loss scale",
+        "% of the elements that become 0",
+        legend=True,
+    )
     return figure
 
 

@@ -35,7 +35,9 @@ def batch_size() -> dict[str, Any]:
     squares = []
     for size in sizes:
         stream = small.batches(size, seed=100 + size)
-        squares.append(sum(norm_of(model, next(stream)) ** 2 for _ in range(max(6, 96 // size))) / max(6, 96 // size))
+        squares.append(
+            sum(norm_of(model, next(stream)) ** 2 for _ in range(max(6, 96 // size))) / max(6, 96 // size)
+        )
     ones, last = squares[0], squares[-1]
     noise = (ones - last) / (1 - 1 / sizes[-1])
     signal = ones - noise
@@ -57,7 +59,13 @@ def batch_picture(data: dict) -> Figure:
     fit = [math.sqrt(run["signal"] ** 2 + run["noise"] ** 2 / b) for b in run["size"]]
     axes.plot(run["size"], fit, color=BLUE, lw=1.2, label="√(‖G‖² + tr Σ / B)")
     axes.axhline(run["signal"], color=GREEN, ls="--", lw=1.2, label="‖G‖, the true gradient")
-    axes.plot(run["size"], [run["noise"] / math.sqrt(b) for b in run["size"]], color=ORANGE, ls=":", label="noise alone")
+    axes.plot(
+        run["size"],
+        [run["noise"] / math.sqrt(b) for b in run["size"]],
+        color=ORANGE,
+        ls=":",
+        label="noise alone",
+    )
     label(axes, "", "batch size B (sequences)", "norm", legend=True)
     axes.set_xscale("log", base=2)
     axes.set(yscale="log", ylim=(0.04, None))
@@ -92,9 +100,9 @@ def sequence_picture(data: dict) -> Figure:
 class Wide(nn.Module):
     """Four layers; under `mup` the output is divided by the width (maximal update parametrization)."""
 
-    def __init__(self, width: int, mup: bool) -> None:
+    def __init__(self, width: int, mup: bool, seed: int) -> None:
         super().__init__()
-        torch.manual_seed(11)
+        torch.manual_seed(seed)
         self.first, self.second = nn.Linear(16, width, bias=False), nn.Linear(width, width, bias=False)
         self.third, self.last = nn.Linear(width, width, bias=False), nn.Linear(width, 8, bias=False)
         for layer in (self.first, self.second, self.third):
@@ -109,18 +117,26 @@ class Wide(nn.Module):
 
 def width() -> dict[str, Any]:
     """Global norms before training for several widths, in the standard parametrization and in muP."""
-    widths = [64, 128, 256, 512, 1024]
+    widths = [32, 64, 128, 256, 512]
     draw = small.generator(12)
     x, y = torch.randn(128, 16, generator=draw), torch.randint(8, (128,), generator=draw)
     result: dict[str, Any] = {"width": widths}
     for name, mup in (("standard", False), ("mup", True)):
         norms, hidden = [], []
         for wide in widths:
-            model = Wide(wide, mup)
-            model(x, y).backward()
-            norms.append(small.total_norm(model))
-            hidden.append(float(model.second.weight.grad.norm()))
-        result[name] = {"norm": norms, "hidden": hidden, "slope": slope(widths, norms), "hidden_slope": slope(widths, hidden)}
+            found = []
+            for seed in range(8):
+                model = Wide(wide, mup, seed)
+                model(x, y).backward()
+                found.append((small.total_norm(model), float(model.second.weight.grad.norm())))
+            norms.append(sum(norm for norm, _ in found) / len(found))
+            hidden.append(sum(norm for _, norm in found) / len(found))
+        result[name] = {
+            "norm": norms,
+            "hidden": hidden,
+            "slope": slope(widths, norms),
+            "hidden_slope": slope(widths, hidden),
+        }
     return result
 
 
@@ -129,7 +145,15 @@ def width_picture(data: dict) -> Figure:
     figure, axes = panels(height=2.8)
     for name, color, text in (("standard", RED, "standard"), ("mup", GREEN, "muP")):
         axes.plot(run["width"], run[name]["norm"], "o-", color=color, label=f"{text}, whole model")
-        axes.plot(run["width"], run[name]["hidden"], "s--", ms=4, lw=1, color=color, label=f"{text}, one hidden matrix")
+        axes.plot(
+            run["width"],
+            run[name]["hidden"],
+            "s--",
+            ms=4,
+            lw=1,
+            color=color,
+            label=f"{text}, one hidden matrix",
+        )
     label(axes, "", "width", "norm before training", legend=True, yscale="log")
     axes.set_xscale("log", base=2)
     return figure
@@ -230,7 +254,10 @@ def end(steps: int = 2000, peak: float = 1e-2, decay: float = 0.3) -> dict[str, 
     result: dict[str, Any] = {"lr": [lr(step) for step in range(0, steps, 10)]}
     for name in ("AdamW", "AdamC"):
         model, draw = Normed(), small.generator(17)
-        groups = [{"params": model.layers.parameters()}, {"params": model.head.parameters(), "weight_decay": 0.0}]
+        groups = [
+            {"params": model.layers.parameters()},
+            {"params": model.head.parameters(), "weight_decay": 0.0},
+        ]
         optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), weight_decay=decay)
         norms, sizes, losses = [], [], []
         for step in range(steps):
@@ -275,7 +302,14 @@ def end_picture(data: dict) -> Figure:
     return figure
 
 
-RUNS = {"batch_size": batch_size, "sequence": sequence, "width": width, "depth": depth, "size": size, "end": end}
+RUNS = {
+    "batch_size": batch_size,
+    "sequence": sequence,
+    "width": width,
+    "depth": depth,
+    "size": size,
+    "end": end,
+}
 PICTURES = {
     "norm_batch": batch_picture,
     "norm_sequence": sequence_picture,

@@ -88,7 +88,13 @@ def rnn_back(data: dict) -> Figure:
     figure, axes = panels(height=3.0)
     for (radius, run), color in zip(data["rnn"].items(), (BLUE, GREEN, RED), strict=True):
         axes.plot(run["back"], color=color, label=f"W = {radius} × rotation")
-    label(axes, x="time steps back from the loss", y="norm of the gradient at that state", legend=True, yscale="log")
+    label(
+        axes,
+        x="time steps back from the loss",
+        y="norm of the gradient at that state",
+        legend=True,
+        yscale="log",
+    )
     return figure
 
 
@@ -98,7 +104,7 @@ def rnn_training(data: dict) -> Figure:
         axes[0].plot(small.smooth(run["loss"]), color=color, label=f"{radius} × rotation")
         axes[1].plot(run["norm"], color=color, lw=1.1)
     axes[0].axhline(1.3863, color=GREY, ls=":", lw=1.2)
-    axes[0].text(0, 1.41, "guessing: ln 4", color=GREY, fontsize=8)
+    axes[0].text(200, 1.41, "guessing: ln 4", color=GREY, fontsize=8, ha="right")
     label(axes[0], "loss (smoothed)", "training step", "cross-entropy", legend=True)
     label(axes[1], "norm of the gradient", "training step", yscale="log")
     return figure
@@ -111,7 +117,13 @@ def build(kind: str, layers: int = 24, dim: int = 64) -> nn.Module:
     parts: list[nn.Module] = [nn.Linear(20, dim)]
     for _ in range(layers):
         layer = nn.Linear(dim, dim)
-        gain = {"sigmoid": 1.0, "tanh": 1.0, "relu": 2**0.5, "relu, twice He's": 2 * 2**0.5, "residual": 2**0.5}[kind]
+        gain = {
+            "sigmoid": 1.0,
+            "tanh": 1.0,
+            "relu": 2**0.5,
+            "relu, twice He's": 2 * 2**0.5,
+            "residual": 2**0.5,
+        }[kind]
         nn.init.normal_(layer.weight, std=gain * dim**-0.5)
         nn.init.zeros_(layer.bias)
         block = nn.Sequential(layer, activation.get(kind, nn.ReLU)())
@@ -163,7 +175,13 @@ def deep_layers(data: dict) -> Figure:
     for (kind, run), color in zip(data["deep"].items(), (PURPLE, BLUE, GREEN, RED, ORANGE), strict=True):
         axes[0].plot(range(1, 25), run["layers"], "o-", ms=2.5, color=color, label=kind)
         axes[1].plot(run["loss"], color=color, label=kind)
-    label(axes[0], "before training", "layer (1 is next to the input)", "norm of the weight's gradient", yscale="log")
+    label(
+        axes[0],
+        "before training",
+        "layer (1 is next to the input)",
+        "norm of the weight's gradient",
+        yscale="log",
+    )
     label(axes[1], "training", "step", "loss (smoothed)", legend=True, ylim=(0, 3.2))
     return figure
 
@@ -172,7 +190,9 @@ def healthy() -> dict[str, Any]:
     """A small transformer that is trained as one should be: warm-up, cosine, clipping that is rarely needed."""
     model = small.Transformer()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.1)
-    trace = small.train(model, small.batches(16), 600, optimizer, small.warmup_cosine(1e-2, 600, 60), max_norm=1.0)
+    trace = small.train(
+        model, small.batches(16), 600, optimizer, small.warmup_cosine(1e-2, 600, 60), max_norm=1.0
+    )
     ordered = sorted(trace.norm[60:])
     return {
         "loss": trace.loss,

@@ -23,7 +23,9 @@ def generator(seed: int) -> torch.Generator:
 
 def language(seed: int = 1) -> Tensor:
     """The chances of the next symbol after each two, of shape (32, 32, 32)."""
-    older, newer = torch.tensor([1.2, 2.4])[:, None, None] * torch.randn(2, SYMBOLS, SYMBOLS, generator=generator(seed))
+    older, newer = torch.tensor([1.2, 2.4])[:, None, None] * torch.randn(
+        2, SYMBOLS, SYMBOLS, generator=generator(seed)
+    )
     return torch.softmax(older[:, None] + newer[None], -1)
 
 
@@ -36,7 +38,9 @@ def batches(size: int, length: int = 24, seed: int = 2, chances: Tensor | None =
         text[:, :2] = torch.randint(SYMBOLS, (size, 2), generator=draw)
         for i in range(2, length + 1):
             chosen = torch.rand(size, 1, generator=draw)
-            text[:, i] = torch.searchsorted(ends[text[:, i - 2], text[:, i - 1]], chosen)[:, 0].clamp_(max=SYMBOLS - 1)
+            text[:, i] = torch.searchsorted(ends[text[:, i - 2], text[:, i - 1]], chosen)[:, 0].clamp_(
+                max=SYMBOLS - 1
+            )
         yield text
 
 
@@ -59,7 +63,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, dim: int = 32, layers: int = 2, heads: int = 2, length: int = 24, seed: int = 0) -> None:
+    def __init__(
+        self, dim: int = 32, layers: int = 2, heads: int = 2, length: int = 24, seed: int = 0
+    ) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.token, self.place = nn.Embedding(SYMBOLS, dim), nn.Embedding(length, dim)
@@ -78,7 +84,9 @@ class Transformer(nn.Module):
 
 def total_norm(model: nn.Module) -> float:
     """The global 2-norm of the gradient, in fp64."""
-    return math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None))
+    return math.sqrt(
+        sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None)
+    )
 
 
 def scale(model: nn.Module, factor: float) -> None:

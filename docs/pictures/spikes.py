@@ -84,7 +84,9 @@ def fp16_overflow() -> dict[str, Any]:
             optimizer.step()
             if since == 20:
                 scale, since = scale * 2, 0
-    return summary(trace, scale=scales, skipped=skipped, first=skipped[0], number=len(skipped), top=max(scales))
+    return summary(
+        trace, scale=scales, skipped=skipped, first=skipped[0], number=len(skipped), top=max(scales)
+    )
 
 
 def dead_layer() -> dict[str, Any]:
@@ -152,12 +154,18 @@ def curves(name: str, note: str, data: dict) -> Figure:
         axes[1].axvline(step, color=RED, lw=0.9, alpha=0.7)
     if "layer" in run:
         axes[1].plot(run["layer"], color=RED, lw=1.1, label="the dead layer alone")
-        axes[1].legend()
+        axes[1].legend(loc="lower right")
     for ax in axes:
         if name not in ("fp16_overflow", "lr_too_high"):
             ax.axvline(WHEN, color=ORANGE, ls="--", lw=1)
-    label(axes[0], "loss", "step")
-    label(axes[1], "norm of the gradient" + note, "step", yscale="log")
+    level = name in ("fp16_overflow", "dead_layer", "other_ranks")
+    label(axes[0], "loss", "step", yscale="log" if name == "lr_too_high" else "linear")
+    label(
+        axes[1],
+        "norm of the gradient" + note,
+        "step",
+        **({"ylim": (0, 0.85)} if level else {"yscale": "log"}),
+    )
     if "scale" in run:
         twin = axes[1].twinx()
         twin.plot(run["scale"], color=GREY, lw=1.1, drawstyle="steps-post")

@@ -46,7 +46,9 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def panels(rows: int = 1, columns: int = 1, width: float = 7.2, height: float = 3.0, **more: Any) -> tuple[Figure, Any]:
+def panels(
+    rows: int = 1, columns: int = 1, width: float = 7.2, height: float = 3.0, **more: Any
+) -> tuple[Figure, Any]:
     """A figure of the guide's width, and its axes."""
     return plt.subplots(rows, columns, figsize=(width, height), **more)
 

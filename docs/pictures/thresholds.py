@@ -44,13 +44,21 @@ def sweep() -> dict[str, Any]:
                 else torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
             )
             peak = 0.3 if name == "SGD" else 1e-2
-            trace = small.train(model, dirty(31), STEPS, optimizer, small.warmup_cosine(peak, STEPS, 20), limit)
+            trace = small.train(
+                model, dirty(31), STEPS, optimizer, small.warmup_cosine(peak, STEPS, 20), limit
+            )
             losses.append(held_out(model))
             rates.append(0.0 if limit is None else sum(norm > limit for norm in trace.norm) / STEPS)
             if name == "SGD" and limit == 1.0:
                 result["norms"] = trace.norm
-        result[name] = {"loss": losses, "rate": rates, "best": min(losses), "none": losses[-1], "tight": losses[0],
-                        "best_threshold": THRESHOLDS[int(np.nanargmin(losses))]}
+        result[name] = {
+            "loss": losses,
+            "rate": rates,
+            "best": min(losses),
+            "none": losses[-1],
+            "tight": losses[0],
+            "best_threshold": THRESHOLDS[int(np.nanargmin(losses))],
+        }
     return result
 
 
@@ -59,7 +67,9 @@ def sweep_picture(data: dict) -> Figure:
     figure, axes = panels(1, 2, height=2.9)
     names = [str(limit) if limit else "none" for limit in run["threshold"]]
     for name, color in (("SGD", ORANGE), ("AdamW", BLUE)):
-        axes[0].plot(names, [min(loss, 5) if loss else 5 for loss in run[name]["loss"]], "o-", color=color, label=name)
+        axes[0].plot(
+            names, [min(loss, 5) if loss else 5 for loss in run[name]["loss"]], "o-", color=color, label=name
+        )
         axes[1].plot(names, [100 * rate for rate in run[name]["rate"]], "o-", color=color)
     label(axes[0], "held-out loss", "threshold", "cross-entropy", legend=True)
     label(axes[1], "steps that were clipped (%)", "threshold", ylim=(0, 104))
@@ -124,14 +134,17 @@ def drift_picture(data: dict) -> Figure:
     run, norms = data["drift"], data["end"]["AdamW"]["raw"]
     figure, axes = panels(1, 2, height=2.7)
     axes[0].plot(norms, color=BLUE, lw=0.6)
-    axes[0].axhline(run["limit"], color=RED, lw=1.4)
+    axes[0].axhline(run["limit"], color=RED, lw=1.4, label="99th percentile of steps 200 to 400")
     axes[0].axvspan(200, 400, color=GREEN, alpha=0.15, lw=0)
-    axes[0].text(410, run["limit"] * 1.04, "99th percentile of steps 200 to 400", color=RED, fontsize=8)
     axes[1].bar(range(50, 2000, 100), [100 * r for r in run["rate"]], width=80, color=RED)
-    label(axes[0], "norm of the gradient", "step", ylim=(0, None))
+    label(axes[0], "norm of the gradient", "step", legend=True, ylim=(0, 4.2))
     label(axes[1], "% of the steps above that threshold", "step", ylim=(0, 104))
     return figure
 
 
 RUNS = {"sweep": sweep, "rates": rates, "drift": drift}
-PICTURES = {"threshold_rates": rates_picture, "threshold_sweep": sweep_picture, "threshold_drift": drift_picture}
+PICTURES = {
+    "threshold_rates": rates_picture,
+    "threshold_sweep": sweep_picture,
+    "threshold_drift": drift_picture,
+}

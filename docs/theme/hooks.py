@@ -52,6 +52,8 @@ def _figure(match: re.Match[str]) -> str:
     alt, name, caption = match.groups()
     drawing = (IMAGES / f"{name}.svg").read_text(encoding="utf-8")
     drawing = drawing[drawing.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "none")
-    drawing = re.sub(r' id="(?=figure|axes|patch|line2d|text|legend|matplotlib|xtick|ytick)', f' id="{name}-', drawing)
+    drawing = re.sub(
+        r' id="(?=figure|axes|patch|line2d|text|legend|matplotlib|xtick|ytick)', f' id="{name}-', drawing
+    )
     caption = f"<figcaption>{caption}</figcaption>" if caption else ""
     return f'<figure id="{name}">{drawing.replace("<svg", f"""<svg role="img" aria-label="{alt}" """, 1)}{caption}</figure>'
