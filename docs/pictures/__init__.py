@@ -1,0 +1,1 @@
+"""The guide's pictures, and the runs behind them."""
