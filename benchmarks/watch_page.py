@@ -3,8 +3,8 @@
 `PYTHONPATH=. python benchmarks/watch_page.py [STEPS LAYERS EVERY]` serves a made-up run (5,000 steps, 300
 layers on every 5th of them by default), opens it in headless Chromium, does everything that a reader does,
 and lets new rows come. For each the longest task of the page's main thread is printed: its time on the wall,
-and on the processor, which other programs on this machine don't lengthen. The median and the largest of five. A
-reader notices nothing under 100 ms (Nielsen 1993; Chrome's INP calls 200 good).
+and on the processor, which other programs on this machine don't lengthen. The median and the largest of five.
+A reader notices nothing under 100 ms (Nielsen 1993; Chrome's INP calls 200 good).
 """
 
 from __future__ import annotations
