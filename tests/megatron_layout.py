@@ -119,9 +119,8 @@ def parameter(world: World, name: str, dim: int | None = None, **attributes: Any
     if dim is not None:
         attributes |= {"tensor_model_parallel": True, "partition_dim": dim, "partition_stride": 1}
     made = nn.Parameter(value.bfloat16() if ".mlp." in name else value)
-    vars(made).update(
-        attributes, main_grad=gradient.clone(), true_name=name, true_dim=None if is_whole else dim
-    )
+    attributes |= {"true_name": name, "true_dim": None if is_whole else dim}
+    vars(made).update(attributes, main_grad=gradient.clone())
     return made
 
 

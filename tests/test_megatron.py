@@ -158,7 +158,7 @@ def not_summed_though_marked(world: World, layer: Any) -> None:
 
 
 def one_rank_says_otherwise(world: World, layer: Any) -> None:
-    if dist.get_rank() == 5:
+    if dist.get_rank() == 1:
         layer.self_attention.linear_proj.bias.sequence_parallel = False
 
 
@@ -177,7 +177,7 @@ LIES: dict[str, tuple[Lie, str, str]] = {
     "expert as dense": (of_layers(expert_as_dense), "linear_fc1.weight", "no allreduce=False"),
     "not summed": (of_layers(gradient_is_not_summed), "input_layernorm.weight", "no sequence_parallel"),
     "nor so": (of_layers(not_summed_though_marked), "input_layernorm.weight", "sequence_parallel=True"),
-    "one rank": (of_layers(one_rank_says_otherwise), "proj.bias", "sequence_parallel=False on rank 5"),
+    "one rank": (of_layers(one_rank_says_otherwise), "proj.bias", "sequence_parallel=False on rank 1"),
 }
 
 
@@ -199,12 +199,20 @@ def lies(sizes: tuple[int, ...], kind: str, names: list[str]) -> dict[str, str]:
     return told
 
 
-FEW = ["norm as cut", "copy not shared"]
+TIED = ["copy not shared", "all shared"]
+OTHERS = [name for name in LIES if name not in TIED]
 
 
-@pytest.mark.parametrize(("kind", "names"), [("distributed", list(LIES)), ("whole", FEW)])
-def test_each_lie_is_named_on_all_ranks(ranks, kind, names):
-    for told in ranks(8, lies, (2, 2, 2, 2), kind, names):
+@pytest.mark.parametrize(
+    ("kind", "sizes", "names"),
+    [
+        ("distributed", (2, 1, 2, 2), OTHERS),
+        ("distributed", (2, 2, 1, 1), TIED),
+        ("whole", (2, 2, 2, 2), ["norm as cut", "copy not shared"]),
+    ],
+)
+def test_each_lie_is_named_on_all_ranks(ranks, kind, sizes, names):
+    for told in ranks(sizes[0] * sizes[1] * sizes[2], lies, sizes, kind, names):
         assert list(told) == names
         for name in names:
             _, parameter, attribute = LIES[name]
