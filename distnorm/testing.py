@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
+import gc
 import math
 import multiprocessing
 import os
@@ -32,7 +33,7 @@ import torch.distributed as dist
 # Imported once, in the server: some of these cost a rank of its own two seconds at first use.
 _preloaded = ["distnorm.testing", "distnorm.functional", "hypothesis", "pydantic", "pytest", "yaml"]
 _preloaded += ["torch._dynamo", "torch.profiler", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
-_preloaded += ["torch.distributed.pipelining", "torch.distributed.tensor.parallel"]
+_preloaded += ["torch.distributed.pipelining", "torch.distributed.tensor.parallel", "distnorm.hooks"]
 
 # What a rank sees when the fault is somebody else's: the neighbour left, or never came.
 _NEIGHBOURS_FAULT = re.compile(
@@ -116,14 +117,14 @@ def _outcome(job: _Job) -> tuple[bool, bytes]:
 
 
 def _rank_main(job: _Job, pipe: Connection) -> None:
+    gc.freeze()  # plans search what the collector knows: not through all that the server has imported
     os.environ.clear()
     os.environ.update(job.environ, RANK=str(job.rank), LOCAL_RANK=str(job.rank))
     with job.stacks.open("w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         succeeded, outcome = _outcome(job)
         pipe.send_bytes(outcome)
-        # A rank that has failed leaves at once: that breaks its neighbours' connections and ends their wait.
-        # One that has succeeded stays until all are done, since they may still be reading from it.
+        # One that has failed leaves, which ends its neighbours' wait; from others they may still be reading.
         if succeeded:
             pipe.poll(None)
         faulthandler.unregister(signal.SIGUSR1)
@@ -296,5 +297,4 @@ def dense_norm(tensors: Mapping[str, torch.Tensor], p: float = 2.0) -> float:
     largest = max((float(m.max()) for m in magnitudes), default=0.0)
     if largest == 0.0 or math.isinf(largest) or math.isinf(p):
         return largest
-    total = math.fsum(float((m / largest).pow(p).sum()) for m in magnitudes)
-    return float(largest * total ** (1.0 / p))
+    return float(largest * math.fsum(float((m / largest).pow(p).sum()) for m in magnitudes) ** (1.0 / p))

@@ -9,4 +9,5 @@ set_up full
 
 cd "$ROOT"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+unset PYTHONDONTWRITEBYTECODE
 exec "$VENV_PYTHON" -m pytest -n auto --maxprocesses 4 --dist worksteal tests/integrations "$@"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     is_quick = not any(path in (collection_path, *collection_path.parents) for path in NOT_QUICK)
     left_out = not is_quick if form == "quick" else is_quick and collection_path.is_file()
     return True if form != "full" and left_out else None
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays: collections, and plans, which search what is collectable, leave it out."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
