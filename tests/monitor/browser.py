@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+DRAWN = "document.documentElement?.dataset.drawn !== undefined"
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -57,8 +58,8 @@ class Browser:
         os.close(self._to)
         os.close(self._from)
 
-    def open(self, file: Path, scheme: str = "light", width: int = 1280) -> None:
-        """Load a file in a new tab without a network, and wait until it has drawn its figures."""
+    def open(self, file: Path, scheme: str = "light", width: int = 1280, ready: str = DRAWN) -> None:
+        """Load a file in a new tab without a network, and wait until it is ready: has drawn its figures."""
         self._session = ""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -71,7 +72,7 @@ class Browser:
         self.width(width)
         self.call("Page.navigate", url=file.resolve().as_uri())
         deadline = time.monotonic() + 40
-        while not self.run("document.documentElement?.dataset.drawn !== undefined"):
+        while not self.run(ready):
             assert time.monotonic() < deadline, f"{file} has drawn nothing: {self.complaints}"
             time.sleep(0.05)
 
