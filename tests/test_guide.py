@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.monitor import browser
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [DOCS / "index.md", *sorted((DOCS / "guide").glob("*.md"))]
@@ -29,6 +31,18 @@ drawn = pytest.mark.skipif(
     ),
     reason="needs the docs extra: pip install -e '.[docs]'",
 )
+
+
+SEARCH = """(async () => {
+    const query = document.querySelector("[data-md-component=search-query]");
+    query.focus();
+    query.value = "second moment";
+    query.dispatchEvent(new Event("input", {bubbles: true}));
+    query.dispatchEvent(new KeyboardEvent("keyup", {bubbles: true}));
+    for (let i = 0; i < 200 && !document.querySelector(".md-search-result__item"); i++)
+        await new Promise((resolve) => setTimeout(resolve, 100));
+    return [...document.querySelectorAll(".md-search-result__item h1")].map((title) => title.innerText);
+})()"""
 
 
 class Numbers:
@@ -197,13 +211,35 @@ def _close(new: Any, old: Any) -> bool:
     return bool(new == old)
 
 
-@drawn
-def test_the_site_is_built_without_a_warning_or_an_address_on_the_network(tmp_path: Path) -> None:
-    command = [str(DOCS / "build.sh"), "--no-draw", "--site", str(tmp_path)]
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built strictly: a warning fails."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [str(DOCS / "build.sh"), "--no-draw", "--site", str(folder)]
     environ = {**os.environ, "PYTHON": sys.executable}
     result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240)
     assert (result.returncode, result.stderr) == (0, ""), result.stderr[-3000:]
-    pages = list(tmp_path.rglob("*.html"))
+    return folder
+
+
+@drawn
+@pytest.mark.skipif(browser.find() is None, reason="needs Chromium")
+def test_the_site_is_searched_from_a_folder_without_a_network(site: Path, tmp_path: Path) -> None:
+    page = browser.Browser(str(browser.find()), tmp_path)
+    try:
+        page.open(site / "guide" / "clipping.html", ready="document.readyState === 'complete'")
+        found = page.run(SEARCH)
+        assert "Glossary" in found and "What clipping does" in found
+        assert page.run("document.querySelectorAll('figure svg').length") >= 5
+        assert page.complaints == []
+        assert [url for url in page.requests if not url.startswith(("file:", "data:"))] == []
+    finally:
+        page.close()
+
+
+@drawn
+def test_no_page_needs_the_network(site: Path) -> None:
+    pages = list(site.rglob("*.html"))
     assert len(pages) > 20
     for page in pages:
         html = page.read_text(encoding="utf-8")

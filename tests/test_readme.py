@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,7 +46,7 @@ def test_examples_run_one_after_the_other() -> None:
 )
 def test_a_script_runs_under_torchrun(title: str, tmp_path: Path) -> None:
     (*options, file), code = SCRIPTS[title]
-    assert len([line for line in code.splitlines() if line]) <= 16
+    assert len([line for line in code.splitlines() if line]) <= 18
     (tmp_path / file).write_text(code)
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     if title == "DeepSpeed":
@@ -65,6 +66,19 @@ def test_a_script_runs_under_torchrun(title: str, tmp_path: Path) -> None:
     assert len(results) == int(options[options.index("--nproc-per-node") + 1])
     assert all(result == results[0] for result in results)
     assert math.isfinite(results[0]["total_norm"]) and results[0]["total_norm"] > 0
+    if title == "Pipeline":
+        assert results[0]["total_norm"] == pytest.approx(norm_of_the_pipeline_in_one_process(), rel=1e-6)
+
+
+def norm_of_the_pipeline_in_one_process() -> float:
+    weight = torch.empty(16, 8, dtype=torch.float64)
+    weight = weight.copy_(
+        torch.empty(16, 8).normal_(generator=torch.Generator().manual_seed(0))
+    ).requires_grad_()
+    logits = weight[:4] @ weight.T
+    torch.nn.functional.cross_entropy(logits, torch.arange(4)).backward()
+    assert weight.grad is not None
+    return float(weight.grad.norm())
 
 
 def test_named_files_and_topologies_exist() -> None:

@@ -226,7 +226,7 @@ def wrong_today(_: dict) -> Figure:
     axes[1].bar_label(bars, padding=3, fontsize=8.5)
     axes[1].grid(False)
     axes[1].invert_yaxis()
-    label(axes[1], "", "cases, of four functions in 14", xlim=(0, max(c for _, c in words) * 1.2))
+    label(axes[1], "", "cells of 14 x 4", xlim=(0, max(c for _, c in words) * 1.2))
     return figure
 
 

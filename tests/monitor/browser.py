@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+DRAWN = "document.documentElement?.dataset.drawn !== undefined"
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -59,8 +60,8 @@ class Browser:
         os.close(self._to)
         os.close(self._from)
 
-    def open(self, page: Path | str, scheme: str = "light", width: int = 1280) -> None:
-        """Load a page in a new tab, a file without a network, and wait until it has drawn its figures."""
+    def open(self, page: Path | str, scheme: str = "light", width: int = 1280, ready: str = DRAWN) -> None:
+        """Load a page in a new tab, a file without a network, and wait until it is ready: has drawn its figures."""
         self._session = ""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -72,12 +73,12 @@ class Browser:
         self.scheme(scheme)
         self.width(width)
         self.call("Page.navigate", url=page.resolve().as_uri() if isinstance(page, Path) else page)
-        self.settle()
+        self.settle(ready)
 
-    def settle(self) -> None:
+    def settle(self, ready: str = DRAWN) -> None:
         """Wait until every figure that has to be drawn, or drawn again, is."""
         deadline = time.monotonic() + 40
-        while not self.run("document.documentElement?.dataset.waiting === '0'"):
+        while not self.run(ready):
             assert time.monotonic() < deadline, f"nothing is drawn: {self.complaints}"
             time.sleep(0.02)
 
