@@ -1,9 +1,9 @@
 """How long a reader of `distnorm watch` waits; run by `PYTHONPATH=. python benchmarks/watch_page.py`.
 
-A made-up run (by default 5,000 steps, 300 layers on every 5th: STEPS LAYERS EVERY are arguments) is served and opened in headless
-Chromium, all that a reader does is done, and new rows come. For each the longest task of the page's main thread
-is printed: its time on the wall, and on the processor, which other programs on this machine lengthen less. The
-median and the largest of five. Under 100 ms an answer seems to be immediate (Nielsen 1993).
+A made-up run (5,000 steps, 300 layers on every 5th of them; STEPS LAYERS EVERY are arguments) is served and
+opened in headless Chromium, all that a reader does is done, and new rows come. For each the longest task of
+the page's main thread is printed: its time on the wall, and on the processor, which other programs lengthen less.
+The median and the largest of five. Under 100 ms an answer seems to be immediate (Nielsen 1993).
 """
 
 from __future__ import annotations

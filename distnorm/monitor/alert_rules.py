@@ -89,7 +89,8 @@ class AlertRules:
         bound = history.average * history.reach(factor)
         beyond, back = row.norm > bound, row.norm <= bound / self._config.hysteresis
         times = row.norm / history.average
-        text = f"the gradient's norm is {short(row.norm)}, {short(times, 3)} times its average, {short(history.average)}"
+        average = f"{short(times, 3)} times its average, {short(history.average)}"
+        text = f"the gradient's norm is {short(row.norm)}, {average}"
         yield from self._when_due(
             "exploding", step, beyond, back, text, layer=row.layer, value=row.norm, bound=bound
         )
@@ -100,7 +101,8 @@ class AlertRules:
             assert bound is not None
             # The key is the kind of block, whichever of its ends is the low one.
             beyond, back = trend.ratio < bound, trend.ratio >= min(bound * self._config.hysteresis, 1.0)
-            text = f"norms fall from {trend.high} to {trend.low} to {short(trend.ratio, 3)}, less than {short(bound, 3)}"
+            share = f"{short(trend.ratio, 3)}, less than {short(bound, 3)}"
+            text = f"norms fall from {trend.high} to {trend.low} to {share}"
             yield from self._when_due(
                 "vanishing",
                 step,

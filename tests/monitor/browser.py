@@ -76,7 +76,7 @@ class Browser:
 
     def settle(self) -> None:
         """Wait until every figure that has to be drawn, or drawn again, is."""
-        deadline = time.monotonic() + 40
+        deadline = time.monotonic() + 120
         while not self.run("document.documentElement?.dataset.waiting === '0'"):
             assert time.monotonic() < deadline, f"nothing is drawn: {self.complaints}"
             time.sleep(0.02)
@@ -103,7 +103,7 @@ class Browser:
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         number = self._send(method, **params)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while True:
             for message in self._messages(deadline):
                 self._note(message)
@@ -113,7 +113,7 @@ class Browser:
 
     def wait_for(self, event: str) -> None:
         """Wait until the browser has told of an event since the last wait for it."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while event not in self._heard:
             for message in self._messages(deadline):
                 self._note(message)
