@@ -40,19 +40,20 @@ ACTIONS = {
 
 def measured(browser: Browser, script: str) -> tuple[float, float]:
     """The longest task that an action brings: milliseconds on the wall, and of the processor."""
-    events: list[dict[str, float]] = []
-    browser.call("Tracing.start", traceConfig={"includedCategories": ["toplevel", "devtools.timeline"]})
+    category = "disabled-by-default-devtools.timeline"
     browser.traced.clear()
+    browser.call("Tracing.start", traceConfig={"includedCategories": [category]})
     browser.run(script)
     browser.settle()
     time.sleep(0.2)
     browser.call("Tracing.end")
     browser.wait_for("Tracing.tracingComplete")
-    for event in browser.traced:
-        if event.get("name") == "RunTask" and event.get("ph") == "X" and "tdur" in event:
-            events.append(event)
-    main = {event["tid"] for event in browser.traced if event.get("name") == "FunctionCall"}
-    tasks = [event for event in events if event["tid"] in main]
+    threads = {(each["pid"], each["tid"]) for each in browser.traced if each["name"] == "EvaluateScript"}
+    tasks = [
+        each
+        for each in browser.traced
+        if each["name"] == "RunTask" and "tdur" in each and (each["pid"], each["tid"]) in threads
+    ]
     return max(event["dur"] for event in tasks) / 1e3, max(event["tdur"] for event in tasks) / 1e3
 
 

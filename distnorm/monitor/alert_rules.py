@@ -11,6 +11,7 @@ from distnorm.monitor.depth import trends
 from distnorm.monitor.history import History
 from distnorm.monitor.latch import Latch
 from distnorm.monitor.records import Alert, Kind, LayerRow
+from distnorm.monitor.report.numbers import short
 
 # A layer can vanish under the bound only if it was so many times larger: a key's bias, whose gradient is zero
 # but for rounding, never was.
@@ -67,16 +68,16 @@ class AlertRules:
         config = self._config
         bounds: dict[float, str] = {}
         if config.vanishing is not None and history.largest >= _ALIVE * config.vanishing:
-            bounds[config.vanishing] = f"{config.vanishing:.1e}"
+            bounds[config.vanishing] = short(config.vanishing, 3)
         if config.drop is not None and history.count >= config.warmup:
             share = config.drop * history.average
-            bounds[share] = f"{config.drop:g} of its average, {history.average:.3e}"
+            bounds[share] = f"{config.drop:g} of its average, {short(history.average)}"
         if not bounds:
             return
         bound = max(bounds)
         missing = row.norm == 0.0 and history.zeros + 1 < _ZERO_STEPS
         beyond, back = row.norm < bound and not missing, row.norm >= bound * config.hysteresis
-        text = f"the gradient's norm is {row.norm:.3e}, less than {bounds[bound]}"
+        text = f"the gradient's norm is {short(row.norm)}, less than {bounds[bound]}"
         yield from self._when_due(
             "vanishing", step, beyond, back, text, layer=row.layer, value=row.norm, bound=bound
         )
@@ -88,7 +89,8 @@ class AlertRules:
         bound = history.average * history.reach(factor)
         beyond, back = row.norm > bound, row.norm <= bound / self._config.hysteresis
         times = row.norm / history.average
-        text = f"the gradient's norm is {row.norm:.3e}, {times:.3g} times its average, {history.average:.3e}"
+        average = f"{short(times, 3)} times its average, {short(history.average)}"
+        text = f"the gradient's norm is {short(row.norm)}, {average}"
         yield from self._when_due(
             "exploding", step, beyond, back, text, layer=row.layer, value=row.norm, bound=bound
         )
@@ -99,7 +101,8 @@ class AlertRules:
             assert bound is not None
             # The key is the kind of block, whichever of its ends is the low one.
             beyond, back = trend.ratio < bound, trend.ratio >= min(bound * self._config.hysteresis, 1.0)
-            text = f"norms fall from {trend.high} to {trend.low} to {trend.ratio:.1e}, less than {bound:.1e}"
+            share = f"{short(trend.ratio, 3)}, less than {short(bound, 3)}"
+            text = f"norms fall from {trend.high} to {trend.low} to {share}"
             yield from self._when_due(
                 "vanishing",
                 step,

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-DRAWN = "document.documentElement?.dataset.drawn !== undefined"
+DRAWN = "document.documentElement?.dataset.waiting === '0'"
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -61,7 +61,7 @@ class Browser:
         os.close(self._from)
 
     def open(self, page: Path | str, scheme: str = "light", width: int = 1280, ready: str = DRAWN) -> None:
-        """Load a page in a new tab, a file without a network, and wait until it is ready: has drawn its figures."""
+        """Load a page in a new tab, a file without a network, and wait until it has drawn its figures."""
         self._session = ""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -77,7 +77,7 @@ class Browser:
 
     def settle(self, ready: str = DRAWN) -> None:
         """Wait until every figure that has to be drawn, or drawn again, is."""
-        deadline = time.monotonic() + 40
+        deadline = time.monotonic() + 120
         while not self.run(ready):
             assert time.monotonic() < deadline, f"nothing is drawn: {self.complaints}"
             time.sleep(0.02)
@@ -104,7 +104,7 @@ class Browser:
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         number = self._send(method, **params)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while True:
             for message in self._messages(deadline):
                 self._note(message)
@@ -114,7 +114,7 @@ class Browser:
 
     def wait_for(self, event: str) -> None:
         """Wait until the browser has told of an event since the last wait for it."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while event not in self._heard:
             for message in self._messages(deadline):
                 self._note(message)

@@ -212,11 +212,34 @@ def test_help_comes_without_torch_and_serving_too(folder: Path) -> None:
 
 
 def until(browser: Browser, script: str) -> None:
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + 120
     while not browser.run(script):
         assert time.monotonic() < deadline, (script, browser.complaints)
         time.sleep(0.05)
     browser.settle()
+
+
+def test_the_page_of_a_long_run_holds_no_more_than_a_screen_shows(browser: Browser, folder: Path) -> None:
+    rows = [metric_row(step, 1.0 + step % 7) for step in range(1, 5001)]
+    rows[2345] = metric_row(2346, 99.0)
+    write_lines(folder / "metrics.jsonl", iter(rows))
+    layers = (
+        {"step": step, "layer": f"l{i}", "norm": 1.0 + i} for step in range(50, 5001, 50) for i in range(301)
+    )
+    write_lines(folder / "layers.jsonl", layers)
+    with served(folder) as server:
+        cells = json.loads(ask(server, "/layers?run=0")[1])["figures"][0]["layers"]["z"]
+        assert len(cells) == 301 and len(base64.b64decode(cells[0]["bdata"])) == 4 * (30_000 // 301)
+        browser.open(server.url)
+        drawn = "[...document.querySelectorAll('.plot.steps')].flatMap((e) => e.data.map((t) => t.x.length))"
+        assert max(browser.run(drawn)) <= 1001
+        norm = "document.querySelector('.plot.steps').data[0]"
+        assert browser.run(f"Math.max(...{norm}.y)") == 99.0
+        browser.run("showSteps('run0', [2300, 2400])")
+        browser.settle()
+        assert browser.run(f"[...{norm}.x]") == list(range(2299, 2402)), "every step, with one on either side"
+        assert browser.complaints == []
+        browser.call("Page.navigate", url="about:blank")
 
 
 def test_the_page_follows_a_run_and_asks_nobody_else(browser: Browser, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from distnorm.monitor.report.numbers import number, plural
 from distnorm.monitor.report.row_reader import UnreadableLines, read_rows
 from distnorm.monitor.report.steps import Steps, read_steps
 
-MAX_CELLS = 240_000  # of the grids of all runs together: a megabyte and a quarter of the page
+_MAX_CELLS = 240_000  # of the grids of all runs together: a megabyte and a quarter of the page
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
         RunError: a run has no metrics.
     """
     names = run_names([Path(path) for path in paths])
-    cells = MAX_CELLS // len(paths)
+    cells = _MAX_CELLS // len(paths)
     return [_read_run(Path(path), name, cells) for path, name in zip(paths, names, strict=True)]
 
 

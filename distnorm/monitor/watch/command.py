@@ -28,9 +28,9 @@ def main(runs: Sequence[str | Path], host: str, port: int, terminal: bool) -> in
         DistnormError: plotly, jinja2 or rich isn't installed.
     """
     if terminal:
-        from distnorm.monitor.watch import terminal as screen
+        from distnorm.monitor.watch.terminal import main as draw
 
-        return screen.main([Path(run) for run in runs])
+        return draw([Path(run) for run in runs])
     serve(runs, host, port, _announce)
     return 0
 

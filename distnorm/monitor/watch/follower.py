@@ -10,10 +10,12 @@ from distnorm.errors import RunError
 from distnorm.monitor.records import ALERTS_FILE, LAYERS_FILE, METRICS_FILE, NOTES_FILE, STARTS_FILE
 from distnorm.monitor.report.layers import LayerGrid, LayerRows
 from distnorm.monitor.report.row_reader import Row, UnreadableLines, rows_of
-from distnorm.monitor.report.runs import MAX_CELLS, Run, gather_run, run_names
+from distnorm.monitor.report.runs import Run, gather_run, run_names
 from distnorm.monitor.report.steps import Step, Steps, step_of
 
 _AT_ONCE = 1 << 22
+_MOST_CELLS = 30_000
+"""Of a map of layers that is drawn again and again; a report, drawn once, has eight times as many."""
 
 
 @dataclass(slots=True)
@@ -103,7 +105,7 @@ class Follower:
                 self._layers_seen, self._rows = self._layers.epoch, LayerRows()
             for line, row in rows:
                 self._rows.add(line, row)
-        return self._rows.grid(MAX_CELLS)
+        return self._rows.grid(_MOST_CELLS)
 
     def run(self, *, with_layers: bool = False) -> Run:
         """The run as a report shows it."""
