@@ -43,7 +43,7 @@ class NativeHook(BuildHookInterface):  # type: ignore[type-arg]
         if version == "editable" or "linux" not in platform or variants is None:
             return
         self.folder = tempfile.TemporaryDirectory()
-        library = Path(self.folder.name, "native.so")
+        library = Path(self.folder.name, "libnative.so")
         try:
             build(Path(self.root, "distnorm", "kernels", "native.c"), library, variants)
         except (OSError, subprocess.CalledProcessError) as error:
@@ -51,7 +51,7 @@ class NativeHook(BuildHookInterface):  # type: ignore[type-arg]
                 raise
             self.app.display_warning(f"no compiled kernels in this wheel: {error}")
             return
-        build_data["force_include"][str(library)] = "distnorm/kernels/native.so"
+        build_data["force_include"][str(library)] = "distnorm/kernels/libnative.so"
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{platform}"
 

@@ -34,7 +34,7 @@ _RECIPE = compiling.Recipe(
     # No -ffast-math: NaN and inf must come through. hatch_build.py builds with these flags too.
     ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-pthread"),
 )
-_IN_WHEEL = Path(__file__).with_name("native.so")
+_IN_WHEEL = Path(__file__).with_name("libnative.so")  # no module's name, or it would be imported in its place
 _VARIANTS = {"AVX2": "_avx2", "AVX512": "_avx512"}  # what torch calls a CPU, whose conditions are the build's
 _OPENMP = re.compile(r"/lib(g|i)?omp[^/]*\.so")
 _PER_THREAD = 1 << 19  # elements: below, starting a thread takes longer than it saves

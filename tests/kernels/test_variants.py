@@ -58,8 +58,8 @@ def test_every_variant_gives_the_same_bits(hook, monkeypatch, tmp_path):
     variants = {name: flags for name, flags in hook.VARIANTS["x86_64"].items() if name.upper() in allowed}
     if able not in ("AVX2", "AVX512"):
         pytest.skip(f"this CPU has one variant: {able}")
-    hook.build(SOURCE, tmp_path / "native.so", variants)
-    monkeypatch.setattr(native, "_IN_WHEEL", tmp_path / "native.so")
+    hook.build(SOURCE, tmp_path / "libnative.so", variants)
+    monkeypatch.setattr(native, "_IN_WHEEL", tmp_path / "libnative.so")
     monkeypatch.setenv("CC", "false")  # so nothing else can be loaded
     dice = torch.Generator().manual_seed(1)
     values = torch.randn(70_001, generator=dice, dtype=torch.float64) * 100
@@ -95,7 +95,13 @@ def test_aarch64_gives_the_same_bits_in_emulation(tmp_path):
 
 
 def test_a_library_of_another_machine_is_passed_over(monkeypatch, tmp_path):
-    other = tmp_path / "native.so"
+    other = tmp_path / "libnative.so"
     other.write_bytes(b"\x7fELF of another kind")
     monkeypatch.setattr(native, "_IN_WHEEL", other)
     assert native._load()[1] == ""
+
+
+def test_the_library_s_name_is_no_module_s(hook):
+    """Python would import it in the module's place."""
+    assert not native._IN_WHEEL.with_suffix(".py").exists()
+    assert f'"distnorm/kernels/{native._IN_WHEEL.name}"' in (ROOT / "hatch_build.py").read_text()
