@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from distnorm.monitor import Alert, LayerRow, Monitor
     from distnorm.policies.results import ClipResult, GroupResult
     from distnorm.verification import VerifyReport, verify
+    from distnorm.verification.doctor import DoctorReport, doctor, dump
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "CoverageError",
     "DisagreementError",
     "DistnormError",
+    "DoctorReport",
     "GradClipper",
     "GroupResult",
     "Handle",
@@ -50,6 +52,8 @@ __all__ = [
     "attach",
     "clip_grad_norm_",
     "clip_grads_with_norm_",
+    "doctor",
+    "dump",
     "get_total_norm",
     "load_config",
     "verify",
@@ -73,6 +77,7 @@ _HOMES = {
     "monitor": ("Alert", "LayerRow", "Monitor"),
     "policies.results": ("ClipResult", "GroupResult"),
     "verification": ("VerifyReport", "verify"),
+    "verification.doctor": ("DoctorReport", "doctor", "dump"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
