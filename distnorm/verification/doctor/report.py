@@ -90,7 +90,7 @@ class DoctorReport:
         if self.dead:
             facts.append(("dead", _listed(self.dead)))
         facts += [("note", note) for note in self.notes]
-        cause = self.cause and f"{self.cause.where}: {_told(self.cause.explanation)}"
+        cause = None if self.cause is None else f"{self.cause.where}: {_told(self.cause.explanation)}"
         return page(self.verdicts, self._headline(), cause, facts)
 
     def _partings(self) -> list[tuple[str, Parting]]:
