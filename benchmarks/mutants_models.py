@@ -75,9 +75,13 @@ def _trainer(
     train = {"seed": seed, "dtype": dtype, "device": "cpu", "model": sizes}
     train |= {"data": {"path": __file__, "batch_size": 8}, "parallel": _DEGREES | parallel}
     config = load_config({"clip": {"max_norm": 1.0}, "train": train})
-    small = partial(DistributedDataParallel, bucket_cap_mb=0.02)
+    # Without unused parameters DDP would make one bucket of all in its first step.
+    small = partial(DistributedDataParallel, bucket_cap_mb=0.01, find_unused_parameters=True)
     with open_world(config) as world:
-        with mock.patch.object(trainer_topology, "DistributedDataParallel", small):
+        with (
+            mock.patch.object(trainer_topology, "DistributedDataParallel", small),
+            mock.patch.object(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 4096),
+        ):
             trainer = make_trainer(config, world)
         topology = trainer.job.topology
         assert topology.mesh is not None and topology.mesh.mesh_dim_names is not None
@@ -141,13 +145,13 @@ _spoilt_bucket.__annotations__ = {}
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        out = torch.empty_like(x)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
         dist.all_to_all_single(out, x.contiguous())
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        out = torch.empty_like(gradient)
+        out = torch.empty_like(gradient, memory_format=torch.contiguous_format)
         dist.all_to_all_single(out, gradient.contiguous())
         return out
 
