@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from distnorm.policies.results import ClipResult, GroupResult
     from distnorm.sources import Piece
     from distnorm.verification import VerifyReport, verify
+    from distnorm.verification.doctor import DoctorReport, doctor, dump
 
 __version__ = "0.2.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "CoverageError",
     "DisagreementError",
     "DistnormError",
+    "DoctorReport",
     "GradClipper",
     "GroupResult",
     "Handle",
@@ -55,6 +57,8 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grads_with_norm_",
     "clip_qk_",
+    "doctor",
+    "dump",
     "get_total_norm",
     "load_config",
     "verify",
@@ -80,6 +84,7 @@ _HOMES = {
     "policies.results": ("ClipResult", "GroupResult"),
     "sources": ("Piece",),
     "verification": ("VerifyReport", "verify"),
+    "verification.doctor": ("DoctorReport", "doctor", "dump"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

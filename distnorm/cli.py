@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distnorm.bench import ROUNDS, WORKLOADS
@@ -68,6 +69,9 @@ def make_parser() -> argparse.ArgumentParser:
         return added
 
     train = add("train", _train, "run the reference trainer, under torchrun or as one process")
+    doctor = add("doctor", _doctor, "compare every gradient of a step with one process's, and explain")
+    dump = add("dump", _dump, "write a step's gradients and weights, as the reference of a later doctor")
+    _describe_doctor(doctor, dump)
     verify = add("verify", _verify, "prove the norm of one training step against an independent one")
     validate = add("validate", _validate, "check configurations and list every mistake with its place")
     add("schema", _schema, "print the JSON Schema of a configuration")
@@ -82,10 +86,10 @@ def make_parser() -> argparse.ArgumentParser:
     _describe_bench(
         add("bench", _bench, "time gradient-norm functions, and the machine's limit, side by side")
     )
-    for parser_of_one in (train, verify, plan):
+    for parser_of_one in (train, verify, plan, dump):
         parser_of_one.add_argument("config", metavar="CONFIG", help="a YAML file")
     validate.add_argument("configs", metavar="CONFIG", nargs="+", help="a YAML file")
-    for configured in (train, verify, validate, plan):
+    for configured in (train, verify, validate, plan, doctor, dump):
         configured.add_argument(
             "--set",
             dest="overrides",
@@ -105,11 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
         existing.add_argument(
             f"--{name}", dest="existing", action="store_const", const=name, default="refuse", help=text
         )
-    for run in ("run_a", "run_b"):
-        compare.add_argument(run, metavar="RUN", help="a run's folder")
-    compare.add_argument(
-        "--rtol", type=_tolerance, metavar="R", help="largest relative difference; 1 is returned beyond it"
-    )
+    _describe_compare(compare)
     report.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder")
     report.add_argument("-o", "--output", metavar="FILE", default="report.html", help="the page's file")
     suggest.add_argument("run", metavar="RUN", help="a run's folder")
@@ -134,6 +134,26 @@ def _describe_plan(plan: argparse.ArgumentParser) -> None:
     )
     plan.add_argument("--rank", type=int, default=0, metavar="R", help="which rank is shown (default: 0)")
     plan.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object")
+
+
+def _describe_compare(compare: argparse.ArgumentParser) -> None:
+    for run in ("run_a", "run_b"):
+        compare.add_argument(run, metavar="RUN", help="a run's folder")
+    compare.add_argument(
+        "--rtol", type=_tolerance, metavar="R", help="largest relative difference; 1 is returned beyond it"
+    )
+
+
+def _describe_doctor(doctor: argparse.ArgumentParser, dump: argparse.ArgumentParser) -> None:
+    dump.add_argument("-o", "--output", metavar="DIR", required=True, help="the dump's folder, a new one")
+    doctor.add_argument("config", metavar="CONFIG", nargs="?", help="a YAML file")
+    doctor.add_argument(
+        "--against", metavar="CONFIG", help="the YAML file of a single process, or the folder of a dump"
+    )
+    doctor.add_argument("--trace", action="store_true", help="find the module at which the runs part")
+    doctor.add_argument("--json", dest="json_file", metavar="FILE", help="where the report is written")
+    doctor.add_argument("--page", dest="page_file", metavar="FILE", help="where its page is written, HTML")
+    doctor.add_argument("--env", action="store_true", help="print what is in use, and what could be faster")
 
 
 def _describe_bench(bench: argparse.ArgumentParser) -> None:
@@ -239,6 +259,34 @@ def _verify(config: str, overrides: Sequence[str]) -> int:
     from distnorm.trainer import verify
 
     return verify.main(loaded)
+
+
+def _doctor(
+    config: str | None, against: str | None, overrides: Sequence[str], env: bool, **options: Any
+) -> int:
+    if env:
+        from distnorm.verification.doctor import environment
+
+        return environment.main()
+    if config is None or against is None:
+        raise ConfigError("doctor: expected CONFIG and --against, or --env")
+    from distnorm.config import load_config
+
+    loaded = load_config(config, overrides)
+    shared = [text for text in overrides if not text.startswith("train.parallel")]
+    other = Path(against) if Path(against).is_dir() else load_config(against, shared)
+    from distnorm.trainer import doctor
+
+    return doctor.main(loaded, other, **options)
+
+
+def _dump(config: str, output: str, overrides: Sequence[str]) -> int:
+    from distnorm.config import load_config
+
+    loaded = load_config(config, overrides)
+    from distnorm.trainer import doctor
+
+    return doctor.main_dump(loaded, output)
 
 
 def _plan(config: str, overrides: Sequence[str], world: int | None, rank: int, as_json: bool) -> int:

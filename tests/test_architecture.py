@@ -392,7 +392,7 @@ def public_surface() -> dict[str, str]:
             surface[name] = f"({', '.join(value.model_fields)})"
         else:
             surface[name] = str(inspect.signature(value)).replace("'", "")
-        if name in ("GradClipper", "ClipResult", "Monitor", "VerifyReport"):
+        if name in ("GradClipper", "ClipResult", "Monitor", "VerifyReport", "DoctorReport"):
             for member, attribute in sorted(vars(value).items()):
                 if not member.startswith("_"):
                     shown = (

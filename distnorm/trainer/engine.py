@@ -46,6 +46,11 @@ class Engine:
         return self.topology.degree("pp") > 1
 
     @property
+    def microbatches(self) -> int:
+        """How many micro-batches a pipeline cuts this rank's slice of the batch into."""
+        return self.config.train.parallel.microbatches or 2 * self.topology.degree("pp")
+
+    @property
     def stage(self) -> Transformer:
         """This rank's part of the model, without its wrapper."""
         wrappers = (DistributedDataParallel, FullyShardedDataParallel)
@@ -105,7 +110,7 @@ class Engine:
         """1F1B over this rank's stage; the shapes between stages are given, so nothing is traced."""
         train, topology = self.config.train, self.topology
         stages, stage = topology.degree("pp"), topology.index("pp")
-        microbatches = train.parallel.microbatches or 2 * stages
+        microbatches = self.microbatches
         rows = train.data.batch_size // topology.data_degree // microbatches
         context = train.model.context
         local_context = context // topology.degree("tp") if train.parallel.sequence_parallel else context

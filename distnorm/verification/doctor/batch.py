@@ -1,0 +1,59 @@
+"""Which rows of the batch each side was given, by digests."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from distnorm.verification.pieces import digest, local_of
+
+
+def row_digests(args: Any, kwargs: Any) -> list[str]:
+    """A digest for each row of what a model is given: of all tensors of data that have as many rows.
+
+    Activations of a pipeline's stage before, which require gradients, are no data.
+    """
+    found = [local_of(t) for t in _tensors((args, kwargs))]
+    if not found or any(t.requires_grad for t in _tensors((args, kwargs))):
+        return []
+    rows = found[0].shape[0]
+    together = [tensor for tensor in found if tensor.shape[0] == rows]
+    return ["".join(digest(tensor[i])[:16] for tensor in together) for i in range(rows)]
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        if value.ndim:
+            yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def batch_fault(by_rank: Sequence[Sequence[str]], reference: Sequence[str]) -> str | None:
+    """Say how the ranks' rows together differ from the reference's; `None` where they are the same batch.
+
+    Ranks that hold the same rows (tensor parallel ones) count as one.
+
+    Args:
+        by_rank: digests of the rows that each rank's model was given; none on later pipeline stages.
+        reference: those of the reference.
+    """
+    if not any(by_rank) or not reference:
+        return None
+    once = {tuple(rows): None for rows in by_rank if rows}
+    found, expected = Counter(row for rows in once for row in rows), Counter(reference)
+    if found == expected:
+        return None
+    missing, extra = expected - found, found - expected
+    doubled = any(row in expected for row in extra)
+    return (
+        f"expected the reference's {expected.total()} rows, found {found.total()}: {missing.total()} of the "
+        f"reference's are missing and {extra.total()} are {'given twice or ' if doubled else ''}not its own"
+    )
