@@ -18,7 +18,8 @@ from distnorm import kernels
 from distnorm.errors import DistnormError
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.terms import stable_hash
-from distnorm.sources import Source, Tied, checked_tied, named_tensors, read_once, shards_of
+from distnorm.sources import Source, Tied, named_tensors, read_once, shards_of
+from distnorm.sources.layout import Layout
 from distnorm.sources.shards import PartialGrad
 
 _WHOLE = 1 << 24  # bytes that `kernels.fingerprints` reads all of
@@ -77,7 +78,7 @@ class Fingerprints:
     def _now(self) -> dict[str, int]:
         with kernels.plain_operators(), torch.no_grad():
             named = named_tensors(self._target)
-            shards = shards_of(named, Source.GRADIENT, target=self._target, tied=checked_tied(self._tied))
+            shards = shards_of(named, Source.GRADIENT, target=self._target, layout=Layout.of(tied=self._tied))
             read = {shard.name: shard.read() for shard in shards}
             local = {
                 name: found.tensor if isinstance(found, PartialGrad) else found
@@ -106,4 +107,4 @@ def fingerprints_of(tensors: Sequence[Tensor]) -> list[int]:
 
 def _chunks(tensor: Tensor) -> Iterator[Tensor]:
     plain = tensor.detach().contiguous().view(-1)
-    yield from plain.split(max(1, _WHOLE // plain.element_size())) if plain.numel() else ()
+    yield from torch.split(plain, max(1, _WHOLE // plain.element_size())) if plain.numel() else ()

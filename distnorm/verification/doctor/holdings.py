@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from distnorm import kernels
-from distnorm.sources import Source, Target, Tied, checked_tied, named_tensors, shards_of
+from distnorm.sources import Source, Target, Tied, named_tensors, shards_of
+from distnorm.sources.layout import Layout
 from distnorm.sources.shards import GradShard, PartialGrad
 from distnorm.verification.pieces import digest
 
@@ -98,7 +99,7 @@ def read_holdings(
         UnsupportedGradientError: a gradient can't be read.
     """
     with kernels.plain_operators(), torch.no_grad():
-        shards = shards_of(named_tensors(target), Source.GRADIENT, target=target, tied=checked_tied(tied))
+        shards = shards_of(named_tensors(target), Source.GRADIENT, target=target, layout=Layout.of(tied=tied))
         return [_held(rank, i, shard, before or {}) for i, shard in enumerate(shards)]
 
 
@@ -107,7 +108,7 @@ def remember_gradients(target: Target, tied: Tied) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     with kernels.plain_operators(), torch.no_grad():
         for shard in shards_of(
-            named_tensors(target), Source.GRADIENT, target=target, tied=checked_tied(tied)
+            named_tensors(target), Source.GRADIENT, target=target, layout=Layout.of(tied=tied)
         ):
             if shard.holder.grad is None:  # asked first: reading may refuse what isn't there yet
                 continue
