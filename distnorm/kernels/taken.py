@@ -49,7 +49,7 @@ class TakenParts:
         self._most = np.maximum(WHOLE // chunk, 1)  # chunks, by dtype
         self.is_sampled = runs[:, 1] - runs[:, 0] > self._most[codes]
         self._packed = self._chunks.numels + (self.is_sampled[self._chunks.of].astype(np.int64) << 32)
-        self._ring, self._step = PinnedRing(), 1
+        self._ring, self._step, self._lent = PinnedRing(), 1, 0
         self._events: dict[int, torch.cuda.Event] = {}  # of this step's launches, by stream
         self._before: torch.cuda.Event | None = None  # which this step's launches have to wait for
         with on(device):
@@ -108,8 +108,13 @@ class TakenParts:
                 kinds.append((code, int(ends[found[0]] - many[found[0]]), count))
         return np.stack([addresses, self._packed[places], places], axis=1), kinds
 
+    def lend(self) -> TakenParts:
+        """Let `partials` use the records of this step, and begin the next."""
+        self._lent, self._step = self._step, self._step + 1
+        return self
+
     def partials(self, out: Tensor, kernel: Kernel) -> None:
-        """Write the partial sums of the table's chunks as they are now, and forget the records.
+        """Write the partial sums of the table's chunks as they are now.
 
         If the bytes of a single one have changed, all are read: samples of a tensor's chunks show together
         that it has changed, and not where.
@@ -118,14 +123,14 @@ class TakenParts:
         self._wait_for_all()
         for kind, first, count in table.kinds:
             most, dtype = int(self._most[kind]), gpu_code.DTYPES[kind]
-            given = (table.rows, first, table.each, self._prints, self._changed, self._step, most)
+            given = (table.rows, first, table.each, self._prints, self._changed, self._lent, most)
             code.compare[(count,)](*given, dtype, BLOCK)
         for kind, first, count in table.kinds:
-            records = (self._parts, self._prints, self._changed, self._step)
+            records = (self._parts, self._prints, self._changed, self._lent)
             code.partials_unless_taken[(count,)](
                 table.rows, first, out, *records, gpu_code.DTYPES[kind], int(kernel), BLOCK
             )
-        self._next()
+        self._settle()
 
     def were_kept(self) -> Tensor:
         """Whether all records were used when `partials` was called last, 0-d bool on the device."""
@@ -133,9 +138,10 @@ class TakenParts:
 
     def forget(self) -> None:
         """Use none of the records that were made up to now."""
+        self._step += 1
         with on(self.table.device):
             self._wait_for_all()
-            self._next()
+            self._settle()
 
     def _wait_for_all(self) -> None:
         stream = stream_of(self.table.device)
@@ -152,8 +158,8 @@ class TakenParts:
         for held in (self._parts, self._prints, self._changed):
             held.record_stream(stream)
 
-    def _next(self) -> None:
-        self._step += 1
+    def _settle(self) -> None:
+        """From now on to wait for the current stream is enough."""
         self._events.clear()
         stream = stream_of(self.table.device)
         self._before = None if stream is None else stream.record_event()

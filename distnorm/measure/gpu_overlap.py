@@ -113,7 +113,7 @@ class GpuOverlap:
             self._take_waiting(again)
         states, self._states = self._states, {}
         if taken is not None and taken.table is place and self._are_unchanged(states):
-            return taken
+            return taken.lend()
         if taken is not None:
             taken.forget()
         if taken is None or taken.table is not place:
