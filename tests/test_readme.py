@@ -58,7 +58,7 @@ def test_a_script_runs_under_torchrun(title: str, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d"]
     torchrun += ["--rdzv-endpoint=localhost:0", "--redirects=1", f"--log-dir={tmp_path}"]
     result = subprocess.run(
-        [*torchrun, *options, file], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120
+        [*torchrun, *options, file], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr[-2000:]
     outputs = [path.read_text() for path in tmp_path.rglob("stdout.log")]
