@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import distnorm
+from distnorm.monitor.report.layer_charts import layer_charts
+from distnorm.monitor.report.layers import read_layers
 from tests.counting import as_on_an_accelerator, collectives_and_reads
 from tests.refusals import heard
 
@@ -272,6 +274,10 @@ def test_every_topology_finds_what_one_process_does(ranks: Any, tmp_path: Path) 
 @pytest.mark.parametrize("every", [1, 2])
 def test_one_process(tmp_path: Path, every: int) -> None:
     check(train("single", tmp_path, every)[1], every)
+    table = layer_charts(read_layers(tmp_path / "single" / "layers.jsonl", 10_000))[-1].table
+    for head in ("update norm", "update / weight", "cos(gradient, weight)", "spectral norm"):
+        assert f"last {head}" in table
+    assert "experts[3]" in table
 
 
 def test_a_long_and_a_complex_parameter_and_one_that_is_trained_later(tmp_path: Path) -> None:
@@ -305,6 +311,22 @@ def test_a_long_and_a_complex_parameter_and_one_that_is_trained_later(tmp_path: 
         exact = [np.linalg.norm(w - before), (dense.conj() * w).sum().real / np.linalg.norm(w)]
         found = [row["update_norm"], row["cos_weight"] * row["norm"]]
         assert found == pytest.approx(exact, rel=1e-9)
+
+
+def test_weights_of_another_course_are_no_update(tmp_path: Path) -> None:
+    weight = nn.Parameter(torch.ones(4))
+    clipper = distnorm.GradClipper(
+        [("w", weight)], {"monitor": {"every": 1, "dir": tmp_path, "updates": True}}
+    )
+    for step in range(3):
+        weight.grad = torch.ones(4)
+        clipper.clip()
+        with torch.no_grad():
+            weight -= 0.5
+        if step == 1:
+            clipper.load_state_dict(clipper.state_dict())
+    clipper.close()
+    assert [row.get("update_norm") for row in read(tmp_path / "layers.jsonl")] == [None, 1.0, None]
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [

@@ -194,6 +194,8 @@ class StepMonitor:
 
     def load_state_dict(self, state: Mapping[str, Any] | None, steps: int) -> None:
         """Go on from a state, or without one after so many steps."""
+        if self._snapshot is not None:  # weights that were kept are those of another course
+            self._snapshot.look_ahead(False)
         self._pending.load_state_dict(
             state if state is not None else {**self.monitor.state_dict(), "step": steps}
         )

@@ -139,26 +139,27 @@ class ProductStatistics:
         """
         weights = trained_weights(self._shards, gradients)
         whole, counted = list[Operands](), list[Operands]()
-        for i, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
-            kept = None if weight is None or self._before is None else self._before.get(i)
-            # A weight that wasn't trained in the step before has no update.
-            before = weight if kept is None else kept
-            whole.append((gradient, weight, before))
-            is_cut = kept is not None and not self._is_sliced(i)
-            counted.append(
-                (
-                    *(self._counted(i, t) for t in (gradient, weight)),
-                    before if is_cut else self._counted(i, before),
-                )
-            )
+        for i, now in enumerate(zip(gradients, weights, strict=True)):
+            whole.append(now)
+            counted.append(tuple(self._counted(i, tensor) for tensor in now))
+            if self._updates:
+                kept = None if now[1] is None or self._before is None else self._before.get(i)
+                # A weight that wasn't trained in the step before has no update.
+                before = now[1] if kept is None else kept
+                is_cut = kept is not None and not self._is_sliced(i)
+                whole[-1] += (before,)
+                counted[-1] += (before if is_cut else self._counted(i, before),)
         sliced = [] if self._slices is None else self._slices.parts(whole)
+        nothing = torch.zeros(0, dtype=torch.float64, device=device)
+        kinds = zip((counted, sliced), ("parameters", "slices"), self._layout(), strict=True)
         return torch.cat(
             [
-                self._added_up(parts, name, columns, size, device)
-                for parts, name, (columns, size) in zip(
-                    (counted, sliced), ("parameters", "slices"), self._layout(), strict=True
-                )
-                if size and columns
+                nothing,
+                *(
+                    self._added_up(parts, name, columns, size, device)
+                    for parts, name, (columns, size) in kinds
+                    if size and columns
+                ),
             ]
         )
 
@@ -182,8 +183,10 @@ class ProductStatistics:
         return found[0], found[1]
 
 
-def _products(columns: Sequence[str], grad: Tensor, weight: Tensor, before: Tensor) -> tuple[Tensor, ...]:
-    update = weight - before if "update" in columns else grad
+def _products(
+    columns: Sequence[str], grad: Tensor, weight: Tensor, before: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    update = grad if before is None else weight - before
     pairs = {
         "grad": (grad, grad),
         "weight": (weight, weight),
