@@ -121,6 +121,7 @@ def test_the_surface_is_frozen() -> None:
         ("schema",),
         ("compare",),
         ("report",),
+        ("watch",),
         ("bench",),
     ],
 )
@@ -158,6 +159,8 @@ def test_help_lists_every_option(command: tuple[str, ...], capsys: pytest.Captur
         ["bench", "--device", "tpu"],
         ["report"],
         ["report", "-o", "page.html"],
+        ["watch"],
+        ["watch", "a", "--port", "x"],
         ["suggest-threshold", "a", "b"],
     ],
 )
