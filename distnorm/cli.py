@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; the process's own by default.
 
     Returns:
-        The exit code: 0; 1 where `verify`, `compare` or `bench` found a difference; 2 for bad input,
-        explained on stderr; 130 after Ctrl-C.
+        The exit code: 0; 1 where `verify`, `compare` or `bench` found a difference, or a rank was lost;
+        2 for bad input, explained on stderr; 130 after Ctrl-C.
 
     Raises:
         SystemExit: with 0 after ``--help`` and ``--version``, with 2 for wrong arguments.
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command(**arguments)
     except DistnormError as error:
         tell(error)
-        return _BAD_INPUT
+        return int(getattr(error, "exit_code", _BAD_INPUT))
     except KeyboardInterrupt:
         return _INTERRUPTED
 

@@ -21,6 +21,7 @@ environment:
                       (default: MASTER_ADDR:MASTER_PORT where MASTER_ADDR is set; port 29400)
     RDZV_ID           name of the run, the same on all nodes (default: distnorm)
     RDZV_TIMEOUT      seconds that a node waits for the endpoint, and for the other nodes (default: 600)
+    LOCAL_ADDR        this node's address, by which the others reach it (default: its host name's)
     MAX_RESTARTS      how often all processes are started again after one has failed; a run with train.checkpoint.every
                       then goes on from its newest checkpoint (default: 0)
     OMP_NUM_THREADS   threads of each process (default: 1)
@@ -62,6 +63,14 @@ if [[ -z "$ENDPOINT" ]]; then
     ENDPOINT=localhost:0 # any free port: runs on one machine don't meet each other
 fi
 
+rendezvous="join_timeout=${RDZV_TIMEOUT:-600},read_timeout=${RDZV_TIMEOUT:-600}"
+address=()
+if [[ -n "${LOCAL_ADDR:-}" ]]; then
+    address=(--local-addr "$LOCAL_ADDR")
+    # torch asks the host name whether the endpoint is here, which knows nothing of this address.
+    rendezvous+=",is_host=$([[ "${ENDPOINT%:*}" == "$LOCAL_ADDR" ]] && echo true || echo false)"
+fi
+
 if [[ "$1" == *.py ]]; then
     program=("$@")
 else
@@ -75,6 +84,6 @@ exec "$PYTHON" -m distnorm.launch \
     --rdzv-backend c10d \
     --rdzv-endpoint "$ENDPOINT" \
     --rdzv-id "${RDZV_ID:-distnorm}" \
-    --rdzv-conf "join_timeout=${RDZV_TIMEOUT:-600},read_timeout=${RDZV_TIMEOUT:-600}" \
+    --rdzv-conf "$rendezvous" "${address[@]}" \
     --max-restarts "${MAX_RESTARTS:-0}" \
     "${program[@]}"

@@ -43,6 +43,11 @@ class TrainConfig(Section):
     dtype: Literal["float32", "bfloat16", "float64"] = Field(
         "float32", description="Of parameters, gradients and arithmetic; float64 is for proofs."
     )
+    timeout: PositiveInt | None = Field(
+        None,
+        description="Seconds that a rank waits for the others in a collective; null: torch's default, and no "
+        "error says which rank did not come.",
+    )
     output_dir: Location = Field("runs/run", description="Folder for metrics and resolved config.")
     model: ModelConfig = Field(default_factory=ModelConfig, description="Sizes of the model.")
     data: DataConfig = Field(default_factory=DataConfig, description="What is read.")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distnorm import ClipResult, Config, Monitor, RunError
 from distnorm.trainer.data import Text
+from distnorm.trainer.progress import Progress
 from distnorm.trainer.topology import Topology, make_topology
 from distnorm.trainer.world import World
 
@@ -22,6 +23,7 @@ class Job:
     world: World
     text: Text
     topology: Topology
+    progress: Progress
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """This rank's slice of step `step`'s global batch, on its device: bytes, and those that follow."""
@@ -84,4 +86,4 @@ def make_job(config: Config, world: World) -> Job:
             f"train.data.path: expected the same text on every rank, found another on rank {rank} than on "
             "rank 0; give all of them the same files"
         )
-    return Job(config, world, text, make_topology(config, world))
+    return Job(config, world, text, make_topology(config, world), Progress(config.train.timeout))

@@ -15,6 +15,7 @@ from distnorm.trainer.console import open_console
 from distnorm.trainer.interrupt import Interrupt
 from distnorm.trainer.job import Job, Trainer, make_job
 from distnorm.trainer.model import build_model, parameter_count
+from distnorm.trainer.progress import Part
 from distnorm.trainer.rundir import Existing, Start, find_start, set_aside, write_config
 from distnorm.trainer.torch_trainer import TorchTrainer
 from distnorm.trainer.world import World, open_world
@@ -72,7 +73,8 @@ def _train(trainer: Trainer, config: Config, start: Start, done: int) -> int:
     assert clipper.monitor is not None
     with clipper.monitor, closing(clipper), console, Interrupt() as interrupt:
         for step in range(done + 1, steps + 1):
-            row, stop = _one_step(trainer, step, interrupt)
+            with trainer.job.progress.naming():
+                row, stop = _one_step(trainer, step, interrupt)
             console.row(row)
             stopped = stop and step < steps
             if every is not None and (stopped or step % every == 0):
@@ -104,6 +106,7 @@ def _one_step(trainer: Trainer, step: int, interrupt: Interrupt) -> tuple[dict[s
     began = time.perf_counter()
     share, _ = trainer.step(step)
     totals = torch.stack([share, share.new_tensor(float(interrupt.requested))])
+    job.progress.at(step, Part.ROW)
     if dist.is_initialized():
         dist.all_reduce(totals)
     loss, stops = totals.tolist()

@@ -24,7 +24,7 @@ CHECKPOINT_FILES = (".metadata", "trainer.pt")
 """What every finished checkpoint has."""
 
 # These say how long, from where and how it is watched, not what: a run with others is still the same run.
-_OTHER_WAYS_TO_ONE_RUN = ("train.steps", "train.checkpoint.", "monitor")
+_OTHER_WAYS_TO_ONE_RUN = ("train.steps", "train.timeout", "train.checkpoint.", "monitor")
 
 _SHOWN_DIFFERENCES = 3
 

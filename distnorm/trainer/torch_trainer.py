@@ -12,6 +12,7 @@ from distnorm.trainer.engine import Engine
 from distnorm.trainer.job import Job
 from distnorm.trainer.model import Transformer
 from distnorm.trainer.optimizer import make_optimizer
+from distnorm.trainer.progress import Part
 
 
 class TorchTrainer:
@@ -29,7 +30,9 @@ class TorchTrainer:
         self.clipper = GradClipper([self.engine.module], job.config, tied=self.engine.tied)
 
     def step(self, step: int) -> tuple[Tensor, ClipResult]:
+        self.job.progress.at(step, Part.GRADIENT)
         share = self.compute_gradient(step)
+        self.job.progress.at(step, Part.NORM)
         return share, self.update(self.engine.loss_of(share))
 
     def compute_gradient(self, step: int) -> Tensor:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -99,7 +100,11 @@ def open_world(config: Config) -> Iterator[World]:
     device = _device(config.train.device)
     ours = "WORLD_SIZE" in os.environ and not dist.is_initialized()
     if ours:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        seconds = config.train.timeout
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            timeout=None if seconds is None else timedelta(seconds=seconds),
+        )
     try:
         yield World(dist.get_rank() if dist.is_initialized() else 0, size, device)
     finally:

@@ -1,0 +1,95 @@
+"""What every rank does at the moment, in the process group's store, so that errors say who did not come."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from enum import IntEnum
+from typing import Any
+
+import torch.distributed as dist
+
+from distnorm import DistnormError, RunError
+
+_LOST = re.compile(r"gloo|nccl|timed? ?out|connection|broken pipe|store", re.IGNORECASE)
+_ANSWER = timedelta(seconds=5)
+
+
+class Part(IntEnum):
+    """Of a step, in the order in which a rank comes to them."""
+
+    GRADIENT = 0
+    NORM = 1
+    ROW = 2
+
+
+class LostRankError(RunError):
+    """A rank did not come to a collective; the others waited for it."""
+
+    exit_code = 1
+
+
+class Progress:
+    """Tells the others where this rank is.
+
+    Args:
+        timeout: seconds that collectives wait, as the configuration says; with `None` nobody is told, and
+            torch's errors are left as they are.
+    """
+
+    def __init__(self, timeout: int | None) -> None:
+        self._timeout = timeout
+        self._here = (0, Part.GRADIENT)
+        self._store: Any = None  # a torch.distributed.Store
+        if timeout is not None and dist.is_initialized():
+            store = dist.distributed_c10d._get_default_store()
+            self._store = dist.PrefixStore("distnorm/progress", store)  # type: ignore[attr-defined]
+
+    def at(self, step: int, part: Part) -> None:
+        """This rank is about to meet the others in this part of the step."""
+        self._here = (step, part)
+        if self._store is not None:
+            self._store.set(str(dist.get_rank()), f"{step} {int(part)}")
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Raise what torch says of a rank that is lost as a `LostRankError`, which says where it was last."""
+        began = time.monotonic()
+        try:
+            yield
+        except DistnormError:
+            raise
+        except RuntimeError as error:
+            if self._store is None or not _LOST.search(str(error)):
+                raise
+            waited = time.monotonic() - began
+            raise LostRankError(f"{self._finding(waited)} ({_first_line(error)})") from error
+
+    def _finding(self, waited: float) -> str:
+        step, part = self._here
+        place = f"step {step}'s {part.name.lower()}"
+        behind = []
+        for rank in range(dist.get_world_size()):
+            last = self._last(rank)
+            if rank != dist.get_rank() and (last is None or last < self._here):
+                where = "never seen" if last is None else f"last at step {last[0]}'s {last[1].name.lower()}"
+                behind.append(f"rank {rank} did not come to {place}: it was {where}")
+        found = (
+            "; ".join(behind) or f"every rank had come to {place}, and one of them, or the network, was lost"
+        )
+        return f"{found}; rank {dist.get_rank()} waited {waited:.0f} s, train.timeout is {self._timeout} s"
+
+    def _last(self, rank: int) -> tuple[int, Part] | None:
+        try:
+            self._store.set_timeout(_ANSWER)
+            step, part = self._store.get(str(rank)).split()
+        except RuntimeError:  # it never said anything, or the store is lost too
+            return None
+        return int(step), Part(int(part))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
