@@ -106,4 +106,4 @@ def fingerprints_of(tensors: Sequence[Tensor]) -> list[int]:
 
 def _chunks(tensor: Tensor) -> Iterator[Tensor]:
     plain = tensor.detach().contiguous().view(-1)
-    yield from plain.split(max(1, _WHOLE // plain.element_size())) if plain.numel() else ()
+    yield from torch.split(plain, max(1, _WHOLE // plain.element_size())) if plain.numel() else ()
