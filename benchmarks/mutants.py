@@ -6,8 +6,9 @@
 A mutant whose gradients are those of the unspoilt run, bit for bit, is equivalent, and is not counted. It is
 found where the report isn't "right". It is named rightly where the cause's first parameter, or the module
 boundary at which the runs part, belongs to the module (or FSDP unit, or DDP bucket) that the collective
-serves, or to the module next to it. The mistake is right where it is one of `EXPECTED`: a reduction moved to
-another axis is also called rightly "not reduced", over its own axis.
+serves, or to the module next to it; of a message between stages, to the layer at either end. The mistake is
+right where it is one of `EXPECTED`: a reduction moved to another axis is also called rightly "not reduced",
+over its own axis.
 """
 
 from __future__ import annotations
@@ -119,6 +120,8 @@ def _named(site: Site, report: DoctorReport) -> bool:
 
 
 def _serves(site: Site, module: str) -> bool:
+    if site.what == "irecv":  # between the two stages
+        return module.startswith(("blocks.0", "blocks.1"))
     if site.is_unit:
         return module.startswith(site.where + ".") if site.where else not module.startswith("blocks.")
     if site.phase == "gradient":

@@ -231,6 +231,32 @@ def test_the_report_is_json_and_a_page() -> None:
     assert 'class="layer right"' in alone().to_html()
 
 
+def test_a_trace_says_after_which_module_two_runs_part() -> None:
+    """In one micro-batch of two, of which the other is right."""
+    model, calls = Block(), [0]
+
+    def thrice(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        calls[0] += 1
+        return output * 3 if calls[0] == 2 else output
+
+    for spoils in (False, True):
+        calls[0] = 0 if spoils else 2
+        hook = model.norm.register_forward_hook(thrice)
+        model.zero_grad()
+        with distnorm.doctor(
+            model, reference=reference_of(tokens_of()), parts=2, microbatches=2, trace=True
+        ) as examination:
+            for rows in tokens_of().chunk(2):
+                (model(rows).square().mean() / 2).backward()
+        hook.remove()
+        report = examination.report
+        assert report is not None and report.ok is not spoils
+    assert report.forward is not None and report.forward.place == "in norm"
+    (found,) = report.forward.explanations
+    assert (found.mistake, found.factor) == (Mistake.SCALED, pytest.approx(3))
+    assert report.cause is not None and report.cause.parameters == ("norm.weight", "norm.bias")
+
+
 # ---- on several ranks
 
 

@@ -218,13 +218,19 @@ class Localiser:
             norm = float(expected.norm())
             apart = float((values - expected).norm())
             worst = max(worst, apart / norm if norm else (0.0 if apart == 0 else float("inf")))
-            key = (record.box, None if boundary.kind in WEIGHTS else tuple(self._held[rank]))
-            piece = pieces.setdefault(key, Piece((), expected, [], [], is_sketch=True))
-            same = next((c for c in piece.copies if torch.equal(piece.value(c), values)), None)
-            if same is None:
-                piece.copies.append(Copy((rank,), values))
-            else:
-                same.ranks += (rank,)
+            sizes = [len(record.calls[call]) for call in sorted(record.calls)]
+            rows = None if boundary.kind in WEIGHTS else tuple(self._held[rank])
+            # Each micro-batch is a piece of its own: a mistake may be that of one.
+            for call, (found, right) in enumerate(
+                zip(torch.split(values, sizes), torch.split(expected, sizes), strict=True)
+            ):
+                key = (record.box, rows, call)
+                piece = pieces.setdefault(key, Piece((), right, [], [], is_sketch=True))
+                same = next((c for c in piece.copies if torch.equal(piece.value(c), found)), None)
+                if same is None:
+                    piece.copies.append(Copy((rank,), found))
+                else:
+                    same.ranks += (rank,)
         return list(pieces.values()), worst, self._tolerance(boundary, eps)
 
     def _tolerance(self, boundary: Boundary, eps: float) -> float:
