@@ -107,7 +107,7 @@ def test_the_config_in_a_run_s_folder_runs_no_code(tmp_path):
     for text in (BOMB.format(mark=mark), "[" * 5000):
         (tmp_path / "config.yaml").write_text(text)
         with pytest.raises(RunError, match="expected a run's config"):
-            rundir._find_start(load_config({"train": {"output_dir": str(tmp_path)}}))
+            rundir._find_start(load_config({"train": {"output_dir": str(tmp_path)}}), "refuse")
     assert not mark.exists()
 
 

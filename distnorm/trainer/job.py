@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ class Job:
     world: World
     text: Text
     topology: Topology
-    progress: Progress
+    progress: Progress = field(default_factory=lambda: Progress(None))
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """This rank's slice of step `step`'s global batch, on its device: bytes, and those that follow."""

@@ -78,7 +78,8 @@ class Progress:
                 where = "never seen" if last is None else f"last at step {last[0]}'s {last[1].name.lower()}"
                 behind.append(f"rank {rank} did not come to {place}: it was {where}")
         found = (
-            "; ".join(behind) or f"every rank had come to {place}, and one of them, or the network, was lost"
+            "; ".join(behind)
+            or f"every rank had begun {place}, and one of them, or the network, was lost in it"
         )
         return f"{found}; rank {dist.get_rank()} waited {waited:.0f} s, train.timeout is {self._timeout} s"
 
