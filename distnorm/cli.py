@@ -87,15 +87,19 @@ def make_parser() -> argparse.ArgumentParser:
             default=[],
             help="override one key, such as clip.max_norm=0.5 (repeatable)",
         )
+    _describe_compare(compare)
+    report.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder")
+    report.add_argument("-o", "--output", metavar="FILE", default="report.html", help="the page's file")
+    suggest.add_argument("run", metavar="RUN", help="a run's folder")
+    return parser
+
+
+def _describe_compare(compare: argparse.ArgumentParser) -> None:
     for run in ("run_a", "run_b"):
         compare.add_argument(run, metavar="RUN", help="a run's folder")
     compare.add_argument(
         "--rtol", type=_tolerance, metavar="R", help="largest relative difference; 1 is returned beyond it"
     )
-    report.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder")
-    report.add_argument("-o", "--output", metavar="FILE", default="report.html", help="the page's file")
-    suggest.add_argument("run", metavar="RUN", help="a run's folder")
-    return parser
 
 
 def _describe_watch(watch: argparse.ArgumentParser) -> None:
