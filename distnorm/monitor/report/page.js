@@ -114,7 +114,7 @@ function wire(figure, div) {
 function pick(group) {
   for (const figure of inGroup(group)) {
     if (figure.kind === "picked") draw(figure);
-    if (figure.kind === "heat") Plotly.relayout(place(figure), marked(figure));
+    if (figure.kind === "heat") setTimeout(() => Plotly.relayout(place(figure), marked(figure))); // a task of its own
   }
 }
 
