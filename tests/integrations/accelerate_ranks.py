@@ -86,6 +86,11 @@ def weights(model: Any) -> dict[str, Tensor]:
     return hf.whole(model.named_parameters())
 
 
+def trained_in_both_ways(topology: str, saved: str, limit: tuple[float, ...], config: Any) -> list[Any]:
+    """With one micro-batch a step, and with two."""
+    return [trained(topology, saved, accumulation, limit, config) for accumulation in (1, 2)]
+
+
 def trained(topology: str, saved: str, accumulation: int, limit: tuple[float, ...], config: Any) -> Any:
     """The norms returned, the weights at the end, and the number of steps that were counted."""
     from distnorm.integrations.accelerate import clip_with

@@ -241,7 +241,7 @@ def poison(model: nn.Module, step: int, rank: int = 0) -> None:
 
 
 def skipping(
-    topology: str, folder: str, config: Mapping[str, Any], by_callback: bool
+    topology: str, folder: str, config: Mapping[str, Any], by_callback: bool, saved: str = ""
 ) -> list[dict[str, Any]]:
     """Weights, optimizer state, learning rate and what was logged after each of three steps, the second of
     which is infinite on rank 1."""
@@ -260,7 +260,7 @@ def skipping(
             rate = kwargs["lr_scheduler"].get_last_lr()[0]
             seen.append({"weights": weights(trainer), "moments": moments, "rate": rate})
 
-    model = hf.llama()
+    model = model_of(topology, saved)
     poison(model, 2, rank=dist.get_world_size() - 1 if dist.is_initialized() else 0)
     trainer = trainer_of(
         topology,

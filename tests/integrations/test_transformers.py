@@ -51,12 +51,13 @@ def test_every_topology_is_clipped_as_one_process_would(ranks, tmp_path, saved, 
             check(log, found, *hf.oracle())
 
 
-@pytest.mark.parametrize(("stage", "accumulation"), [(0, 1), (1, 1), (2, 2), (3, 2)])
-def test_deepspeeds_engine_is_clipped_as_one_process_would(ranks, tmp_path, stage, accumulation):
-    pytest.importorskip("deepspeed")
-    body = (hf_ranks.trained, f"zero{stage}", str(tmp_path), "", (accumulation,))
-    for [(log, found)] in ranks(2, *body, timeout=TIMEOUT):
-        check(log, found, *hf.oracle())
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeeds_engine_is_clipped_as_one_process_would(ranks, tmp_path, stage):
+    """With one micro-batch a step, and with two."""
+    body = (hf_ranks.trained, f"zero{stage}", str(tmp_path), "", (1, 2))
+    for of_rank in ranks(2, *body, timeout=TIMEOUT):
+        for log, found in of_rank:
+            check(log, found, *hf.oracle())
 
 
 def test_without_a_process_group(tmp_path):
@@ -176,11 +177,14 @@ def test_the_trainers_own_clipping_can_not_come_first():
 
 @pytest.mark.parametrize(
     ("topology", "world", "by_callback"),
-    [("plain", 0, False), ("plain", 0, True), ("ddp", 2, False), ("fsdp2", 2, False)],
+    [
+        *[("plain", 0, False), ("plain", 0, True), ("ddp", 2, False), ("fsdp2", 2, False)],
+        *[("tp", 2, False), ("fsdp2_x_tp", 4, False)],
+    ],
 )
-def test_a_skipped_step_leaves_everything_bit_for_bit(ranks, tmp_path, topology, world, by_callback):
+def test_a_skipped_step_leaves_everything_bit_for_bit(ranks, tmp_path, saved, topology, world, by_callback):
     config = {"clip": {"nonfinite": "skip"}}
-    body = (hf_ranks.skipping, topology, str(tmp_path), config, by_callback)
+    body = (hf_ranks.skipping, topology, str(tmp_path), config, by_callback, saved)
     runs = ranks(world, *body, timeout=TIMEOUT) if world else [hf_ranks.skipping(*body[1:])]
     for first, second, third in runs:
         assert [step["skipped"] for step in (first, second, third)] == [0.0, 1.0, 0.0]
