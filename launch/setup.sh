@@ -103,7 +103,7 @@ install() {
         cp "$ROOT/launch/constraints.txt" "$constraints"
     fi
     say "installing distnorm$extras and what it needs"
-    "$VENV_PYTHON" -m pip install "${PROGRESS[@]}" --no-input --disable-pip-version-check \
+    "$VENV_PYTHON" -m pip install "${PROGRESS[@]}" --no-input --no-compile --disable-pip-version-check \
         --constraint "$constraints" --editable "$ROOT$extras" || fail "pip could not install distnorm$extras"
     if [[ "$1" == full ]]; then
         install_deepspeed "$constraints"
@@ -115,7 +115,7 @@ install() {
 # DeepSpeed's build imports torch, so it can't be isolated from it; no operator of its own is compiled.
 install_deepspeed() {
     say "installing deepspeed"
-    local pip=("$VENV_PYTHON" -m pip install "${PROGRESS[@]}" --no-input --disable-pip-version-check --constraint "$1")
+    local pip=("$VENV_PYTHON" -m pip install "${PROGRESS[@]}" --no-input --no-compile --disable-pip-version-check --constraint "$1")
     "${pip[@]}" setuptools wheel || fail "pip could not install setuptools and wheel"
     DS_BUILD_OPS=0 DS_ACCELERATOR=cpu "${pip[@]}" --no-build-isolation deepspeed ||
         fail "pip could not install deepspeed"
