@@ -257,6 +257,25 @@ def test_ddp(ranks, as_view, user_hook):
         assert [reads for _, _, reads in steps[1:6]] == [0, 0, 0, 0, 1]
 
 
+def steps_without_a_parameter(as_view: bool) -> Steps:
+    net = DistributedDataParallel(Net(), gradient_as_bucket_view=as_view, find_unused_parameters=True)
+    watched, steps = Watched(net), []
+    net.register_comm_hook(2.0, doubling)
+    for step in range(3):
+        net.zero_grad()
+        backward(net, step)
+        backward(net, 10 + step, uses_extra=False)
+        steps.append(watched.clip())
+    return steps
+
+
+@pytest.mark.parametrize("as_view", [False, True])
+def test_ddp_keeps_the_old_gradient_of_what_no_rank_used(ranks, as_view):
+    """So what its hook made of that is not the gradient."""
+    for steps in ranks(2, steps_without_a_parameter, as_view):
+        assert all(found == pytest.approx(expected, rel=1e-6) for found, expected, _ in steps)
+
+
 def gradients_of_ddp(overlap: bool) -> list[Tensor]:
     net = DistributedDataParallel(Net())
     clipper = distnorm.GradClipper(net, {"clip": {"overlap": overlap}})

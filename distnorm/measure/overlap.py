@@ -175,7 +175,12 @@ class Overlap:
         if kernels.split([flat])[1]:
             return False
         counted = flat[share.start : share.stop]
+        # Not of the gradient later: DDP leaves one as it was that no rank has used, whatever its hook gave.
+        prints = kernels.fingerprints(kernels.AddressTable.of([counted]))
+        if prints is None:
+            return False
         self._statistics[i] = float(self._norm.statistic([counted], flat.device))
+        self._bytes[i, 1] = prints[0]
         self._unmarked.add(i)
         return True
 
@@ -184,15 +189,9 @@ class Overlap:
         self._on_gpu.mark(which)
         held = {i: self._shards[i].holder.grad for i in self._unmarked.intersection(which)}
         self._unmarked.difference_update(which)
-        locals_ = {i: local_of(gradient) for i, gradient in held.items() if gradient is not None}
-        fitting = [i for i, at in locals_.items() if at.is_contiguous() and not kernels.split([at])[1]]
-        table = kernels.AddressTable.of([locals_[i] for i in fitting])
-        prints = self._fingerprints(table, np.array(fitting, dtype=np.int64))
-        if prints is None:
-            return
-        for i, address, fingerprint in zip(fitting, table.starts.tolist(), prints.tolist(), strict=True):
-            self._bytes[i] = address, fingerprint
-            if (gradient := held[i]) is not None:
+        for i, gradient in held.items():
+            if gradient is not None and not kernels.split([local_of(gradient)])[1]:
+                self._bytes[i, 0] = local_of(gradient).data_ptr()
                 self._versions[i] = versions_of(gradient)
 
 
