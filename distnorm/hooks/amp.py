@@ -102,8 +102,8 @@ def refuse_elsewhere(place: GradPlace | None) -> None:
     """
     if place is not None:
         raise UnsupportedGradientError(
-            "expected gradients in .grad under an enabled GradScaler, which unscales no others, found them in "
-            f"{place}; divide them by the loss scale yourself, and step without a scaler"
+            "expected gradients in .grad under an enabled GradScaler, which unscales no others, found them "
+            f"in {place}; divide them by the loss scale yourself, and step without a scaler"
         )
 
 
