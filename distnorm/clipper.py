@@ -57,7 +57,7 @@ class GradClipper(Joinable):
         sharded: plain tensors that are pieces: patterns of names with (dim, group or 1-d mesh), such as
             ``{"*.qkv.weight": (0, tp_group)}``, or a function of name and tensor that returns a `Piece`.
         grad_of: where gradients are, if not in ``grad``: an attribute's name, such as ``"main_grad"``, or a
-            function of a parameter.
+            function of a parameter that returns its gradient itself, no copy.
 
     Raises:
         ConfigError: the configuration, or a tied name, is wrong; or a pattern of `clip.groups` doesn't fit.

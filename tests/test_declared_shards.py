@@ -131,6 +131,12 @@ def refused(what: str) -> None:
     elif what == "overlap":
         said = partial(always, 4)
         parameters.pop("0.out.weight")
+    elif what == "overlap that adds up":
+        rows = rank * 2
+        parameters = {"0.qkv.weight": nn.Parameter(whole("0.qkv.weight", 0)[rows : rows + 4])}
+
+        def said(name: str, tensor: Tensor) -> distnorm.Piece:
+            return distnorm.Piece(((rows, rows + 4), (0, 6)), (8, 6))
     elif what == "uneven":
         said["*.norm.weight"] = (0, group)
         parameters["0.norm.weight"] = nn.Parameter(whole("0.norm.weight", 0)[: 4 - rank])
@@ -147,6 +153,7 @@ def refused(what: str) -> None:
         ("dims that differ", distnorm.DisagreementError, r"sharded: expected the same"),
         ("shape", distnorm.ConfigError, r"0\.qkv\.weight.*\(3, 6\).*found the shape \(4, 6\)"),
         ("overlap", distnorm.CoverageError, r"0\.qkv\.weight.*24 of 48"),
+        ("overlap that adds up", distnorm.CoverageError, r"0\.qkv\.weight.*each element once.*\(2, 6\)"),
         ("uneven", distnorm.CoverageError, r"0\.norm\.weight"),
     ],
 )
@@ -163,6 +170,29 @@ def test_a_piece_lies_within_its_parameter():
         distnorm.Piece(((0, 9), (0, 6)), (8, 6))
     with pytest.raises(distnorm.ConfigError, match="process group"):
         distnorm.GradClipper([torch.ones(2, requires_grad=True)], sharded={"0": (0, None)})
+
+
+def test_a_piece_may_be_spelt_with_lists_and_a_size():
+    assert distnorm.Piece([[0, 4], [0, 6]], torch.Size((8, 6))) == distnorm.Piece(((0, 4), (0, 6)), (8, 6))
+    with pytest.raises(distnorm.ConfigError, match="of integers"):
+        distnorm.Piece((0, 4), (8,))  # type: ignore[arg-type]
+
+
+def blocks_runs_and_a_text() -> float:
+    """Pieces of one parameter, described in each way."""
+    value, gradient = whole("0.qkv.weight", 0), whole("0.qkv.weight", 1)
+    rank, ends = dist.get_rank(), (0, 2, 5, 8)
+    start, stop = ends[rank], ends[rank + 1]
+    extents = [((start, stop), (0, 6)), ((start * 6, stop * 6),), ("the rest", (0, 6))][rank]
+    held = nn.Parameter(value[start:stop].reshape(-1) if rank == 1 else value[start:stop])
+    held.grad = gradient[start:stop].reshape(held.shape)
+    said = {"sharded": lambda name, tensor: distnorm.Piece(extents, (8, 6))}
+    return float(distnorm.GradClipper([("0.qkv.weight", held)], **said).clip().total_norm)
+
+
+def test_a_function_may_give_blocks_runs_and_texts_of_one_parameter(ranks):
+    norm = dense_norm({"0": whole("0.qkv.weight", 1)})
+    assert ranks(3, blocks_runs_and_a_text) == [pytest.approx(norm, rel=1e-6)] * 3
 
 
 def dtensor_declared() -> None:

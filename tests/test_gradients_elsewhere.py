@@ -103,6 +103,37 @@ def test_what_gives_no_gradients_is_refused():
         distnorm.attach(model, optimizer, {"clip": {"nonfinite": "skip"}}, grad_of=lambda p: p.main_grad)
 
 
+def test_a_function_that_gives_copies_is_refused_as_clipping_would_change_nothing():
+    model = model_with_main_grads()
+    clipper = distnorm.GradClipper(model, {"clip": {"max_norm": 0.5}}, grad_of=lambda p: p.main_grad.clone())
+    with pytest.raises(distnorm.UnsupportedGradientError, match=r"'0\.weight'.*found a copy"):
+        clipper.clip()
+
+
+def test_a_loss_scale_is_not_left_in_gradients_elsewhere():
+    model = model_with_main_grads()
+    optimizer = MainSGD(model.parameters(), lr=0.1)
+    handle = distnorm.attach(model, optimizer, {"clip": {"max_norm": 0.5}}, grad_of="main_grad")
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    with pytest.raises(distnorm.UnsupportedGradientError, match=r"GradScaler.*\.main_grad"):
+        scaler.step(optimizer)
+    handle.remove()
+
+
+def raising_on_one_rank() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    if dist.get_rank() == 0:
+        parameter.main_grad = torch.ones(3)
+    distnorm.GradClipper([parameter], grad_of=lambda p: p.main_grad).clip()
+
+
+def test_what_a_function_raises_on_one_rank_all_ranks_raise(ranks):
+    for failure in ranks(2, raising_on_one_rank, expect_errors=True):
+        assert failure.type_name == "UnsupportedGradientError", failure
+        assert "rank 1" in failure.message and "no attribute 'main_grad'" in failure.message
+
+
 def partial_main_grad(by_name: bool) -> float:
     mesh = init_device_mesh("cpu", (2,))
     parameter = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Replicate()]))

@@ -116,3 +116,16 @@ def one_rank_clips() -> None:
 def test_what_one_rank_clips_all_ranks_refuse(ranks):
     for failure in ranks(2, one_rank_clips, expect_errors=True):
         assert failure.type_name == "ConfigError" and "clip_grad_norm_" in failure.message
+
+
+def test_a_compiled_clip_of_another_model_stays_one_graph():
+    _, _, handle = attached()
+    other = nn.Linear(3, 3)
+    backward(other)
+
+    def clip(parameters: list[torch.Tensor]) -> torch.Tensor:
+        return torch.nn.utils.clip_grad_norm_(parameters, 0.1)
+
+    torch.compile(clip, backend="eager", fullgraph=True)(list(other.parameters()))
+    assert other.weight.grad.norm() < 0.11
+    handle.remove()

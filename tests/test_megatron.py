@@ -257,6 +257,14 @@ def used_rightly() -> list[str]:
     except distnorm.ConfigError as error:
         told.append(str(error))
     groups = {"pg_collection": world.groups}
+    alone = attach_optimizer(optimizer.chained_optimizers[0], stages, **groups)
+    try:
+        attach_optimizer(optimizer, stages, **groups)
+    except distnorm.DistnormError as error:
+        assert "nothing is attached to, found HandMadeDistributed" in str(error)
+    else:
+        raise AssertionError("would clip twice")
+    alone.remove()
     clipping = attach_optimizer(optimizer, stages, {"clip": {"nonfinite": "skip"}}, **groups)
     for wrong in (
         lambda: attach_optimizer(optimizer, stages, pg_collection=world.groups),

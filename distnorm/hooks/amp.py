@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
+from distnorm.errors import UnsupportedGradientError
 from distnorm.hooks import callers
+from distnorm.sources import GradPlace
 
 
 class Participant(Protocol):
@@ -90,6 +92,19 @@ def unscale(scaler: GradScaler, optimizer: Optimizer, wrappers: Iterable[object]
     known = [states[key] for key in map(id, (optimizer, *wrappers)) if key in states]
     if all(state["stage"] is OptState.READY for state in known):
         scaler.unscale_(optimizer)
+
+
+def refuse_elsewhere(place: GradPlace | None) -> None:
+    """Refuse gradients that no scaler unscales, so that the loss scale would stay in their norm.
+
+    Raises:
+        UnsupportedGradientError: they are elsewhere than in `grad`.
+    """
+    if place is not None:
+        raise UnsupportedGradientError(
+            "expected gradients in .grad under an enabled GradScaler, which unscales no others, found them "
+            f"in {place}; divide them by the loss scale yourself, and step without a scaler"
+        )
 
 
 def set_found_inf(scaler: GradScaler, optimizer: Optimizer, found: Tensor) -> None:

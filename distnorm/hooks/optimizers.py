@@ -139,6 +139,7 @@ class OptimizerHook:
         if not steppers or self._pauses or amp.has_stepped(scaler, optimizer):
             return
         self._restore()
+        amp.refuse_elsewhere(fused.place_of(self._clipper))
         _refuse_within_backward()
         if self._round.is_begun_by(steppers):
             for each in self.optimizers:

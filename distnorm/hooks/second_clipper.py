@@ -130,6 +130,8 @@ def _listen(listener: TorchClips) -> Callable[[], None]:
 def _noted(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     @wraps(function)
     def clip(parameters: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # a graph can't note its calls
+            return function(parameters, *args, **kwargs)
         given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         result = function(given, *args, **kwargs)
         limits = [*args[:1], *(kwargs[key] for key in ("max_norm", "clip_value") if key in kwargs)]

@@ -237,11 +237,12 @@ def attach_optimizer(
 
 
 def _refuse_twice(optimizer: Any, inner: Sequence[Any]) -> None:
-    if "prepare_grads" in vars(optimizer):
-        raise DistnormError(
-            f"expected an optimizer that nothing is attached to, found {type(optimizer).__name__}, which "
-            "clips already; call remove() of what clips it first"
-        )
+    for each in (optimizer, *inner):  # alone, or as one of a chain
+        if {"prepare_grads", "clip_grad_norm"} & vars(each).keys():
+            raise DistnormError(
+                f"expected an optimizer that nothing is attached to, found {type(each).__name__}, which "
+                "clips already; call remove() of what clips it first"
+            )
     refuse_other_clippers([o for each in inner if (o := getattr(each, "optimizer", None)) is not None])
 
 

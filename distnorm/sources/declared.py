@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -40,6 +41,15 @@ class Piece:
     name: str | None = None
 
     def __post_init__(self) -> None:
+        try:  # one spelling of a piece, by which ranks compare
+            extents = tuple(e if isinstance(e, str) else tuple(map(operator.index, e)) for e in self.extents)
+            shape = tuple(map(operator.index, self.shape))
+        except TypeError as error:
+            raise ConfigError(
+                f"sharded: expected extents and a shape of integers, found {self.extents!r} of {self.shape!r}"
+            ) from error
+        object.__setattr__(self, "extents", extents)
+        object.__setattr__(self, "shape", shape)
         within = [(0, math.prod(self.shape))] if self.is_run else [(0, size) for size in self.shape]
         fits = len(within) == len(self.extents) and all(
             isinstance(extent, str) or (len(extent) == 2 and 0 <= extent[0] <= extent[1] <= most)
