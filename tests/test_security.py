@@ -88,6 +88,8 @@ def test_a_folder_that_all_share_but_for_others_entries_is_no_danger(recipe, cac
 
 
 BOMB = "!!python/object/apply:os.mkdir [{mark}]"
+# Thirty lines that mean a thousand million keys.
+LAUGHS = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{x: *a{n - 1}, y: *a{n - 1}}}\n" for n in range(1, 31))
 
 
 def test_a_config_runs_no_code(tmp_path):
@@ -104,7 +106,7 @@ def test_the_config_in_a_run_s_folder_runs_no_code(tmp_path):
     from distnorm.trainer import rundir
 
     mark = tmp_path / "exploded"
-    for text in (BOMB.format(mark=mark), "[" * 5000):
+    for text in (BOMB.format(mark=mark), "[" * 5000, LAUGHS):
         (tmp_path / "config.yaml").write_text(text)
         with pytest.raises(RunError, match="expected a run's config"):
             rundir._find_start(load_config({"train": {"output_dir": str(tmp_path)}}), "refuse")

@@ -172,7 +172,11 @@ def _check_folder(folder: Path, config: Config, existing: Existing) -> bool:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        # An alias repeats a part: n short lines may mean 2^n keys. What distnorm writes has none.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError("an alias")
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RunError(f"train.output_dir: expected a run's config in {path}, found {error}") from error
     return content if isinstance(content, dict) else {}
