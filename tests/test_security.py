@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,13 @@ def test_a_cache_that_others_can_write_is_refused(monkeypatch, caplog, recipe, c
     assert list(cache.iterdir()) == []
     (message,) = [r.message for r in caplog.records if r.levelno == logging.WARNING]
     assert str(cache) in message and "neither loaded from there nor kept" in message
+
+
+def test_links_in_a_circle_leave_every_process_to_compile_for_itself(recipe, cache):
+    cache.parent.mkdir()
+    cache.symlink_to(cache)
+    with suppress(OSError, compiling.CompileError):  # no compiler
+        assert compiling.load(recipe).answer() == 42
 
 
 def test_a_folder_that_all_share_but_for_others_entries_is_no_danger(recipe, cache):
