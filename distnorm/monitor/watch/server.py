@@ -75,7 +75,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answer one of four addresses."""
         if not self._is_for_us():
-            self._send(HTTPStatus.MISDIRECTED_REQUEST, "text/plain", "expected this machine's name as Host\n")
+            said = "expected this machine's name or address as Host; --host NAME adds a name\n"
+            self._send(HTTPStatus.MISDIRECTED_REQUEST, "text/plain", said)
             return
         asked = urlsplit(self.path)
         query = {key: values[-1] for key, values in parse_qs(asked.query).items()}
