@@ -104,7 +104,7 @@ def _of_ranks(error: ChildFailedError, ours: bool) -> int:
     if ours and failure.exitcode in _SAID_ALREADY:
         return int(failure.exitcode)
     if failure.exitcode < 0:
-        how = f"was ended by {signal.Signals(-failure.exitcode).name}"
+        how = f"was ended by {_name_of(-failure.exitcode)}"
         if failure.exitcode == -signal.SIGKILL:
             how += " (by the system, if it ran out of memory)"
     else:
@@ -129,6 +129,13 @@ def _of_meeting(error: Exception, arguments: Namespace, waited: float) -> str:
         f"waited {waited:.0f} s for {where} (RDZV_ENDPOINT), and could not connect: {cause}; start the same "
         "command on that node too, or correct the address"
     )
+
+
+def _name_of(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most real-time signals have none
+        return f"signal {number}"
 
 
 def _say(text: str) -> None:

@@ -45,7 +45,7 @@ def start(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     try:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=180)  # two agents took 100 s on a busy machine
     except subprocess.TimeoutExpired:
         process.terminate()
         out, err = process.communicate(timeout=30)

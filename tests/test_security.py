@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,13 @@ def test_a_cache_that_others_can_write_is_refused(monkeypatch, caplog, recipe, c
     assert str(cache) in message and "neither loaded from there nor kept" in message
 
 
+def test_links_in_a_circle_leave_every_process_to_compile_for_itself(recipe, cache):
+    cache.parent.mkdir()
+    cache.symlink_to(cache)
+    with suppress(OSError, compiling.CompileError):  # no compiler
+        assert compiling.load(recipe).answer() == 42
+
+
 def test_a_folder_that_all_share_but_for_others_entries_is_no_danger(recipe, cache):
     cache.mkdir(parents=True, mode=0o700)
     cache.parent.chmod(0o1777)  # as /tmp
@@ -88,6 +96,8 @@ def test_a_folder_that_all_share_but_for_others_entries_is_no_danger(recipe, cac
 
 
 BOMB = "!!python/object/apply:os.mkdir [{mark}]"
+# Thirty lines that mean a thousand million keys.
+LAUGHS = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{x: *a{n - 1}, y: *a{n - 1}}}\n" for n in range(1, 31))
 
 
 def test_a_config_runs_no_code(tmp_path):
@@ -104,7 +114,7 @@ def test_the_config_in_a_run_s_folder_runs_no_code(tmp_path):
     from distnorm.trainer import rundir
 
     mark = tmp_path / "exploded"
-    for text in (BOMB.format(mark=mark), "[" * 5000):
+    for text in (BOMB.format(mark=mark), "[" * 5000, LAUGHS):
         (tmp_path / "config.yaml").write_text(text)
         with pytest.raises(RunError, match="expected a run's config"):
             rundir._find_start(load_config({"train": {"output_dir": str(tmp_path)}}), "refuse")

@@ -119,10 +119,13 @@ def _lock_of(recipe: Recipe) -> int:
 
 def _cache() -> Path:
     """The folder itself: were it reached by a link, what was checked could be another than what is used."""
+    # Not Path.resolve(), which raises a RuntimeError of its own for links in a circle before Python 3.13.
     if own := os.environ.get("DISTNORM_CACHE"):
-        return Path(own).resolve()
+        return Path(os.path.realpath(own))
     base = os.environ.get("XDG_CACHE_HOME")
-    return ((Path(base) if base else Path(os.path.expanduser("~"), ".cache")) / "distnorm").resolve()
+    return Path(
+        os.path.realpath((Path(base) if base else Path(os.path.expanduser("~"), ".cache")) / "distnorm")
+    )
 
 
 def _cpu_features() -> str:

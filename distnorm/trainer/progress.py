@@ -85,6 +85,8 @@ class Progress:
 
     def _last(self, rank: int) -> tuple[int, Part] | None:
         try:
+            if not self._store.check([str(rank)]):  # to get it would wait, for each rank again
+                return None
             self._store.set_timeout(_ANSWER)
             step, part = self._store.get(str(rank)).split()
         except RuntimeError:  # it never said anything, or the store is lost too

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,9 @@ from distnorm.trainer.world import World
 
 CONFIG_FILE = "config.yaml"
 """The resolved config's name in the run's folder."""
+
+STARTS_FILE = "starts.jsonl"
+"""When and with what code the run was started."""
 
 CHECKPOINTS_FOLDER = "checkpoints"
 """Checkpoints are the folders `step-N` in this one."""
@@ -71,7 +75,7 @@ def _find_start(config: Config, existing: Existing) -> Start:
         given = None if named is None else _named_checkpoint(Path(named))
         if given is not None and folder.resolve() in given.resolve().parents:
             raise RunError(f"--overwrite would remove {given}, which train.checkpoint.resume_from names")
-        return Start(given, sets_aside=rows)
+        return Start(given, sets_aside=rows or newest_checkpoint(folder) is not None)
     own = newest_checkpoint(folder)
     given = None if named is None else _named_checkpoint(Path(named))
     in_own_folder = given is not None and folder.resolve() in given.resolve().parents
@@ -97,11 +101,13 @@ def set_aside(config: Config, start: Start) -> Path | None:
     number = 1
     while (earlier := folder / f"earlier-{number}").exists():
         number += 1
+    # First: rows without a checkpoint begin anew, but a checkpoint without its rows would be gone on from.
+    with suppress(FileNotFoundError):
+        shutil.rmtree(folder / CHECKPOINTS_FOLDER)
     earlier.mkdir()
     for path in folder.glob("*.jsonl"):
         path.replace(earlier / path.name)
     shutil.copy(folder / CONFIG_FILE, earlier)  # which also says that the folder is a run's
-    shutil.rmtree(folder / CHECKPOINTS_FOLDER, ignore_errors=True)
     return earlier
 
 
@@ -155,7 +161,8 @@ def _check_folder(folder: Path, config: Config, existing: Existing) -> bool:
                 f"found other files in {folder}"
             )
         return False
-    rows = any(path.stat().st_size for path in folder.glob("*.jsonl"))
+    # A run that ended before its first step has a line in starts.jsonl, and no rows.
+    rows = any(path.stat().st_size for path in folder.glob("*.jsonl") if path.name != STARTS_FILE)
     if existing == "overwrite":
         return rows
     differences = list(_differences(_read_yaml(written), yaml.safe_load(config.to_yaml())))
@@ -172,7 +179,11 @@ def _check_folder(folder: Path, config: Config, existing: Existing) -> bool:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        # An alias repeats a part: n short lines may mean 2^n keys. What distnorm writes has none.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError("an alias")
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RunError(f"train.output_dir: expected a run's config in {path}, found {error}") from error
     return content if isinstance(content, dict) else {}

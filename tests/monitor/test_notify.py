@@ -49,6 +49,12 @@ def posts() -> Iterator[tuple[str, list[Any], dict[str, Any]]]:
             if does["wait"] is not None:
                 does["wait"].wait(30)
             self.send_response(does["status"])
+            if "location" in does:
+                self.send_header("Location", does["location"])
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            self.send_response(200)
             self.end_headers()
 
         def log_message(self, *_: Any) -> None:
@@ -158,6 +164,30 @@ def test_an_answer_that_refuses_names_no_address(posts: Any, caplog: Any) -> Non
     sink.close()
     (failed,) = caplog.messages
     assert "webhook failed: the answer was 403" in failed and "secret" not in failed
+
+
+def test_an_answer_that_leads_elsewhere_has_not_told_anybody(posts: Any, caplog: Any) -> None:
+    url, got, does = posts
+    does["status"], does["location"] = 302, url
+    sink = NotifySink(None, url, 0.0, None)
+    sink.alert(alert(1))
+    sink.close()
+    assert len(got) == 1 and "webhook failed: the answer was 302" in caplog.messages[0]
+
+
+def test_what_takes_too_long_is_ended_with_all_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(notify, "_PATIENCE", 2.0)
+    late = tmp_path / "late"
+    script = f"(sleep 6; touch {late}) & touch {tmp_path / 'began'}; sleep 60"
+    sink = NotifySink(["sh", "-c", script], None, 0.0, None)
+    sink.alert(alert(1))
+    wait_for(lambda: bool(caplog.messages))
+    sink.close()
+    assert "command failed: it took more than 2 s" in caplog.messages[0] and (tmp_path / "began").exists()
+    time.sleep(5)
+    assert not late.exists()
 
 
 def test_a_secret_address_comes_from_the_environment(

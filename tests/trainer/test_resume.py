@@ -125,6 +125,34 @@ def test_overwriting_keeps_the_rows(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_overwriting_that_was_killed_halfway_leaves_no_checkpoint_of_the_old_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(shipped("single", tmp_path, "train.steps=3", EVERY_2))
+    monkeypatch.setattr(Path, "replace", lambda *_: 1 / 0)  # when it moves the first rows
+    with pytest.raises(ZeroDivisionError):
+        train(shipped("single", tmp_path, "train.steps=2"), "overwrite")
+    monkeypatch.undo()
+    assert not (tmp_path / "checkpoints").exists() and len(rows(tmp_path)) == 3
+
+
+def test_overwriting_checkpoints_without_rows_removes_them(tmp_path: Path) -> None:
+    train(shipped("single", tmp_path, "train.steps=2", EVERY_2))
+    for file in tmp_path.glob("*.jsonl"):
+        file.unlink()
+    train(shipped("single", tmp_path, "train.steps=1"), "overwrite")
+    assert not (tmp_path / "checkpoints").exists() and len(rows(tmp_path)) == 1
+
+
+def test_a_run_that_ended_before_its_first_step_is_begun_again(tmp_path: Path) -> None:
+    config = shipped("single", tmp_path, "train.steps=1")
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    (tmp_path / "starts.jsonl").write_text('{"step": 0}\n')
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert train(config, "refuse")[0] == 0
+    assert len(rows(tmp_path)) == 1
+
+
 def test_overwriting_what_is_resumed_from_is_refused(tmp_path: Path) -> None:
     train(shipped("single", tmp_path, "train.steps=2", EVERY_2))
     resume = f"train.checkpoint.resume_from={tmp_path / 'checkpoints' / 'step-2'}"

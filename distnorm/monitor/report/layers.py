@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from distnorm.monitor.report.numbers import number, percentiles
+from distnorm.monitor.report.numbers import number, percentiles, step_number
 from distnorm.monitor.report.row_reader import Row, UnreadableLines, read_rows
 
 PERCENTS = (0, 5, 25, 50, 75, 95, 100)
@@ -84,7 +84,7 @@ class LayerRows:
     def add(self, line: int, row: Row) -> bool:
         """Take in the row of a line; says whether it is one."""
         try:
-            name, step, norm = row["layer"], row["step"], row["norm"]
+            name, step, norm = row["layer"], step_number(row["step"]), row["norm"]
             if type(norm) is not float:
                 norm = number(norm)
             of = self._series.get(name) or self._series.setdefault(str(name), _Series([str(name)]))

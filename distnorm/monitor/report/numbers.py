@@ -7,6 +7,7 @@ import math
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 
 def number(value: object) -> float:
@@ -18,8 +19,20 @@ def number(value: object) -> float:
     if value is None:
         return math.nan
     if isinstance(value, (int, float, str)):
-        return float(value)
+        with suppress(OverflowError):  # an integer beyond all floats
+            return float(value)
     raise ValueError(f"expected a number, found {value!r}")
+
+
+def step_number(value: object) -> int:
+    """A step of a JSON row, which the page's script holds in 32 bits.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if math.isfinite(found := number(value)) and 0 <= found < 1 << 31:
+        return int(found)
+    raise ValueError(f"expected a step, found {value!r}")
 
 
 def finite(values: Iterable[float]) -> list[float]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from distnorm.errors import RunError
 from distnorm.monitor.records import ALERTS_FILE, LAYERS_FILE, NOTES_FILE, STARTS_FILE
 from distnorm.monitor.report.layers import LayerGrid, read_layers
-from distnorm.monitor.report.numbers import number, plural
+from distnorm.monitor.report.numbers import number, plural, step_number
 from distnorm.monitor.report.row_reader import UnreadableLines, read_rows
 from distnorm.monitor.report.steps import Steps, read_steps
 
@@ -106,7 +106,7 @@ def _read_alerts(file: Path) -> tuple[tuple[AlertRow, ...], tuple[str, ...]]:
             try:
                 alerts.append(
                     AlertRow(
-                        step=int(row["step"]),
+                        step=step_number(row["step"]),
                         kind=str(row["kind"]),
                         layer=str(row.get("layer") or ""),
                         ranks=", ".join(str(rank) for rank in row.get("ranks") or ()),

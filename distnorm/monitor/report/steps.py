@@ -9,7 +9,7 @@ from pathlib import Path
 
 from distnorm.errors import RunError
 from distnorm.monitor.records import METRICS_FILE
-from distnorm.monitor.report.numbers import number, plural
+from distnorm.monitor.report.numbers import number, plural, step_number
 from distnorm.monitor.report.row_reader import Row, UnreadableLines, read_rows
 
 WINDOW = 100
@@ -87,7 +87,7 @@ def step_of(row: Row) -> Step | None:
 def _step(row: Row) -> Step:
     norm, coef = number(row["grad_norm"]), number(row.get("clip_coef"))
     return Step(
-        step=int(row["step"]),
+        step=step_number(row["step"]),
         loss=number(row.get("loss")),
         norm=norm,
         coef=coef,

@@ -179,6 +179,9 @@ def _flat(run: Run) -> Iterator[tuple[str, str]]:
     import yaml
 
     try:
+        # An alias repeats a part: n short lines may mean 2^n leaves. What distnorm writes has none.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(run.config, yaml.SafeLoader)):
+            return
         data = yaml.safe_load(run.config)
     except (yaml.YAMLError, ValueError, RecursionError):
         return

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,21 +138,34 @@ def _address(webhook: str) -> str:
 
 def _run(command: Sequence[str], text: str, data: bytes) -> None:
     # A list and no shell: nothing in a parameter's name is ever a command. A session of its own: Ctrl-C at
-    # the training's terminal doesn't end the message.
-    subprocess.run(
+    # the training's terminal doesn't end the message, and what takes too long is ended with all it started.
+    with subprocess.Popen(
         [*command, text],
-        input=data,
+        stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        timeout=_PATIENCE,
-        check=True,
         start_new_session=True,
-    )
+    ) as process:
+        try:
+            process.communicate(data, timeout=_PATIENCE)
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command[0])
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A POST that is redirected would become a GET without the message, and look as if it had arrived."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
 
 
 def _post(url: str, data: bytes) -> None:
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method="POST")
-    with urllib.request.urlopen(request, timeout=_PATIENCE) as answer:
+    with urllib.request.build_opener(_NoRedirect).open(request, timeout=_PATIENCE) as answer:
         answer.read(1)
 
 

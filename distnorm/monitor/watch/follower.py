@@ -13,7 +13,7 @@ from distnorm.monitor.report.row_reader import Row, UnreadableLines, rows_of
 from distnorm.monitor.report.runs import Run, gather_run, run_names
 from distnorm.monitor.report.steps import Step, Steps, step_of
 
-_AT_ONCE = 1 << 22
+_AT_ONCE, _HEAD = 1 << 22, 1 << 10
 _MOST_CELLS = 30_000
 """Of a map of layers that is drawn again and again; a report, drawn once, has eight times as many."""
 
@@ -21,6 +21,8 @@ _MOST_CELLS = 30_000
 @dataclass(slots=True)
 class Tail:
     """The lines of a file beyond those that have been read. A file that is another one now begins anew.
+
+    Since a new file may get the number of one that was removed, its first bytes have to be the same too.
 
     Args:
         path: the file, which need not exist.
@@ -30,6 +32,7 @@ class Tail:
     path: Path
     epoch: int = 0
     _identity: tuple[int, int] = (0, 0)
+    _head: bytes = b""
     _done: int = 0
     _lines: int = 0
 
@@ -42,16 +45,20 @@ class Tail:
             with self.path.open("rb") as file:
                 status = os.fstat(file.fileno())
                 identity = (status.st_dev, status.st_ino)
-                if identity != self._identity or status.st_size < self._done:
+                is_same = identity == self._identity and status.st_size >= self._done
+                if not is_same or file.read(len(self._head)) != self._head:
                     self.epoch += self._identity != (0, 0)
-                    self._identity, self._done, self._lines = identity, 0, 0
+                    self._identity, self._head, self._done, self._lines = identity, b"", 0, 0
                 file.seek(self._done)
                 found = file.read(_AT_ONCE)
+                if b"\n" not in found and len(found) == _AT_ONCE:
+                    found += file.readline()
         except OSError:
             return []
         whole = found[: found.rfind(b"\n") + 1]
         lines = whole.splitlines(keepends=True)
         rows = rows_of(lines, self._lines, cut=False, broken=UnreadableLines(self.path.name))
+        self._head = self._head or whole[:_HEAD]
         self._done += len(whole)
         self._lines += len(lines)
         return rows
@@ -85,7 +92,9 @@ class Follower:
 
     def refresh(self) -> None:
         """Read the steps that are new."""
-        while rows := self._metrics.read():
+        more = True
+        while more:
+            more = bool(rows := self._metrics.read())
             if self._seen != self._metrics.epoch:
                 self._seen, self._steps = self._metrics.epoch, []
                 self.epoch += 1
@@ -100,7 +109,9 @@ class Follower:
 
     def layers(self) -> LayerGrid:
         """The layers up to now. The first call reads all of their file."""
-        while rows := self._layers.read():
+        more = True
+        while more:
+            more = bool(rows := self._layers.read())
             if self._layers_seen != self._layers.epoch:
                 self._layers_seen, self._rows = self._layers.epoch, LayerRows()
             for line, row in rows:

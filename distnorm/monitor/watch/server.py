@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import ipaddress
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -60,7 +61,9 @@ class Server(ThreadingHTTPServer):
         self.server_address = self.socket.getsockname()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing of a reader who has gone away."""
+        """Say nothing of a reader who has gone away; anything else is a defect of ours, and is shown."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -72,7 +75,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answer one of four addresses."""
         if not self._is_for_us():
-            self._send(HTTPStatus.MISDIRECTED_REQUEST, "text/plain", "expected this machine's name as Host\n")
+            said = "expected this machine's name or address as Host; --host NAME adds a name\n"
+            self._send(HTTPStatus.MISDIRECTED_REQUEST, "text/plain", said)
             return
         asked = urlsplit(self.path)
         query = {key: values[-1] for key, values in parse_qs(asked.query).items()}
@@ -142,8 +146,10 @@ def serve(runs: Sequence[str | Path], host: str, port: int, ready: Callable[[Ser
 
     Raises:
         RunError: there is no such run, or the port can't be had.
+        DistnormError: plotly or jinja2 isn't installed.
     """
     answers = Answers(follow([Path(run) for run in runs]))
+    answers.page()  # what isn't installed, or can't be read, is said here and not to a browser
     try:
         server = Server(answers, host, port)
     except OSError as error:
