@@ -82,6 +82,8 @@ def _compared(case: Case, verdict: Verdict, trains: bool) -> Verdict:
         both += float((value * piece.expected).sum())
         apart += _apart(piece, worst) ** 2
     if ours == 0 and theirs == 0:
+        if not trains and not any(holding.trains for holding in case.holdings):
+            return verdict  # frozen on both sides, and so nothing that has to be proved
         return replace(verdict, is_dead=True, difference=0.0)
     difference = math.sqrt(apart / theirs) if theirs else math.inf
     return replace(
@@ -148,10 +150,10 @@ def pieces_of(case: Case, gradient: Tensor | None, parts: Sequence[Tensor] = ())
 
 def _copies(case: Case, holdings: Sequence[Holding]) -> Iterable[Copy]:
     by_digest: dict[str | None, list[Holding]] = {}
-    partial: dict[tuple[tuple[int, int], ...], Holding] = {}
+    partial: dict[tuple[tuple[int, int], ...], list[Holding]] = {}
     for holding in holdings:
         if holding.partial:
-            partial.setdefault(holding.partial, holding)
+            partial.setdefault(holding.partial, []).append(holding)
         else:
             by_digest.setdefault(holding.gradient, []).append(holding)
     for key, theirs in by_digest.items():
@@ -161,12 +163,15 @@ def _copies(case: Case, holdings: Sequence[Holding]) -> Iterable[Copy]:
             case.values.get(theirs[0].rank),
             all(holding.stale for holding in theirs),
         )
-    if partial:
-        values = [case.values[h.gradient].double() for h in partial.values() if h.gradient is not None]
+    sums: dict[tuple[str | None, ...], list[Holding]] = {}
+    for summands in zip(*partial.values(), strict=False):  # by rank: one replica's summands after another's
+        sums.setdefault(tuple(h.gradient for h in summands), []).extend(summands)
+    for keys, theirs in sums.items():
+        values = [case.values[key].double() for key in keys if key is not None]
         total = torch.stack(values).sum(0)
-        if next(iter(partial.values())).op == "avg":
-            total = total / len(values)
-        yield Copy(tuple(h.rank for h in holdings if h.partial), total)
+        yield Copy(
+            tuple(sorted(h.rank for h in theirs)), total / len(values) if theirs[0].op == "avg" else total
+        )
 
 
 def _shape_faults(case: Case, shape: tuple[int, ...]) -> list[Explanation]:

@@ -120,6 +120,9 @@ def prepare(ranks: Ranks, examined: Any, reference: Any, tied: Tied, trace: bool
             prepared.watched = Watched(rows=list(dumped.rows))
         return prepared
     if isinstance(reference, torch.nn.Module | Sequence) or not callable(reference):
+        with ranks.together():
+            if ranks.rank == 0 and reference is not None:
+                _refuse_the_same(examined, reference)
         note = "tolerances are those of the dtype's roundings: only a callable reference can be shaken"
         return Prepared(Live({}, None), model=reference, tied=tied, notes=[note])
     values, watched = None, None
@@ -134,8 +137,10 @@ def prepare(ranks: Ranks, examined: Any, reference: Any, tied: Tied, trace: bool
             for seed in range(SHAKES):
                 other, seen, _ = run_whole(reference, tied, trace, seed + 1)
                 shaken.append(seen)
+                _refuse_other_rows(watched, seen)
                 for name, moved in relative_differences(values, other).items():
                     tolerances[name] = max(moved, tolerances.get(name, 0.0))
+            _refuse_chance(tolerances)
     live = _live(ranks, values, places, tolerances)
     shapes = ranks.gather(shapes_of(watched) if watched is not None else {})[0] if trace else {}
     return Prepared(live, shapes, watched, shaken, run=reference, tied=tied, values=values)
@@ -149,6 +154,24 @@ def _refuse_the_same(examined: Any, reference: Any) -> None:
                 f"reference: expected a model of its own, found '{name}' to be the examined model's; "
                 "two equal models prove nothing"
             )
+
+
+def _refuse_other_rows(one: Watched, other: Watched) -> None:
+    if one.rows != other.rows:
+        raise DistnormError(
+            "reference: expected the same batch in every run, found other rows in the second; "
+            "take the batch once, before the function that runs the model"
+        )
+
+
+def _refuse_chance(moved: Mapping[str, float]) -> None:
+    """Refuse tolerances that a gradient of zeros would keep."""
+    typical = sorted(moved.values())[len(moved) // 2] if moved else 0.0
+    if not _MARGIN * typical < 1:
+        raise DistnormError(
+            f"reference: expected runs that differ by rounding, found a relative difference of {typical:.2g} "
+            "between two of one batch; turn off what is random in it, such as dropout"
+        )
 
 
 def _live(ranks: Ranks, values: Values | None, places: Mapping[str, int], moved: Mapping[str, float]) -> Live:

@@ -57,7 +57,7 @@ class DoctorReport:
     @property
     def ok(self) -> bool:
         """Whether every gradient was compared and is right; dead parameters on both sides are not."""
-        return self.cause is None and not self.dead and bool(self.verdicts)
+        return self.cause is None and not self.dead and any(v.difference is not None for v in self.verdicts)
 
     @property
     def wrong(self) -> tuple[Verdict, ...]:

@@ -68,15 +68,24 @@ def run_whole(run: Run, tied: Tied, trace: bool, shake: int | None = None) -> tu
     watched = Watched()
     with torch.random.fork_rng(), _watching(watched, trace, shake):
         target = run(0, 1) if takes_parts(run) else run()
-        values = values_of(target, tied)
+        values = _taken(target, tied)
     return values, watched, target
 
 
 def run_part(run: Run, tied: Tied, part: int, parts: int, names: set[str]) -> dict[str, Tensor | None]:
     """The gradients that one part of the batch gives, for some parameters."""
     with torch.random.fork_rng(), _watching(Watched(), False, None):
-        gradients = values_of(run(part, parts), tied).gradients
+        gradients = _taken(run(part, parts), tied).gradients
     return {name: gradients.get(name) for name in names}
+
+
+def _taken(target: Any, tied: Tied) -> Values:
+    """The values of a run, whose gradients go: the next one would add to those of modules that it calls
+    past the model itself, and the sum would pass for rounding."""
+    values = values_of(target, tied)
+    for _, tensor in named_tensors(target):
+        tensor.grad = None
+    return values
 
 
 def values_of(target: Any, tied: Tied) -> Values:

@@ -109,6 +109,9 @@ class Examination:
             raise DistnormError("doctor: expected ranks that exist, found torch's fake process group")
         axes = axes_of(ranks, self._target, self._mesh)
         self._around = Circumstances(axes, self._microbatches, self._parts)
+        with ranks.together():
+            if self._trace:
+                _refuse_compiled(modules_of(self._target))
         self._prepared = prepare(ranks, self._target, self._reference, self._tied, self._trace)
         with ranks.together():
             self._before = remember_gradients(self._target, self._tied)
@@ -198,6 +201,15 @@ class Examination:
         else:
             return verdict
         return replace(verdict, explanations=(told, *verdict.explanations[1:]))
+
+
+def _refuse_compiled(modules: Sequence[nn.Module]) -> None:
+    for module in (inner for one in modules for inner in one.modules()):
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            raise DistnormError(
+                "doctor: expected modules that run eagerly where trace=True, found one under torch.compile, "
+                "which would compile the doctor's hooks too; leave the trace out, or compile afterwards"
+            )
 
 
 def _gathered(ranks: Ranks, found: Sequence[Verdict]) -> list[Verdict]:
