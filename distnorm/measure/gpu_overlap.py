@@ -40,6 +40,7 @@ class GpuOverlap:
         self._rows: dict[int, int] = {}  # of the table, by position
         self._states: dict[int, State | None] = {}  # of what was taken
         self._waiting: dict[int, dict[int, State]] = {}  # what is final and was not taken yet, by stream
+        self._waiting_bytes: dict[int, int] = {}
 
     @property
     def is_ready(self) -> bool:
@@ -54,8 +55,11 @@ class GpuOverlap:
         stream = kernels.stream_of(taken.table.device)
         key = 0 if stream is None else stream.cuda_stream
         waiting = self._waiting.setdefault(key, {})
+        if i not in waiting:
+            self._waiting_bytes[key] = self._waiting_bytes.get(key, 0) + self._bytes[self._rows[i]]
         waiting[i] = state_of(gradient)
-        if sum(self._bytes[self._rows[each]] for each in waiting) >= kernels.LEAST:
+        if self._waiting_bytes[key] >= kernels.LEAST:
+            del self._waiting_bytes[key]
             self._take_waiting(self._waiting.pop(key))
 
     def _take_waiting(self, waiting: Mapping[int, State]) -> None:
@@ -108,7 +112,7 @@ class GpuOverlap:
         """What was measured of the gradients; `None` if they all have to be read."""
         (place, positions), taken = gradients.on_gpu() or (None, np.empty(0, np.int64)), self._taken
         again = {i: state for w in self._waiting.values() for i, state in w.items() if i in self._states}
-        self._waiting = {}
+        self._waiting, self._waiting_bytes = {}, {}
         if again:  # accumulated since they were taken
             self._take_waiting(again)
         states, self._states = self._states, {}

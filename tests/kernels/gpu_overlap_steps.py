@@ -98,6 +98,27 @@ def test_what_is_left_after_backward_are_four_launches(launched, least):
                 assert launched == ["partials", "totals", "clip"]
 
 
+def test_the_cost_of_an_announcement_does_not_grow_with_their_number():
+    class Sizes(list[int]):
+        asked = 0
+
+        def __getitem__(self, row: Any) -> Any:
+            Sizes.asked += 1
+            return super().__getitem__(row)
+
+    found = [nn.Parameter(torch.zeros(3)) for _ in range(50)]
+    with small(least=30 * 12):
+        clipper = clipper_of(found, overlap=True)
+        for seed in range(3):
+            forget(found)
+            if seed == 2:
+                overlap: Any = clipper._step._meter.overlap
+                overlap._on_gpu._bytes = Sizes(overlap._on_gpu._bytes)
+            backward(found, seed)
+            clipper.clip()
+    assert Sizes.asked == len(found)
+
+
 def test_sums_are_kept_if_no_byte_has_changed():
     """Sums are replaced by others after backward, which shows whether they are used."""
     found = [nn.Parameter(torch.zeros(n)) for n in (10, 2 * CHUNK + 1, 3)]
