@@ -37,6 +37,7 @@ def test_defaults_are_the_documented_ones() -> None:
         },
         "deepspeed": {"zero_stage": 2, "offload": False, "pipeline": False, "config": None},
         "checkpoint": {"every": None, "resume_from": None},
+        "timeout": None,
     }
 
 
