@@ -110,6 +110,10 @@ def always(stop: int, name: str, tensor: Tensor) -> distnorm.Piece | None:
     return distnorm.Piece(((0, stop), (0, 6)), (8, 6)) if "qkv" in name else None
 
 
+def four_rows(start: int, name: str, tensor: Tensor) -> distnorm.Piece:
+    return distnorm.Piece(((start, start + 4), (0, 6)), (8, 6))
+
+
 def refused(what: str) -> None:
     group = dist.new_group([0, 1])
     rank = dist.get_rank()
@@ -134,9 +138,7 @@ def refused(what: str) -> None:
     elif what == "overlap that adds up":
         rows = rank * 2
         parameters = {"0.qkv.weight": nn.Parameter(whole("0.qkv.weight", 0)[rows : rows + 4])}
-
-        def said(name: str, tensor: Tensor) -> distnorm.Piece:
-            return distnorm.Piece(((rows, rows + 4), (0, 6)), (8, 6))
+        said = partial(four_rows, rows)
     elif what == "uneven":
         said["*.norm.weight"] = (0, group)
         parameters["0.norm.weight"] = nn.Parameter(whole("0.norm.weight", 0)[: 4 - rank])
@@ -173,7 +175,8 @@ def test_a_piece_lies_within_its_parameter():
 
 
 def test_a_piece_may_be_spelt_with_lists_and_a_size():
-    assert distnorm.Piece([[0, 4], [0, 6]], torch.Size((8, 6))) == distnorm.Piece(((0, 4), (0, 6)), (8, 6))
+    spelt: Any = [[0, 4], [0, 6]]
+    assert distnorm.Piece(spelt, torch.Size((8, 6))) == distnorm.Piece(((0, 4), (0, 6)), (8, 6))
     with pytest.raises(distnorm.ConfigError, match="of integers"):
         distnorm.Piece((0, 4), (8,))  # type: ignore[arg-type]
 

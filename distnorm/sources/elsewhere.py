@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from distnorm.errors import ConfigError, DistnormError, UnsupportedGradientError
@@ -88,7 +87,7 @@ def _is_another(found: Tensor | None, again: Tensor | None) -> bool:
     if found is None or again is None or again is found or not found.numel():
         return False
     # Wrappers have no memory of their own.
-    return type(found) is Tensor is type(again) and not torch._C._is_alias_of(found, again)
+    return type(found) is Tensor is type(again) and found.data_ptr() != again.data_ptr()
 
 
 def refuse_unnamed(parameter: Tensor) -> None:
