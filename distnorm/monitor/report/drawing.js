@@ -84,7 +84,7 @@ function traced(line, figure, from, to, log) {
   if (line.marks) {
     const kept = [];
     for (let at = from; at < to; at++) if (run.columns.flags[at] & line.marks) kept.push(at);
-    const every = Math.ceil(kept.length / (2 * MOST)) || 1, some = kept.filter((_, place) => place % every === 0);
+    const every = Math.ceil(kept.length / MOST) || 1, some = kept.filter((_, place) => place % every === 0);
     const y = some.map((at) => line.edge || run.columns[line.column][at]);
     return some.length ? [{ type: "scatter", mode: "markers", name: line.name, x: some.map((at) => x[at]), y,
       marker: { color: ink, symbol: line.symbol, size: 7, line: { width: 1, color: colour("paper") } },
