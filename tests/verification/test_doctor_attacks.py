@@ -92,6 +92,16 @@ def test_a_reference_that_is_random_is_refused() -> None:
         examine(Random(), reference_of(Random()))
 
 
+def test_the_same_tokens_are_the_same_batch_in_any_dtype_and_cut() -> None:
+    """As int32; and cut along the sequence, as context parallel ranks hold them."""
+    for cut in (1, 2):
+        model = Block()
+        with distnorm.doctor(model, reference=reference_of(Block())) as examination:
+            for tokens in tokens_of().int().chunk(cut, 1):
+                (model(tokens).square().mean() / cut).backward()
+        assert examination.report is not None and examination.report.ok, examination.report
+
+
 def test_what_is_frozen_on_both_sides_needs_no_proof() -> None:
     def frozen(names: str) -> Block:
         model = Block()
@@ -112,6 +122,21 @@ def test_a_compiled_model_is_compared_and_its_trace_refused() -> None:
     assert examine(compiled(), reference_of(Block())).ok
     with pytest.raises(DistnormError, match=r"eagerly where trace=True, found one under torch\.compile"):
         examine(compiled(), reference_of(Block()), trace=True)
+
+
+def test_a_batch_that_has_no_such_part_is_explained_without_parts() -> None:
+    whole = Block()
+
+    def reference(part: int = 0, parts: int = 1) -> Block:
+        (whole(tokens_of().chunk(parts)[part]).square().mean() / parts).backward()
+        return whole
+
+    model = Block()
+    with distnorm.doctor(model, reference=reference, parts=8) as examination:
+        (loss(model) * 3).backward()  # type: ignore[no-untyped-call]
+    assert examination.report is not None and examination.report.cause is not None
+    assert examination.report.cause.explanation.mistake is Mistake.SCALED
+    assert "parts are not used: it raised IndexError" in str(examination.report)
 
 
 def partial(is_wrong: bool) -> DoctorReport:

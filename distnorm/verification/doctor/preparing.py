@@ -73,8 +73,11 @@ class Prepared:
         note = None
         with ranks.together():
             if ranks.rank == 0 and self.values is not None:
-                found = [run_part(run, self.tied, part, parts, names) for part in range(parts)]
-                note = self._unlike_parts(found, names)
+                try:
+                    found = [run_part(run, self.tied, part, parts, names) for part in range(parts)]
+                    note = self._unlike_parts(found, names)
+                except Exception as error:  # such as of a batch that has no such part; the rest is told
+                    note = f"the reference's parts are not used: it raised {error!r}"
         note = ranks.gather(note)[0]
         if note is not None:
             self.notes.append(note)
