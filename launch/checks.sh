@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All checks, in an environment that has what they need: lint, format, types, tests. With --quick only the tests that
-# need neither the frameworks nor a browser. Further arguments go to pytest.
+# need neither the frameworks nor a browser; with --no-frameworks all but the frameworks'. Further arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,6 +15,8 @@ unset PYTHONDONTWRITEBYTECODE # thousands of processes would each compile every 
 tests=("$PYTHON" -m pytest -n auto --maxprocesses 4 --dist worksteal)
 if [[ "${1:-}" == --quick ]]; then
     exec "${tests[@]}" --form quick "${@:2}"
+elif [[ "${1:-}" == --no-frameworks ]]; then
+    exec "${tests[@]}" --ignore=tests/integrations "${@:2}"
 elif (($#)); then
     exec "${tests[@]}" "$@"
 fi
