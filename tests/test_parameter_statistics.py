@@ -398,7 +398,7 @@ def with_frozen() -> Model:
     )
     trained.grad = torch.ones(2, 3)
     model = Model.of([("a.frozen", frozen), ("a.lora", trained), ("b", nn.Parameter(torch.ones(3)))])
-    model.shards[0] = UnreadableShard(*(getattr(model.shards[0], name) for name in FIELDS_OF_SHARDS))
+    model.shards[0] = UnreadableShard(**{name: getattr(model.shards[0], name) for name in FIELDS_OF_SHARDS})
     return model
 
 

@@ -30,6 +30,7 @@ from distnorm.kernels import (
 from distnorm.measure.norms import norm
 from distnorm.measure.replica_check import ReplicaCheck
 from distnorm.monitor.snapshot import LayerSnapshot
+from distnorm.payload.finite_loss import LossFiniteness
 from tests import oracle
 from tests.kernels.triton_cases import (
     BITS,
@@ -310,7 +311,8 @@ def test_launches_of_a_monitored_step(counted):
     for weight in model:
         weight.grad = torch.ones_like(weight)
     meter = distnorm.GradClipper(model)._step._meter
-    snapshot = LayerSnapshot(MonitorConfig(every=1), meter.ranks, norm(2), meter.shards, meter.shares)
+    held = (meter.ranks, norm(2), meter.shards, meter.shares)
+    snapshot = LayerSnapshot(MonitorConfig(every=1), *held, LossFiniteness())
     counted.clear()
     snapshot.local([weight.grad for weight in model], DEVICE)
     assert counted == ["summary_parts", "summary_totals"]
