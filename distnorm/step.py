@@ -149,7 +149,7 @@ class Step:
         self.count = self.count if self._replays.leaves_out(outcome.result.total_norm) else number
         self._announce_snapshot()
         if self.monitor is not None:
-            self.monitor.look_ahead(self.count + 1)
+            self.monitor.prepare_next(self.count + 1)
 
     def _names_not_finite(self, reduced: ReducedStatistics | UnreadStatistics) -> bool:
         """Whether to search for the gradients that are not finite: if the norm can be read for free, and no

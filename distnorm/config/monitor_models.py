@@ -71,7 +71,7 @@ class NotifyConfig(Section):
     )
     every: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         60.0,
-        description="Seconds between two messages; alerts in between are told together in the next.",
+        description="Seconds between two messages; alerts in between are sent together in the next.",
     )
 
     def conflicts(self) -> Iterator[Conflict]:

@@ -68,7 +68,7 @@ class MegatronClipper:
         named = [(f"{i}.{self._run_of[id(view)].held.name}", view) for i, view in enumerate(views)]
         says: dict[str, Any] = {"sharded": self._piece_of, "grad_of": self._gradient_of}
         self.clipper = GradClipper(named, taken, group=group, **says)
-        self._is_told, self._is_fresh = False, False
+        self._has_compared, self._is_fresh = False, False
         self._install(optimizer, inner)
 
     @property
@@ -91,8 +91,8 @@ class MegatronClipper:
             parts = parts_of(optimizer, held)
         check_claims(ranks, held, axes, facts)
         names = names_of_shared(ranks, held, facts)
-        told = zip(held, facts.prints, facts.tell, strict=True)
-        values = {id(each.parameter): bits if tells else 0 for each, bits, tells in told}
+        found = zip(held, facts.prints, facts.varies, strict=True)
+        values = {id(each.parameter): bits if varies else 0 for each, bits, varies in found}
         runs = []
         for part in parts:
             bits = values[id(part.held.parameter)]
@@ -158,8 +158,8 @@ class MegatronClipper:
         return outcome
 
     def _clip(self) -> None:
-        if not self._is_told:
-            self._is_told = check_gradients(self._ranks, self._runs, self._axes, self._twins)
+        if not self._has_compared:
+            self._has_compared = check_gradients(self._ranks, self._runs, self._axes, self._twins)
         try:
             self.clipper.clip()
         except ReplicaError as error:

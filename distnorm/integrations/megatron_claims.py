@@ -2,8 +2,8 @@
 
 Two kinds of lies make a wrong norm, silently. What is said to be one tensor on several ranks is several: then
 its values, or its gradients, differ. What is said to be several is one: then its gradient is the same on all,
-bit for bit. Values alone don't tell that: LayerNorms begin as ones, biases as zeros, and upcycled experts as
-copies of each other. A gradient whose elements are all alike tells nothing, and is passed over.
+bit for bit. Values alone don't show that: LayerNorms begin as ones, biases as zeros, and upcycled experts as
+copies of each other. A gradient whose elements are all alike shows nothing, and is passed over.
 
 All functions here are collective: every rank must call them.
 """
@@ -42,11 +42,11 @@ class Facts:
 
     Args:
         prints: a hash of the bits and the size of each; 0 where it is missing.
-        tell: whether its elements differ from each other, so that equal bits are no chance.
+        varies: whether its elements differ from each other, so that equal bits are no chance.
     """
 
     prints: Sequence[int]
-    tell: Sequence[bool]
+    varies: Sequence[bool]
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None]) -> Facts:
@@ -54,10 +54,10 @@ class Facts:
         there = {i: t.detach() for i, t in enumerate(tensors) if t is not None and t.numel()}
         sums = to_host([kernels.checksum(t) for t in there.values()])
         unlike = to_host([(t.reshape(-1) != t.reshape(-1)[0]).any().long() for t in there.values()])
-        prints, tell = [0] * len(tensors), [False] * len(tensors)
+        prints, varies = [0] * len(tensors), [False] * len(tensors)
         for (i, tensor), bits, differs in zip(there.items(), sums, unlike, strict=True):
-            prints[i], tell[i] = stable_hash(f"{bits} {tensor.dtype} {tensor.numel()}"), bool(differs)
-        return cls(prints, tell)
+            prints[i], varies[i] = stable_hash(f"{bits} {tensor.dtype} {tensor.numel()}"), bool(differs)
+        return cls(prints, varies)
 
 
 def check_claims(ranks: Ranks, held: Sequence[Held], axes: Axes, facts: Facts) -> None:
@@ -87,9 +87,9 @@ def check_claims(ranks: Ranks, held: Sequence[Held], axes: Axes, facts: Facts) -
         if not each.claims.allreduce
         and not each.is_expert
         and is_same
-        and (tells or id(each.owner) not in owners)
+        and (varies or id(each.owner) not in owners)
         else None
-        for each, is_same, tells in zip(held, same, facts.tell, strict=True)
+        for each, is_same, varies in zip(held, same, facts.varies, strict=True)
     ]
     _raise(ranks, held, reasons, CoverageError)
 
@@ -102,17 +102,17 @@ def names_of_shared(ranks: Ranks, held: Sequence[Held], facts: Facts) -> dict[st
     """
     rows = [[p, each.claims.shared] for p, each in zip(facts.prints, held, strict=True)]
     has_copy = _flags(join(ranks, torch.tensor(rows, dtype=torch.int64).view(-1, 2), _any_second))
-    told = zip(held, facts.prints, facts.tell, has_copy, strict=True)
-    mine = [(bits, each.name, each.claims.shared) for each, bits, tells, is_so in told if tells and is_so]
+    found = zip(held, facts.prints, facts.varies, has_copy, strict=True)
+    mine = [(bits, each.name, each.claims.shared) for each, bits, varies, is_so in found if varies and is_so]
     originals: dict[int, set[str]] = {}
     for theirs in ranks.gather(mine):
         for bits, name, is_copy in theirs:
             originals.setdefault(bits, set()).update(() if is_copy else (name,))
     lost = [
         "shared=True, and no parameter without it has the same values"
-        if each.claims.shared and tells and not originals[bits]
+        if each.claims.shared and varies and not originals[bits]
         else None
-        for each, bits, tells in zip(held, facts.prints, facts.tell, strict=True)
+        for each, bits, varies in zip(held, facts.prints, facts.varies, strict=True)
     ]
     _raise(ranks, held, lost, CoverageError)
     return {name: min(originals[bits]) for bits, name, is_copy in mine if is_copy}
@@ -128,7 +128,7 @@ def check_gradients(ranks: Ranks, runs: Sequence[Run], axes: Axes, twins: Sequen
         twins: for each run a hash of its parameter's values; 0 where these are all alike.
 
     Returns:
-        Whether there was any gradient to tell from, on some rank.
+        Whether there was any gradient that shows something, on some rank.
 
     Raises:
         CoverageError: what is said to be several parameters has one gradient.
@@ -143,7 +143,7 @@ def check_gradients(ranks: Ranks, runs: Sequence[Run], axes: Axes, twins: Sequen
     reasons: list[Reason] = []
     for i, run in enumerate(runs):
         claims, reason = run.held.claims, None
-        if not facts.tell[i]:
+        if not facts.varies[i]:
             pass
         elif run.held.is_cut and of_tp[i]:
             members = list(run.held.axis.members)
@@ -156,7 +156,7 @@ def check_gradients(ranks: Ranks, runs: Sequence[Run], axes: Axes, twins: Sequen
             reason = "no shared=True, and values and gradient of a parameter of another name"
         reasons.append(reason)
     _raise(ranks, [run.held for run in runs], reasons, CoverageError)
-    return ranks.any(any(facts.tell))[0]
+    return ranks.any(any(facts.varies))[0]
 
 
 def explained(ranks: Ranks, error: ReplicaError, runs: Sequence[Run], axes: Axes) -> ReplicaError:
@@ -171,8 +171,8 @@ def explained(ranks: Ranks, error: ReplicaError, runs: Sequence[Run], axes: Axes
         if is_unlike and not run.held.is_cut
     ]
     several = ranks.gather([ranks.shortened(text, 3) for text in list(dict.fromkeys(mine))[:3]])
-    told = list(dict.fromkeys(text for texts in several for text in texts))
-    return ReplicaError("\n".join([str(error), *told, *([_ADVICE] if told else [])]))
+    hints = list(dict.fromkeys(text for texts in several for text in texts))
+    return ReplicaError("\n".join([str(error), *hints, *([_ADVICE] if hints else [])]))
 
 
 def _compare_claims(ranks: Ranks, held: Sequence[Held]) -> None:

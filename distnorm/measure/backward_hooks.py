@@ -24,7 +24,7 @@ Bucket = Any
 
 
 class Listener(Protocol):
-    """What is told of gradients, by their positions among the shards."""
+    """Receives what happens to gradients in backward, by their positions among the shards."""
 
     def read(self, i: int) -> None:
         """A gradient is final, where its parameter has it."""

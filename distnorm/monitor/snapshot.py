@@ -118,7 +118,7 @@ class LayerSnapshot:
         """How many ranks the noise scale compares; 0 where there is none."""
         return 0 if self._noise is None else self._noise.replicas
 
-    def look_ahead(self, is_next: bool) -> None:
+    def prepare_next(self, is_next: bool) -> None:
         """Get ready for the next step, whose update is still to come, if that is a monitored one."""
         if self._products is not None:
             self._products.keep(is_next)

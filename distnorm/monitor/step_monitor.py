@@ -104,10 +104,10 @@ class StepMonitor:
         every = self._config.every
         return None if every is None or step % every else self._snapshot
 
-    def look_ahead(self, step: int) -> None:
+    def prepare_next(self, step: int) -> None:
         """Get ready for a step, of which the optimizer's step before is still to come."""
         if self._snapshot is not None and self._config.every is not None:
-            self._snapshot.look_ahead(step % self._config.every == 0)
+            self._snapshot.prepare_next(step % self._config.every == 0)
 
     def note(
         self, loss: float | Tensor | None, tokens: int | Tensor | None, facts: Mapping[str, Any] | None = None
@@ -195,7 +195,7 @@ class StepMonitor:
     def load_state_dict(self, state: Mapping[str, Any] | None, steps: int) -> None:
         """Go on from a state, or without one after so many steps."""
         if self._snapshot is not None:  # weights that were kept are those of another course
-            self._snapshot.look_ahead(False)
+            self._snapshot.prepare_next(False)
         self._pending.load_state_dict(
             state if state is not None else {**self.monitor.state_dict(), "step": steps}
         )

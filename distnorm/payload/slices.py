@@ -10,11 +10,12 @@ from itertools import groupby
 import numpy as np
 
 from distnorm.config import SliceConfig
-from distnorm.errors import ConfigError, UnsupportedGradientError
+from distnorm.errors import ConfigError
 from distnorm.payload.dots import Operands
+from distnorm.payload.flat import refuse_flat
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.model_table import ModelTable
-from distnorm.plan.plan import Share, raise_named
+from distnorm.plan.plan import Share
 from distnorm.sources.shards import GradShard
 
 
@@ -71,13 +72,8 @@ class Slices:
             self.numels += [table.numels[slot] // max(len(new), 1)] * len(new)
         self.names = tuple(names)
         held = [i for i, shard in enumerate(shards) if shard.numel and table.slots[i] in ways]
-        raise_named(
-            ranks,
-            [(shards[i].name, "a run of a flat parameter") for i in held if shards[i].is_flat],
-            UnsupportedGradientError,
-            "shards along dims, of which monitor.slices are slices",
-            "FSDP1 and ZeRO flatten parameters; shard with fully_shard (FSDP2), or take the pattern out.",
-        )
+        expected = "shards along dims, of which monitor.slices are slices"
+        refuse_flat(ranks, (shards[i] for i in held), expected, "take the pattern out")
         self.sliced = frozenset(held)
         self._parts = [part for i in held for part in _parts(i, shards[i], shares[i], *ways[table.slots[i]])]
         self._shapes = {i: _shape(shards[i]) for i in held}

@@ -27,6 +27,7 @@ from torch import Tensor
 from distnorm import kernels
 from distnorm.errors import ConfigError, UnsupportedGradientError
 from distnorm.measure.norms import Norm
+from distnorm.payload.flat import refuse_flat
 from distnorm.payload.indices import Indices
 from distnorm.payload.parameters import trained_weights
 from distnorm.plan.collectives import Ranks
@@ -86,13 +87,10 @@ class SpectralNorms:
         self._matrices = {one.slot: one for one in _matrices(table, patterns, vectors)}
         self._names = table.names
         self._held = [i for i, s in enumerate(shards) if s.numel and table.slots[i] in self._matrices]
-        raise_named(
-            ranks,
-            [(shards[i].name, _odd(shards[i])) for i in self._held if _odd(shards[i])],
-            UnsupportedGradientError,
-            "real shards along dims, of which spectral norms can be found",
-            "FSDP1 and ZeRO flatten parameters; shard with fully_shard (FSDP2), or take the pattern out.",
-        )
+        held, expected = [shards[i] for i in self._held], "real shards along dims, which have spectral norms"
+        refuse_flat(ranks, held, expected, "take the pattern out")
+        of_complex = [(shard.name, "complex values") for shard in held if shard.holder.is_complex()]
+        raise_named(ranks, of_complex, UnsupportedGradientError, expected, "Take the pattern out.")
         self._shards, self._shares, self._slots = tuple(shards), tuple(shares), table.slots
         self._indices = Indices()
         for i in self._held:
@@ -181,7 +179,3 @@ def _matrices(table: ModelTable, patterns: Sequence[str], vectors: int) -> list[
     widths = [min(vectors, *shape) for shape in shapes]
     starts = accumulate((max(s) * w for s, w in zip(shapes, widths, strict=True)), initial=0)
     return [_Matrix(*of) for of in zip(slots, shapes, widths, starts, strict=False)]
-
-
-def _odd(shard: GradShard) -> str:
-    return "a run of a flat parameter" if shard.is_flat else "complex" if shard.holder.is_complex() else ""

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from distnorm import kernels
-from distnorm.errors import UnsupportedGradientError
+from distnorm.payload.flat import refuse_flat
 from distnorm.payload.indices import Indices
 from distnorm.payload.parameters import trained_weights
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.model_table import Ints, ModelTable
-from distnorm.plan.plan import Share, raise_named
+from distnorm.plan.plan import Share
 from distnorm.sources.shards import GradShard
 
 _ALL, _EVERY = "all that are counted", "all that are held"
@@ -76,14 +76,8 @@ class UnitStatistics:
     ) -> None:
         meant = [names is None or name in names for name in table.names]
         held = [i for i, shard in enumerate(shards) if shard.numel and meant[table.slots[i]]]
-        raise_named(
-            ranks,
-            [(shards[i].name, "a run of a flat parameter") for i in held if shards[i].is_flat],
-            UnsupportedGradientError,
-            "shards along dims, of which each output unit is a row",
-            "FSDP1 and ZeRO flatten parameters and forget their rows; shard with fully_shard (FSDP2), "
-            "or take another policy.",
-        )
+        expected = "shards along dims, of which each output unit is a row"
+        refuse_flat(ranks, (shards[i] for i in held), expected, "take another policy")
         sizes = [
             _units_of(shape) if is_meant else 0 for shape, is_meant in zip(table.shapes, meant, strict=True)
         ]

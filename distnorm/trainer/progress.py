@@ -33,11 +33,11 @@ class LostRankError(RunError):
 
 
 class Progress:
-    """Tells the others where this rank is.
+    """Publishes where this rank is, for the others' errors.
 
     Args:
-        timeout: seconds that collectives wait, as the configuration says; with `None` nobody is told, and
-            torch's errors are left as they are.
+        timeout: seconds that collectives wait, as the configuration says; with `None` this does nothing,
+            and torch's errors are left as they are.
     """
 
     def __init__(self, timeout: int | None) -> None:

@@ -23,11 +23,11 @@ _log = logging.getLogger("distnorm")
 
 _PATIENCE = 20.0
 """Seconds that a command or an answer may take; as long a run's end waits for the last message at most."""
-_MOST_WAITING, _MOST_TOLD, _MOST_SAID = 1000, 10, 3000
+_MOST_WAITING, _MOST_LISTED, _MOST_SAID = 1000, 10, 3000
 
 
 class NotifySink:
-    """Tells alerts, at most one message in `every` seconds; what comes in between is told in the next.
+    """Sends alerts, at most one message in `every` seconds; what comes in between is in the next one.
 
     Training waits for none of it, but for the last message at a run's end, and that not for long.
 
@@ -59,7 +59,7 @@ class NotifySink:
         self._thread: threading.Thread | None = None
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """Nothing: only alerts are told."""
+        """Nothing: only alerts are sent."""
 
     def layers(self, step: int, rows: Sequence[LayerRow]) -> None:
         """Nothing."""
@@ -71,7 +71,7 @@ class NotifySink:
             else:
                 self._dropped += 1
             if self._thread is None:  # a run without alerts has no thread
-                self._thread = threading.Thread(target=self._tell_all, name="distnorm-notify", daemon=True)
+                self._thread = threading.Thread(target=self._send_all, name="distnorm-notify", daemon=True)
                 self._thread.start()
             self._changed.notify()
 
@@ -82,7 +82,7 @@ class NotifySink:
         if self._thread is not None:
             self._thread.join(_PATIENCE)
 
-    def _tell_all(self) -> None:
+    def _send_all(self) -> None:
         due = 0.0
         while True:
             with self._changed:
@@ -92,16 +92,16 @@ class NotifySink:
                 dropped, self._dropped = self._dropped, 0
                 closed = self._closed
             if alerts:
-                self._tell(alerts, dropped)
+                self._send(alerts, dropped)
                 due = time.monotonic() + self._every
             if closed:
                 return
 
-    def _tell(self, alerts: Sequence[Alert], dropped: int) -> None:
+    def _send(self, alerts: Sequence[Alert], dropped: int) -> None:
         text = _words(alerts, dropped, self._folder)
         run = None if self._folder is None else str(self._folder)
-        told = [plain(alert.to_dict()) for alert in alerts[:100]]
-        data = json.dumps({"text": text, "run": run, "alerts": told}).encode()
+        listed = [plain(alert.to_dict()) for alert in alerts[:100]]
+        data = json.dumps({"text": text, "run": run, "alerts": listed}).encode()
         for name, send in self._channels.items():
             try:
                 send(text, data)
@@ -118,7 +118,7 @@ def _words(alerts: Sequence[Alert], dropped: int, folder: Path | None) -> str:
     """The alerts, a line each; what can't be printed is spelt out, since names come from a model."""
     where = "" if folder is None else f" {folder.name}"
     lines = [
-        f"distnorm{where}: step {each.step}: {each.kind}: {each.message}" for each in alerts[:_MOST_TOLD]
+        f"distnorm{where}: step {each.step}: {each.kind}: {each.message}" for each in alerts[:_MOST_LISTED]
     ]
     more = len(alerts) - len(lines) + dropped
     text = "\n".join(

@@ -1,4 +1,4 @@
-"""The page of runs that are followed, over HTTP: read-only, for this machine unless told otherwise."""
+"""The page of runs that are followed, over HTTP: read-only, on loopback unless --host says another one."""
 
 from __future__ import annotations
 

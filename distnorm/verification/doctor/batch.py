@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from distnorm.verification.doctor.tracing import tensors_in
 from distnorm.verification.pieces import digest, local_of
 
 
@@ -17,26 +18,15 @@ def row_digests(args: Any, kwargs: Any) -> list[str]:
     Activations of a pipeline's stage before, which require gradients, are no data. Tokens are the same in
     any integer dtype.
     """
-    found = [local_of(t) for t in _tensors((args, kwargs))]
-    if not found or any(t.requires_grad for t in _tensors((args, kwargs))):
+    given = [tensor for tensor in tensors_in((args, kwargs)) if tensor.ndim]
+    if not given or any(tensor.requires_grad for tensor in given):
         return []
+    found = [local_of(tensor) for tensor in given]
     rows = found[0].shape[0]
     together = [tensor for tensor in found if tensor.shape[0] == rows]
     shape = "".join(str(tuple(tensor.shape[1:])) for tensor in together)
     together = [tensor if _is_inexact(tensor) else tensor.long() for tensor in together]
     return [f"{shape}:" + "".join(digest(tensor[i])[:16] for tensor in together) for i in range(rows)]
-
-
-def _tensors(value: Any) -> Iterable[Tensor]:
-    if isinstance(value, Tensor):
-        if value.ndim:
-            yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
 
 
 def batch_fault(by_rank: Sequence[Sequence[str]], reference: Sequence[str]) -> str | None:

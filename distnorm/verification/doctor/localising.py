@@ -138,8 +138,8 @@ class Localiser:
             size = self._around.size(axis)
             for dim in range(1, self._trace[boundary].ndim if size > 1 else 0):
                 found = {rank: self._repeats(boundary, rank, axis, dim, tolerance) for rank in self._ranks}
-                told = [answer for answer in found.values() if answer is not None]
-                if told and all(told):
+                answers = [answer for answer in found.values() if answer is not None]
+                if answers and all(answers):
                     ranks = tuple(rank for rank, answer in found.items() if answer)
                     text = f"each rank holds its own shard {size} times, not those of the others along {axis}"
                     return Explanation(Mistake.UNGATHERED, text, ranks, (axis,))

@@ -1,4 +1,4 @@
-"""The mistakes that are told apart, and what a factor between two gradients can mean."""
+"""The mistakes that are distinguished, and what a factor between two gradients can mean."""
 
 from __future__ import annotations
 

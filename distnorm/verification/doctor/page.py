@@ -63,8 +63,8 @@ def _layers(verdicts: Sequence[Verdict]) -> Iterator[str]:
     for verdict in verdicts:
         layers.setdefault(verdict.name.rpartition(".")[0] or verdict.name, []).append(verdict)
     for name, theirs in layers.items():
-        told = "; ".join(f"{v.name}: {v.explanations[0].text}" for v in theirs if v.is_wrong)
-        yield f'<span class="layer {_state(theirs)}" title="{escape(told)}">{escape(name)}</span>'
+        text = "; ".join(f"{v.name}: {v.explanations[0].text}" for v in theirs if v.is_wrong)
+        yield f'<span class="layer {_state(theirs)}" title="{escape(text)}">{escape(name)}</span>'
 
 
 def _state(verdicts: Sequence[Verdict]) -> str:
@@ -76,10 +76,10 @@ def _state(verdicts: Sequence[Verdict]) -> str:
 def _row(verdict: Verdict) -> str:
     numbers = (verdict.difference, verdict.tolerance, verdict.cosine, verdict.scale)
     cells = "".join(f'<td class="number">{"" if n is None else f"{n:.3g}"}' for n in numbers)
-    told = "<br>".join(
+    text = "<br>".join(
         escape(f"{e.mistake.value}: {e.text}" + (f" ({rank_list(list(e.ranks))})" if e.ranks else ""))
         for e in verdict.explanations
     )
     if verdict.is_dead:
-        told = "zero or absent on both sides, which proves nothing"
-    return f'<tr class="{_state([verdict])}"><td>{escape(verdict.name)}{cells}<td>{told}</tr>'
+        text = "zero or absent on both sides, which proves nothing"
+    return f'<tr class="{_state([verdict])}"><td>{escape(verdict.name)}{cells}<td>{text}</tr>'

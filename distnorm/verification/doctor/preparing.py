@@ -76,7 +76,7 @@ class Prepared:
                 try:
                     found = [run_part(run, self.tied, part, parts, names) for part in range(parts)]
                     note = self._unlike_parts(found, names)
-                except Exception as error:  # such as of a batch that has no such part; the rest is told
+                except Exception as error:  # such as of a batch that has no such part; the rest is reported
                     note = f"the reference's parts are not used: it raised {error!r}"
         note = ranks.gather(note)[0]
         if note is not None:

@@ -90,7 +90,7 @@ class DoctorReport:
         if self.dead:
             facts.append(("dead", _listed(self.dead)))
         facts += [("note", note) for note in self.notes]
-        cause = None if self.cause is None else f"{self.cause.where}: {_told(self.cause.explanation)}"
+        cause = None if self.cause is None else f"{self.cause.where}: {_sentence(self.cause.explanation)}"
         return page(self.verdicts, self._headline(), cause, facts)
 
     def _partings(self) -> list[tuple[str, Parting]]:
@@ -108,7 +108,7 @@ class DoctorReport:
         compared = [v for v in self.verdicts if v.difference is not None and not v.is_dead]
         lines = [self._headline()]
         if self.cause is not None:
-            lines += _wrapped("  cause    ", f"{self.cause.where}: {_told(self.cause.explanation)}")
+            lines += _wrapped("  cause    ", f"{self.cause.where}: {_sentence(self.cause.explanation)}")
         for name, parting in self._partings():
             text = f"parts {parting.place}, by {parting.difference:.2g}"
             lines += _wrapped(f"  {name} ".ljust(11), text)
@@ -134,16 +134,16 @@ class DoctorReport:
             numbers = (verdict.difference, verdict.tolerance, verdict.cosine, verdict.scale)
             shown = "  ".join("     -" if n is None else f"{n:9.3g}" for n in numbers)
             lines.append(f"  {verdict.name.ljust(width)} {shown}")
-            told = [_told(explanation) for explanation in verdict.explanations]
-            for text in told if told != before else ["the same"]:
+            sentences = [_sentence(explanation) for explanation in verdict.explanations]
+            for text in sentences if sentences != before else ["the same"]:
                 lines += _wrapped("      ", text)
-            before = told
+            before = sentences
         if len(self.wrong) > _SHOWN:
             lines.append(f"  and {len(self.wrong) - _SHOWN} more")
         return lines
 
 
-def _told(explanation: Explanation) -> str:
+def _sentence(explanation: Explanation) -> str:
     where = f" ({rank_list(list(explanation.ranks))})" if explanation.ranks else ""
     also = f"; also consistent with: {' or '.join(explanation.others)}" if explanation.others else ""
     return f"{explanation.mistake.value}: {explanation.text}{where}{also}"

@@ -191,16 +191,16 @@ class Examination:
         parting = forward or backward
         if parting is not None:
             text = f"the {'forward' if parting.is_forward else 'backward'} parts {parting.place}"
-            told = Explanation(Mistake.ACTIVATIONS, text, first.ranks)
+            inferred = Explanation(Mistake.ACTIVATIONS, text, first.ranks)
         elif self._trace and self._prepared.run is not None:
             text = (
                 "what its module is given is right, forward and backward; consistent with a missing or wrong "
                 "reduction of the gradient itself"
             )
-            told = Explanation(Mistake.UNREDUCED, text, first.ranks)
+            inferred = Explanation(Mistake.UNREDUCED, text, first.ranks)
         else:
             return verdict
-        return replace(verdict, explanations=(told, *verdict.explanations[1:]))
+        return replace(verdict, explanations=(inferred, *verdict.explanations[1:]))
 
 
 def _refuse_compiled(modules: Sequence[nn.Module]) -> None:

@@ -97,7 +97,7 @@ class Tracer:
             return
         call = self._calls.get(name, 0)
         self._weights(name, WEIGHT, call, module)
-        for which, tensor in enumerate(tensors_in(output)):
+        for which, tensor in enumerate(t for t in tensors_in(output) if t.is_floating_point()):
             self._on_tensor(Boundary(name, OUTPUT, which), call, tensor)
             if tensor.requires_grad:
                 self._hook(tensor, Boundary(name, OUTPUT_GRADIENT, which), call, module)
@@ -122,10 +122,9 @@ def _in_backward() -> bool:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in what a module takes or gives."""
+    """The tensors in what a module takes or gives."""
     if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
+        yield value
     elif isinstance(value, dict):
         for item in value.values():
             yield from tensors_in(item)
