@@ -67,6 +67,8 @@ def _train(trainer: Trainer, config: Config, start: Start, done: int) -> int:
     world, clipper = trainer.job.world, trainer.clipper
     steps, every = config.train.steps, config.train.checkpoint.every
     _say(world, _headline(trainer.job, done))
+    if done >= steps:  # a finished run's folder stays as it is
+        return 0
     if earlier := world.together("train.output_dir", lambda: _claim_folder(config, world, start)):
         _say(world, f"the rows of the run that was there are kept in {earlier}")
     console = open_console(config.monitor.console, done, steps, quiet=world.rank != 0)

@@ -259,9 +259,9 @@ def test_the_page_follows_a_run_and_asks_nobody_else(browser: Browser, tmp_path:
         drawn = "document.querySelector('.plot.steps').data[0].x"
         until(browser, f"{drawn}[{drawn}.length - 1] === 120")
         assert browser.run("document.querySelector('.plot.steps').data.length") >= 5, "raw and smoothed"
-        until(browser, "document.querySelector('.tiles dd').textContent === '120'")
+        until(browser, "document.querySelector('.tiles dd')?.textContent === '120'")
         assert texts(browser, ".remarks")[0]["textContent"] == EVIL
-        until(browser, "document.getElementById('status').textContent.startsWith('Following, step 120')")
+        until(browser, "document.getElementById('status')?.textContent.startsWith('Following, step 120')")
         browser.run("document.querySelector('[data-layers]').click()")
         until(browser, "document.querySelectorAll('.heatmaplayer image').length > 0")
         assert texts(browser, "select[data-run] option")[-1] == {"textContent": EVIL}

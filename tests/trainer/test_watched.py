@@ -27,7 +27,7 @@ from distnorm.trainer.optimizer import make_optimizer
 from .tiny import rank_count, rows, shipped, train
 
 RTOL = 1e-9
-NUMBERS = ("norm", "rms", "max", "zero_fraction", "grad_to_weight")
+NUMBERS = ("norm", "rms", "max", "zero_fraction", "grad_to_weight", "weight_norm")
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -63,13 +63,14 @@ def dense_steps(config: Config) -> list[dict[str, tuple[Tensor, Tensor]]]:
 def dense_layer(members: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
     gradient = torch.cat([gradient.double().flatten() for gradient, _ in members])
     weight = torch.cat([weight.double().flatten() for _, weight in members])
-    norm = float(gradient.square().sum().sqrt())
+    norm, weight_norm = float(gradient.square().sum().sqrt()), float(weight.square().sum().sqrt())
     return {
         "norm": norm,
         "rms": norm / math.sqrt(len(gradient)),
         "max": float(gradient.abs().max()),
         "zero_fraction": float((gradient == 0).double().mean()),
-        "grad_to_weight": norm / float(weight.square().sum().sqrt()),
+        "grad_to_weight": norm / weight_norm,
+        "weight_norm": weight_norm,
     }
 
 

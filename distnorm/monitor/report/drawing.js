@@ -115,8 +115,8 @@ function plain(figure, div) {
   const log = figure.axis === "log", range = sight(figure);
   const traces = figure.lines.flatMap((line) => {
     const { step } = runs[line.run].columns;
-    // One more on each side, so that lines leave through the edges.
-    const from = Math.max(0, firstFrom(step, range[0]) - 1), to = Math.min(step.length, firstFrom(step, range[1]) + 1);
+    // One more on each side, so that lines leave through the edges; a range may end at a step or between two.
+    const from = Math.max(0, firstFrom(step, range[0]) - 1), to = Math.min(step.length, firstFrom(step, range[1]) + 2);
     return traced(line, figure, from, to, log);
   });
   const named = traces.filter((trace) => trace.showlegend !== false);
