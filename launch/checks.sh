@@ -11,8 +11,9 @@ unset PYTHONDONTWRITEBYTECODE # thousands of processes would each compile every 
 "$PYTHON" -m ruff check
 "$PYTHON" -m ruff format --check
 "$PYTHON" -m mypy
-# Half of the tests wait for processes that they start, so some at a time; -n 0 among the arguments undoes it.
-tests=("$PYTHON" -m pytest -n auto --maxprocesses 4 --dist worksteal)
+# Most tests wait for processes that they start, so two at a time for each core; -n 0 among the arguments undoes it.
+cores="$(nproc)"
+tests=("$PYTHON" -m pytest -n "$((cores < 4 ? 2 * cores : 8))" --dist worksteal)
 if [[ "${1:-}" == --quick ]]; then
     exec "${tests[@]}" --form quick "${@:2}"
 elif [[ "${1:-}" == --no-frameworks ]]; then

@@ -200,7 +200,7 @@ def complete(topology: Topology, step: int) -> bool:
 
 # A failing example is plain data and small enough to read; shrinking it by running ranks takes minutes.
 RANDOM = settings(
-    max_examples=6,
+    max_examples=4,
     derandomize=True,
     deadline=None,
     database=None,

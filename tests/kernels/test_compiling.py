@@ -32,6 +32,15 @@ print("compiled" if native.library() else "eager")
 """
 
 
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch, tmp_path_factory):
+    """A compiler that doesn't optimise, which takes a second and not five."""
+    compiler = fake_compiler(
+        tmp_path_factory.mktemp("hasty") / "cc", f'exec {os.environ.get("CC", "cc")} "$@" -O0'
+    )
+    monkeypatch.setenv("CC", compiler)
+
+
 def ask(**environment: str) -> list[str]:
     """The lines that a new process prints."""
     process = start(**environment)

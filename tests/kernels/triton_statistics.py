@@ -53,7 +53,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
 ]
 INTERPRETED = DEVICE.type == "cpu"
-quickly = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+quickly = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def expected(tensor: torch.Tensor, kernel: Kernel) -> list[float]:
