@@ -12,7 +12,7 @@ unset PYTHONDONTWRITEBYTECODE # thousands of processes would each compile every 
 "$PYTHON" -m ruff format --check
 "$PYTHON" -m mypy
 # Most tests wait for processes that they start, so two at a time for each core; -n 0 among the arguments undoes it.
-cores="$(nproc)"
+cores="$(env -u OMP_NUM_THREADS nproc)"
 tests=("$PYTHON" -m pytest -n "$((cores < 4 ? 2 * cores : 8))" --dist worksteal)
 if [[ "${1:-}" == --quick ]]; then
     exec "${tests[@]}" --form quick "${@:2}"
