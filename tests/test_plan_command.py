@@ -29,6 +29,7 @@ from distnorm.verification.preview import preview
 preload("distnorm.trainer.run", "torch.distributed.fsdp", "torch.distributed.pipelining")
 CONFIGS = Path(__file__).parent.parent / "configs"
 TINY = ["train.model.dim=36", "train.model.layers=4", "train.model.context=8", "train.device=cpu"]
+TINY += [f"train.data.path={CONFIGS.parent / 'LICENSE'}"]
 NAMES = sorted(path.name for path in CONFIGS.glob("*.yaml") if not path.name.startswith("zero"))
 
 
@@ -47,8 +48,14 @@ def worlds(config: Config) -> list[int]:
     return found
 
 
-CASES = [(name, worlds(tiny(name))[0]) for name in NAMES]
-CASES += [(name, world) for name in ("quickstart.yaml", "ddp4.yaml") for world in worlds(tiny(name))[1:]]
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every configuration on the smallest world that it fits, two on all; not read again in every rank."""
+    if metafunc.function is test_it_says_of_every_rank_what_real_ranks_do:
+        cases = [(name, worlds(tiny(name))[0]) for name in NAMES]
+        cases += [
+            (name, world) for name in ("quickstart.yaml", "ddp4.yaml") for world in worlds(tiny(name))[1:]
+        ]
+        metafunc.parametrize(("name", "world"), cases)
 
 
 def watched() -> list[tuple[str, int, int, int | None]]:
@@ -141,7 +148,6 @@ def without_monitor(config: Config) -> Config:
     return config.model_copy(update={"monitor": type(config.monitor)()})
 
 
-@pytest.mark.parametrize(("name", "world"), CASES)
 def test_it_says_of_every_rank_what_real_ranks_do(ranks, name: str, world: int) -> None:
     config = scaled_to(tiny(name), world)
     found = ranks(world, real, without_monitor(config), join.MOST_IN_ONE_HOP, timeout=120)

@@ -135,7 +135,7 @@ def raise_all(findings: Iterable[Finding]) -> None:
 @cache
 def vocabulary(model: type[BaseModel]) -> Vocabulary:
     """The keys of a model."""
-    return Vocabulary(model.model_json_schema())
+    return Vocabulary(model.model_json_schema)
 
 
 def _depends(entry: Mapping[str, Any]) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
+from functools import cached_property
 from typing import Any
 
 from distnorm.config.scalars import FLOAT, INT, resolve
@@ -27,11 +28,16 @@ class Vocabulary:
     """The keys of a configuration and what each may hold.
 
     Args:
-        schema: a JSON Schema whose objects are all closed.
+        read_schema: gives a JSON Schema whose objects are all closed. It is called when something is asked:
+            that takes longer than to read a configuration without a mistake.
     """
 
-    def __init__(self, schema: JsonSchema) -> None:
-        self._schema = schema
+    def __init__(self, read_schema: Callable[[], JsonSchema]) -> None:
+        self._read_schema = read_schema
+
+    @cached_property
+    def _schema(self) -> JsonSchema:
+        return self._read_schema()
 
     def at(self, path: KeyPath) -> JsonSchema | None:
         """The schema of one key; None where there is no such key.
