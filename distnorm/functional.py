@@ -121,7 +121,7 @@ def clip_grads_with_norm_(
         UnsupportedGradientError: a gradient can't be multiplied, or FSDP2 holds it back; nothing has changed
             then.
     """
-    with torch.no_grad(), torch._C.DisableTorchFunction():
+    with kernels.Untracked():
         threshold, parameters = policies.check_max_norm(max_norm), read_once(parameters)
         known, _ = recognise(parameters, Source.GRADIENT, ("clip_grads_with_norm_",))
         if known.managers is not None:
@@ -206,7 +206,7 @@ def _clip(
     layout_of: Callable[[], Layout],
 ) -> Tensor:
     measured = _measure(target, Source.GRADIENT, norm_type, raises, group, layout_of, max_norm)
-    with torch.no_grad(), torch._C.DisableTorchFunction():
+    with kernels.Untracked():
         decision = policies.constant(measured.total_norm, policies.check_max_norm(max_norm))
         if isinstance(measured.agreed, Tensor):  # not read on the host: whether the ranks measured the same
             decision = decision.where(measured.agreed)
@@ -234,7 +234,7 @@ def _measure(
     max_norm: float | None = None,
 ) -> _Measured:
     ranks, is_gradient = (group if isinstance(group, Ranks) else Ranks(group)), source is Source.GRADIENT
-    with torch.no_grad(), torch._C.DisableTorchFunction():
+    with kernels.Untracked():
         try:
             target = read_once(target)
             order, threshold = norm(norm_type), policies.check_max_norm(max_norm)

@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from distnorm import kernels
@@ -100,7 +99,7 @@ class Step:
         snapshot = None if meter is self._alone else self._snapshot(number)
         payload = join_payloads(self.groups.payload, snapshot)
         meets, length = self.groups.measures or snapshot is not None, 0 if payload is None else payload.length
-        with torch.no_grad(), torch._C.DisableTorchFunction():
+        with kernels.Untracked():
             try:
                 gradients = meter.read(holders, given, store=True, meets=meets, payload_length=length)
                 if meets:
@@ -131,7 +130,7 @@ class Step:
     def measure(self, holders: Sequence[Tensor]) -> ClipResult:
         """Measure, and change and count nothing. Collective: every rank must call it."""
         meter, payload = self._meter_now(), self.groups.payload
-        with torch.no_grad(), torch._C.DisableTorchFunction():
+        with kernels.Untracked():
             gradients = meter.read(holders, store=False, payload_length=payload.length if payload else 0)
             gradients, reduced = meter.reduce(gradients, payload, store=False)
             found = reduced.payload if len(reduced.payload) else None

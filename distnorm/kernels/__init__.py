@@ -32,7 +32,7 @@ from distnorm.kernels.located import (
 )
 from distnorm.kernels.marks import FiniteMarks
 from distnorm.kernels.memory import SharedMemoryError, is_all_there, memory_of, once
-from distnorm.kernels.modes import is_captured, outside_graphs, plain_operators, refuse_capture
+from distnorm.kernels.modes import Untracked, is_captured, outside_graphs, plain_operators, refuse_capture
 from distnorm.kernels.native import Kernel, split
 from distnorm.kernels.sampling import samples, samples_are_cheap, samples_at, samples_of
 from distnorm.kernels.taken import LEAST, TakenParts, stream_of
@@ -55,6 +55,7 @@ __all__ = [
     "Located",
     "SharedMemoryError",
     "TakenParts",
+    "Untracked",
     "addresses_of",
     "blocks",
     "checksum",

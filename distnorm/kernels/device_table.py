@@ -18,6 +18,7 @@ from torch import Tensor
 from distnorm.kernels.addresses import AddressTable, Ints
 
 _REMEMBERED = 16  # tables
+_HERE = nullcontext()  # can be entered again and again
 
 
 @dataclass(slots=True)
@@ -199,5 +200,5 @@ def is_capturing(device: torch.device) -> bool:
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device. Does nothing for the CPU, where its interpreter runs."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
+        return _HERE
     return torch.cuda.device(device)

@@ -23,6 +23,7 @@ LARGEST_ORDER = 10_000.0
 _LOG2_LEAST, _LOG2_MOST = -150, 129  # fp32's magnitudes, subnormals included
 _LOG2_RANGE = 950  # of a bucket's largest power: leaves 2**70 elements of room in fp64
 _UNSCALED_ORDER = 6.5
+_OF_POWERS = {1.0: kernels.Kernel.MAGNITUDES, 2.0: kernels.Kernel.SQUARES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ class _Sum(Norm):
 
     @property
     def kernel(self) -> kernels.Kernel | None:
-        return {1.0: kernels.Kernel.MAGNITUDES, 2.0: kernels.Kernel.SQUARES}.get(self.order)
+        return _OF_POWERS.get(self.order)
 
     def reduce(self, stacked: Tensor) -> Tensor:
         return stacked.sum(dim=0)

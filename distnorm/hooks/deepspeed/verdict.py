@@ -162,7 +162,7 @@ def _make_not_finite(step: Step, total_norm: float, loss_scale: float) -> Outcom
     number = kernels.on_device([total_norm], step.ranks.reduce_device(kernels.HOST))[0]
     payload = step.groups.payload  # it can only be a loss here, which doesn't count in such a step
     nothing = None if payload is None else torch.ones_like(number).expand(payload.length)
-    with torch.no_grad(), torch._C.DisableTorchFunction():
+    with kernels.Untracked():
         outcome = step.decider.decide(number / loss_scale, nothing)
     step.made(step.count + 1, outcome)
     return outcome
