@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,7 +16,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 
 import distnorm
+from distnorm import testing
 from distnorm.testing import dense_norm
+from tests.counting import as_on_an_accelerator
+
+testing.preload("tests.counting")
 
 SHAPES = {"0.qkv.weight": (8, 6), "0.out.weight": (6, 8), "0.norm.weight": (6,)}
 CUTS = {"0.qkv.weight": 0, "0.out.weight": 1}
@@ -207,3 +213,57 @@ def dtensor_declared() -> None:
 def test_a_dtensor_says_itself_which_piece_it_is(ranks):
     for failure in ranks(2, dtensor_declared, expect_errors=True):
         assert failure.type_name == "ConfigError" and "placements say" in failure.message
+
+
+def alike(what: str, which: int = 0) -> Tensor:
+    seed = sum(map(ord, what)) + 1000 * which
+    return torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))
+
+
+ONES = torch.ones(8, 6)
+COPIES = {  # of each: values, and gradients in three steps, by the place in the group
+    "copies": lambda at: (alike("v"), [alike("g")] * 3),
+    "norm of ones": lambda at: (ONES, [alike("g")] * 3),
+    "key heads": lambda at: (alike("v", at // 2), [alike("g", at // 2)] * 3),
+    "late": lambda at: (ONES, [0 * ONES, alike("g"), alike("g")]),
+}
+PIECES = {
+    "ones of ones": lambda at: (ONES, [ONES] * 3),
+    "last layer": lambda at: (alike("v", at), [alike("g")] * 3),
+    "norm that is cut": lambda at: (ONES, [alike("g", at)] * 3),
+    "bias that is cut": lambda at: (0 * ONES, [0 * ONES, alike("g", at), alike("g", at)]),
+}
+
+
+def warned(tp: int, on: str) -> list[list[str]]:
+    """The warnings of each step, with a replica of each piece where `tp` is not the number of ranks."""
+    mesh = init_device_mesh("cpu", (4 // tp, tp), mesh_dim_names=("dp", "tp"))
+    at = mesh.get_local_rank("tp")
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("distnorm").addHandler(handler)
+    steps = []
+    with as_on_an_accelerator() if on == "accelerator" else nullcontext():
+        held = {name: case(at) for name, case in (COPIES | PIECES).items()}
+        parameters = {name: nn.Parameter(values.clone()) for name, (values, _) in held.items()}
+        clipper = distnorm.GradClipper(parameters, sharded={"*": (0, mesh.get_group("tp"))})
+        for step in range(3):
+            for name, parameter in parameters.items():
+                parameter.grad = held[name][1][step].clone()
+            clipper.clip()
+            steps.append(told[:])
+            told.clear()
+    return steps
+
+
+@pytest.mark.parametrize(("tp", "on"), [(4, "host"), (2, "host"), (2, "accelerator")])
+def test_copies_that_are_declared_to_be_pieces_are_named_once_and_pieces_are_not(ranks, tp, on):
+    first, *others = ranks(4, warned, tp, on)
+    assert others == [[[], [], []]] * 3
+    (at_once,), (late,), last = first
+    assert re.findall(r"parameter '([^']*)'", at_once) == ["copies", "key heads", "norm of ones"]
+    assert re.findall(r"parameter '([^']*)'", late) == ["late"]
+    assert re.search(r"\[0:8, 0:6\] with values and gradient of another piece.* on rank", late)
+    assert "leave it out of sharded=" in late and "the norm is right" in late
+    assert last == []

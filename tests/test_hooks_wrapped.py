@@ -18,7 +18,7 @@ from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimiz
 from torch.optim import SGD, AdamW, Optimizer
 
 import distnorm
-from distnorm.hooks.optimizers import _attached
+from distnorm.hooks.second_clipper import _clipped
 
 MAX_NORM = 0.01
 CLIP = {"clip": {"max_norm": MAX_NORM}}
@@ -346,7 +346,7 @@ def test_a_frozen_target_is_told_of(caplog: Any) -> None:
 
 def traces(optimizers: list[Optimizer]) -> tuple[object, ...]:
     hooks = [len(o._optimizer_step_pre_hooks) + len(o._optimizer_step_post_hooks) for o in optimizers]
-    return (torch.amp.GradScaler.step, len(_attached), *hooks)
+    return (torch.amp.GradScaler.step, len(_clipped), *hooks)
 
 
 def refused_on_the_last_rank(case: str) -> tuple[bool, str, float]:

@@ -272,6 +272,7 @@ def used_rightly() -> list[str]:
         lambda: optimizer.chained_optimizers[0].get_grad_norm(),
         lambda: attach_optimizer(torch.optim.SGD(trained(stages)), stages, **groups),
         lambda: attach_optimizer(optimizer_of(world, stages, "whole"), stages[:0], **groups),
+        lambda: distnorm.attach(stages, optimizer.chained_optimizers[0].optimizer),
     ):
         try:
             wrong()
@@ -287,14 +288,18 @@ def used_rightly() -> list[str]:
     done, found, _ = optimizer.step()
     assert not done and not torch.isfinite(torch.tensor(found)) and bool(clipping.last.skipped)
     assert all(torch.equal(p, b) for p, b in zip(trained(stages), before, strict=True))
+    clipping.remove()
+    stepped = optimizer.chained_optimizers[0].optimizer
+    distnorm.attach(stepped.param_groups[0]["params"], stepped).remove()
     return told
 
 
 def test_limits_skips_and_wrong_uses(ranks):
-    limit, twice, other, part, torchs, strangers = ranks(1, used_rightly)[0]
+    limit, twice, other, part, torchs, strangers, inside = ranks(1, used_rightly)[0]
     assert "clip_grad: expected 0, or 1.0" in limit
     assert "nothing is attached to" in twice
     assert "clip_grad: expected 2.0" in other
     assert "ChainedOptimizer's method" in part
     assert "expected a MegatronOptimizer" in torchs and "SGD" in torchs
     assert "none of them" in strangers
+    assert "nothing is attached to, found SGD, which clips already" in inside

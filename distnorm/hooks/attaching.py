@@ -17,7 +17,8 @@ from distnorm.clipper import GradClipper
 from distnorm.config import Config
 from distnorm.errors import DistnormError
 from distnorm.hooks.deepspeed import DeepSpeedHook, EngineClipper, is_engine
-from distnorm.hooks.optimizers import OptimizerHook, refuse_other_clippers
+from distnorm.hooks.optimizers import OptimizerHook
+from distnorm.hooks.second_clipper import refuse_other_clippers
 from distnorm.hooks.wrapping import checked, parameters_of
 from distnorm.plan.collectives import Ranks
 from distnorm.policies.results import ClipResult

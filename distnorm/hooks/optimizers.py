@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -17,28 +16,10 @@ from torch.optim import Optimizer
 from distnorm.clipper import GradClipper
 from distnorm.errors import ConfigError, DistnormError, NonFiniteGradientError, UnsupportedGradientError
 from distnorm.hooks import amp, callers, fused
-from distnorm.hooks.second_clipper import TorchClips, refuse_second_clipper
+from distnorm.hooks.second_clipper import TorchClips, note_clipped
 from distnorm.hooks.wrapping import hookable, wrapped
 from distnorm.kernels import refuse_capture
 from distnorm.sources import GradPlace
-
-_attached: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-
-
-def refuse_other_clippers(given: Sequence[Any]) -> None:
-    """Refuse optimizers whose gradients would be clipped twice, and wrappers of such.
-
-    Raises:
-        ConfigError: an optimizer clips inside its own step; the key is named.
-        DistnormError: an optimizer is attached to already.
-    """
-    for optimizer in (each for outer in given for each in wrapped(outer)):
-        refuse_second_clipper(optimizer)
-        if isinstance(optimizer, Optimizer) and optimizer in _attached:
-            raise DistnormError(
-                f"expected an optimizer that nothing is attached to, found {type(optimizer).__name__}, which "
-                "clips already; call remove() of its handle first"
-            )
 
 
 class OptimizerHook:
@@ -73,8 +54,8 @@ class OptimizerHook:
         """Begin to clip. Nothing outside of this object has changed before, and nothing is refused here."""
         self._undo.append(amp.take_part_in_steps(self))
         self._undo.append(self._torch.listen())
+        self._undo.append(note_clipped(self.optimizers))
         for optimizer in self.optimizers:
-            _attached.add(optimizer)
             self._undo.append(optimizer.register_step_pre_hook(self._before).remove)
             self._undo.append(optimizer.register_step_post_hook(self._after).remove)
 
@@ -83,7 +64,6 @@ class OptimizerHook:
         self._restore()
         while self._undo:
             self._undo.pop()()
-        _attached.difference_update(self.optimizers)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -11,16 +11,18 @@ from __future__ import annotations
 import math
 import re
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad
+from torch.optim import Optimizer
 
 from distnorm.clipper import GradClipper
-from distnorm.errors import ConfigError
+from distnorm.errors import ConfigError, DistnormError
+from distnorm.hooks.wrapping import wrapped
 
 _FUNCTIONS = (
     (torch.nn.utils, "clip_grad_norm_"),
@@ -33,6 +35,36 @@ _FUNCTIONS = (
 
 _KEY = re.compile(r"max_grad_norm|grad_clip\w*|clip_grad\w*|percentile_clipping")
 _OFF = {"percentile_clipping": 100}  # the other keys are limits, and 0 or inf is none
+
+
+_clipped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+
+def note_clipped(optimizers: Iterable[object]) -> Callable[[], None]:
+    """Have `refuse_other_clippers` refuse these torch optimizers; the function returned ends that."""
+    noted = [each for each in optimizers if isinstance(each, Optimizer)]
+    _clipped.update(noted)
+
+    def end() -> None:
+        _clipped.difference_update(noted)
+
+    return end
+
+
+def refuse_other_clippers(given: Sequence[Any]) -> None:
+    """Refuse optimizers whose gradients would be clipped twice, and wrappers of such.
+
+    Raises:
+        ConfigError: an optimizer clips inside its own step; the key is named.
+        DistnormError: an optimizer is attached to already.
+    """
+    for optimizer in (each for outer in given for each in wrapped(outer)):
+        refuse_second_clipper(optimizer)
+        if isinstance(optimizer, Optimizer) and optimizer in _clipped:
+            raise DistnormError(
+                f"expected an optimizer that nothing is attached to, found {type(optimizer).__name__}, which "
+                "clips already; call remove() of its handle first"
+            )
 
 
 def refuse_second_clipper(optimizer: object, path: str = "") -> None:

@@ -13,7 +13,7 @@ from distnorm.errors import ConfigError, DistnormError
 from distnorm.hooks import amp, attach
 from distnorm.hooks.attaching import Handle
 from distnorm.hooks.deepspeed import EngineClipper, is_engine
-from distnorm.hooks.optimizers import refuse_other_clippers
+from distnorm.hooks.second_clipper import refuse_other_clippers
 from distnorm.hooks.wrapping import parameters_of
 from distnorm.integrations.common import LateState
 from distnorm.integrations.taking_over import ConfigSource, taken_over

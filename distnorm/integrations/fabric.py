@@ -12,7 +12,7 @@ from distnorm.clipper import GradClipper
 from distnorm.errors import ConfigError, DistnormError
 from distnorm.hooks import amp
 from distnorm.hooks.deepspeed import is_engine
-from distnorm.hooks.optimizers import refuse_other_clippers
+from distnorm.hooks.second_clipper import refuse_other_clippers
 from distnorm.hooks.wrapping import hookable, parameters_of
 from distnorm.integrations.common import LateState
 from distnorm.integrations.taking_over import ConfigSource, taken_over

@@ -13,7 +13,8 @@ from torch.distributed import ProcessGroup
 from distnorm.clipper import GradClipper
 from distnorm.errors import ConfigError, DistnormError, ReplicaError
 from distnorm.hooks.deepspeed.patches import Patches
-from distnorm.hooks.optimizers import refuse_other_clippers
+from distnorm.hooks.second_clipper import note_clipped, refuse_other_clippers
+from distnorm.hooks.wrapping import wrapped
 from distnorm.integrations.megatron_claims import (
     Facts,
     check_claims,
@@ -79,6 +80,7 @@ class MegatronClipper:
     def remove(self) -> None:
         """Put everything back. Not collective."""
         self._patches.undo()
+        self._end_note()
 
     # ---- once
 
@@ -115,6 +117,7 @@ class MegatronClipper:
 
     def _install(self, optimizer: Any, inner: Sequence[Any]) -> None:
         patches = self._patches
+        self._end_note = note_clipped(_torch_optimizers(inner))
         for name, wrapper in (
             ("prepare_grads", self._prepared),
             ("step_with_ready_grads", self._stepped),
@@ -243,7 +246,13 @@ def _refuse_twice(optimizer: Any, inner: Sequence[Any]) -> None:
                 f"expected an optimizer that nothing is attached to, found {type(each).__name__}, which "
                 "clips already; call remove() of what clips it first"
             )
-    refuse_other_clippers([o for each in inner if (o := getattr(each, "optimizer", None)) is not None])
+    refuse_other_clippers(_torch_optimizers(inner))
+
+
+def _torch_optimizers(inner: Sequence[Any]) -> list[object]:
+    """All that steps inside of Megatron's optimizers: torch's, or wrappers of such."""
+    held = (getattr(each, "optimizer", None) for each in inner)
+    return [each for outer in held if outer is not None for each in wrapped(outer)]
 
 
 def _refuse_part(*args: Any) -> float:

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from distnorm import functional
 from distnorm.clipper import GradClipper
 from distnorm.errors import ConfigError
-from distnorm.hooks.optimizers import refuse_other_clippers
+from distnorm.hooks.second_clipper import refuse_other_clippers
 from distnorm.integrations.common import log_values, missing
 from distnorm.integrations.taking_over import ConfigSource, taken_over
 from distnorm.policies.results import ClipResult

@@ -28,7 +28,6 @@ from distnorm.measure.norms import Norm
 from distnorm.measure.overlap import Overlap
 from distnorm.measure.reading import GradientReader
 from distnorm.measure.reduced import ReducedStatistics, UnreadStatistics
-from distnorm.measure.replica_check import ReplicaCheck
 from distnorm.measure.result_checks import ResultChecks
 from distnorm.measure.unread import UnreadReduction
 from distnorm.plan.collectives import Ranks
@@ -144,13 +143,9 @@ class Meter:
         self.ranks.state.has_replicas |= plan.has_replicas
         if not self.listens:
             self.ranks.state.compares_replicas |= plan.has_replicas
-        self._weights, replica_check = {}, None
-        if self.norm.replicas_share:
-            self._weights = dict(presence_weights(plan.shares))
-            if plan.has_replicas:
-                replica_check = ReplicaCheck.of(self.ranks, self.shards, plan.shares)
-        of_plan = (plan.shares, replica_check)
-        self._checks = ResultChecks(self.ranks, self.norm, self.raises, self.source, *of_plan)
+        self._weights = dict(presence_weights(plan.shares)) if share else {}
+        of_plan = (self.raises, self.source, self.shards, plan)
+        self._checks = ResultChecks.of(self.ranks, self.norm, *of_plan)
         self._unread = UnreadReduction(self._exchange, self.norm, self._checks, plan.shares)
         if self.source is Source.GRADIENT and (self.managers is None or not self.managers.are_of(named)):
             # For simulated ranks, which hold pieces, those of the whole were asked before.

@@ -13,13 +13,14 @@ from torch import Tensor
 from distnorm import kernels
 from distnorm.errors import DisagreementError
 from distnorm.measure import diagnosis
+from distnorm.measure.equal_pieces import EqualPieces
 from distnorm.measure.gradients import Gradients
 from distnorm.measure.header import DecodedHeader
 from distnorm.measure.norms import Norm
 from distnorm.measure.reduced import ReducedStatistics, UnreadStatistics
 from distnorm.measure.replica_check import ReplicaCheck, compare_replicas
 from distnorm.plan.collectives import Ranks
-from distnorm.plan.plan import Share
+from distnorm.plan.plan import Plan, Share
 from distnorm.sources.shards import GradShard, Source
 
 
@@ -34,6 +35,7 @@ class ResultChecks:
         source: what is measured.
         shares: what this rank counts of each shard.
         replica_check: compares replicas; `None` where there are none.
+        equal_pieces: declared pieces that may be replicas; `None` where there are none.
     """
 
     ranks: Ranks
@@ -42,6 +44,19 @@ class ResultChecks:
     source: Source
     shares: Sequence[Share] = ()
     replica_check: ReplicaCheck | None = None
+    equal_pieces: EqualPieces | None = None
+
+    @classmethod
+    def of(
+        cls, ranks: Ranks, norm: Norm, raises: bool, source: Source, shards: Sequence[GradShard], plan: Plan
+    ) -> ResultChecks:
+        """Those of a new plan. Collective: every rank must call it."""
+        compares = plan.has_replicas and norm.replicas_share
+        replica_check = ReplicaCheck.of(ranks, shards, plan.shares) if compares else None
+        # What is counted twice is too much in a sum alone.
+        may_count_twice = plan.has_declared and norm.replicas_share and source is Source.GRADIENT
+        equal_pieces = EqualPieces.of(ranks, shards) if may_count_twice and not ranks.is_simulated else None
+        return cls(ranks, norm, raises, source, plan.shares, replica_check, equal_pieces)
 
     def replica_summand(self, gradients: Gradients) -> tuple[int, float]:
         """This rank's part of the comparison of replicas: by their bits, or but for the last of these. Waits
@@ -111,13 +126,42 @@ class ResultChecks:
             compare_replicas(self.ranks, shards(), self.shares, gradients.tensors)
             if self.replica_check is not None:
                 self.replica_check.learn(float(difference))
-        if norm == 0 and self.source is Source.GRADIENT:
+        if norm != 0:
+            self._compare_pieces(reduced, gradients)
+        elif self.source is Source.GRADIENT:
             diagnosis.warn_of_no_gradients(self.ranks, shards(), gradients.is_empty())
+
+    def compare_unread_pieces(
+        self, reduced: ReducedStatistics | UnreadStatistics, gradients: Gradients
+    ) -> None:
+        """Warn of declared pieces that may be replicas, where no rank reads results. Waits for the device in
+        the first steps of a plan in which there are such pieces."""
+        pieces = self.equal_pieces
+        if (
+            pieces is None
+            or not pieces.steps
+            or kernels.is_captured()
+            or type(reduced.total_norm) is not Tensor
+        ):
+            return
+        if bool(reduced.agreed) and 0 < float(reduced.total_norm) < math.inf:
+            self._compare_pieces(reduced, gradients)
+
+    def _compare_pieces(self, reduced: ReducedStatistics | UnreadStatistics, gradients: Gradients) -> None:
+        pieces = self.equal_pieces
+        if pieces is not None and pieces.steps and self._all_measured(reduced):
+            pieces.compare(gradients.tensors)
+
+    def _all_measured(self, reduced: ReducedStatistics | UnreadStatistics) -> bool:
+        """Whether no rank was given nothing, and so has no plan to go by; where the ranks agree."""
+        if isinstance(reduced, UnreadStatistics) or reduced.is_packed:
+            return True
+        return reduced.decode().values["measure"] == self.ranks.size
 
     def _are_suspect(self, reduced: ReducedStatistics, difference: float) -> bool:
         """Whether replicas are to be compared whole; alike on all ranks."""
         suspect = self.replica_check is not None and self.replica_check.is_suspect(difference)
-        if reduced.is_packed or difference == 0 or reduced.decode().values["measure"] == self.ranks.size:
+        if difference == 0 or self._all_measured(reduced):
             return suspect
         return self.ranks.any(suspect)[0]  # a rank that was given nothing has no plan to go by
 

@@ -69,4 +69,6 @@ class UnreadReduction:
         replicas = self.checks.replica_difference(gradients, device)
         reduced = self.exchange.unread(statistic, header, summand, replicas)
         gradients.raise_problems()
-        return self.checks.without_suspects(reduced)
+        found = self.checks.without_suspects(reduced)
+        self.checks.compare_unread_pieces(found, gradients)
+        return found

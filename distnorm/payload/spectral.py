@@ -147,6 +147,7 @@ class SpectralNorms:
             of = reduced[matrix.start : matrix.start + matrix.length].view(-1, matrix.vectors)
             # What isn't finite would stay so; the vectors of zeros are orthonormal too.
             products = of[: matrix.shape[1 - self._from]].nan_to_num(0.0, 0.0, 0.0)
+            # Unlike torch's svd and eigh, its qr has no error code that the host would have to wait for.
             self._vectors[matrix.slot] = torch.linalg.qr(products).Q
         self._from = 1 - self._from
 

@@ -21,6 +21,7 @@ from distnorm.plan.collectives import Ranks
 from distnorm.plan.join import join
 from distnorm.plan.terms import agree_on_terms, stable_hash
 from distnorm.plan.wording import SHARDED, name_ranks, shown
+from distnorm.sources.declared import DeclaredShard
 from distnorm.sources.shards import Extent, GradShard, Source
 
 _NAMED_IN_ERRORS = 3
@@ -55,12 +56,14 @@ class Plan:
         ident: the same number on all ranks, and another for another plan.
         has_replicas: whether some rank holds a shard that has replicas.
         is_double: whether some rank holds a tensor of float64 or complex128.
+        has_declared: whether some rank holds a piece that the caller declared to be one.
     """
 
     shares: tuple[Share, ...]
     ident: int
     has_replicas: bool
     is_double: bool
+    has_declared: bool
 
 
 def make_plan(
@@ -109,12 +112,14 @@ def _make_plan(
         parts, which = (replicas, index) if replicas_share else (1, 0)
         start, stop = (shard.numel * i // parts for i in (which, which + 1))
         shares.append(Share(start, stop, replicas, index, key))
-    has_replicas, is_double = ranks.any(
-        any(share.replicas > 1 for share in shares), any(shard.holder.dtype in _DOUBLE for shard in shards)
+    has_replicas, is_double, has_declared = ranks.any(
+        any(share.replicas > 1 for share in shares),
+        any(shard.holder.dtype in _DOUBLE for shard in shards),
+        any(isinstance(shard, DeclaredShard) for shard in shards),
     )
     if has_replicas:
         _check_values(ranks, shards, rows, shares)
-    return Plan(tuple(shares), _ident(ranks, shards, terms), has_replicas, is_double)
+    return Plan(tuple(shares), _ident(ranks, shards, terms), has_replicas, is_double, has_declared)
 
 
 def identity_rows(shards: Sequence[GradShard]) -> Tensor:
@@ -166,7 +171,7 @@ def _check_coverage(ranks: Ranks, shards: Sequence[GradShard], replies: list[lis
         covered, total = wrong[shard.name], shard.global_numel
         verdict = f"{total - covered} missing" if covered < total else f"{covered - total} counted twice"
         shape = list(shard.global_shape)
-        return f"{covered} of {total} elements ({verdict}; shape {shape}) with {_piece(shard)}"
+        return f"{covered} of {total} elements ({verdict}; shape {shape}) with {piece_of(shard)}"
 
     raise_named(
         ranks,
@@ -188,14 +193,14 @@ def _check_values(ranks: Ranks, shards: Sequence[GradShard], rows: Tensor, share
     claims = [
         i
         for i, (shard, share) in enumerate(zip(shards, shares, strict=True))
-        if share.replicas > 1 and shard.source is Source.GRADIENT and _has_values(shard)
+        if share.replicas > 1 and shard.source is Source.GRADIENT and has_values(shard)
     ]
     sums = to_host([kernels.checksum(shards[i].witness()) for i in claims])
     values = torch.tensor(sums, dtype=torch.int64, device="cpu").view(-1, 1)
     mine = rows[claims]
     differs = join(ranks, torch.cat([mine, values], dim=1), differing).view(-1).tolist()
     facts = [
-        (shards[i].name, f"checksum {value & 0xFFFFFFFFFFFFFFFF:016x} of {_piece(shards[i])}")
+        (shards[i].name, f"checksum {value & 0xFFFFFFFFFFFFFFFF:016x} of {piece_of(shards[i])}")
         for i, value, bad in zip(claims, sums, differs, strict=True)
         if bad
     ]
@@ -211,7 +216,8 @@ def _check_values(ranks: Ranks, shards: Sequence[GradShard], rows: Tensor, share
     )
 
 
-def _has_values(shard: GradShard) -> bool:
+def has_values(shard: GradShard) -> bool:
+    """Whether the parameter is trained, and has values that can be compared by their bits."""
     holder = shard.holder
     return holder.requires_grad and not holder.is_meta and type(shard.witness()) in kernels.PLAIN
 
@@ -232,8 +238,15 @@ def raise_named(
     advice: str,
 ) -> None:
     """Raise one error on every rank if any rank has facts, as (parameter, what was found). Collective."""
+    lines = described(ranks, facts, expected)
+    if lines:
+        raise kind("\n".join([*lines, advice]))
+
+
+def described(ranks: Ranks, facts: Sequence[tuple[str, str]], expected: str) -> list[str]:
+    """A line for each of the first parameters that a rank has facts of; the same on all ranks. Collective."""
     if not ranks.any(bool(facts))[0]:
-        return
+        return []
     by_name: dict[str, dict[str, list[int]]] = {}
     shortened = [
         [ranks.shortened(text, 2 * _NAMED_IN_ERRORS) for text in fact] for fact in facts[:_NAMED_IN_ERRORS]
@@ -241,12 +254,11 @@ def raise_named(
     for rank, theirs in enumerate(ranks.gather(shortened)):
         for name, fact in theirs:
             by_name.setdefault(name, {}).setdefault(fact, []).append(rank)
-    lines = [
+    return [
         f"parameter '{name}': expected {expected}, found "
         + "; ".join(shown([f"{fact} on {name_ranks(who)}" for fact, who in by_name[name].items()]))
         for name in sorted(by_name)[:_NAMED_IN_ERRORS]
     ]
-    raise kind("\n".join([*lines, advice]))
 
 
 def to_host(scalars: Sequence[Tensor]) -> list[int]:
@@ -265,6 +277,7 @@ def _ident(ranks: Ranks, shards: Sequence[GradShard], terms: Mapping[str, object
     return int(ranks.all_reduce_(total, "sum").item())
 
 
-def _piece(shard: GradShard) -> str:
+def piece_of(shard: GradShard) -> str:
+    """Which piece it is, for errors."""
     extents = (f"{e[0]}:{e[1]}" if isinstance(e, tuple) else e for e in shard.piece)
     return f"[{', '.join(extents)}]"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from distnorm.trainer.interrupt import Interrupt
 from distnorm.trainer.job import Job, Trainer, make_job
 from distnorm.trainer.model import build_model, parameter_count
 from distnorm.trainer.progress import Part
-from distnorm.trainer.rundir import Existing, Start, find_start, set_aside, write_config
+from distnorm.trainer.rundir import Existing, Start, claim, find_start, set_aside, write_config
 from distnorm.trainer.torch_trainer import TorchTrainer
 from distnorm.trainer.world import World, open_world
 
@@ -42,7 +42,8 @@ def main(config: Config, existing: Existing = "refuse") -> int:
         start = find_start(config, world, existing)
         trainer = build(_watched(config), world)
         done = trainer.load(start.checkpoint) if start.checkpoint is not None else 0
-        code = _train(trainer, config, start, done)
+        with ExitStack() as held:
+            code = _train(trainer, config, start, done, held)
         if code == 0:
             _say(world, str(Path(config.train.output_dir, "metrics.jsonl")))
         return code
@@ -63,13 +64,13 @@ def build(config: Config, world: World) -> Trainer:
     return TorchTrainer(job, model)
 
 
-def _train(trainer: Trainer, config: Config, start: Start, done: int) -> int:
+def _train(trainer: Trainer, config: Config, start: Start, done: int, held: ExitStack) -> int:
     world, clipper = trainer.job.world, trainer.clipper
     steps, every = config.train.steps, config.train.checkpoint.every
     _say(world, _headline(trainer.job, done))
     if done >= steps:  # a finished run's folder stays as it is
         return 0
-    if earlier := world.together("train.output_dir", lambda: _claim_folder(config, world, start)):
+    if earlier := world.together("train.output_dir", lambda: _claim_folder(config, world, start, held)):
         _say(world, f"the rows of the run that was there are kept in {earlier}")
     console = open_console(config.monitor.console, done, steps, quiet=world.rank != 0)
     assert clipper.monitor is not None
@@ -88,11 +89,12 @@ def _train(trainer: Trainer, config: Config, start: Start, done: int) -> int:
     return 0
 
 
-def _claim_folder(config: Config, world: World, start: Start) -> Path | None:
+def _claim_folder(config: Config, world: World, start: Start, held: ExitStack) -> Path | None:
     if world.rank != 0:
         return None
+    file = held.enter_context(claim(config, start))
     earlier = set_aside(config, start)
-    write_config(config)
+    write_config(config, file)
     return earlier
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import yaml
 
@@ -43,10 +43,12 @@ class Start:
     Args:
         checkpoint: a checkpoint's folder, or `None` for step 0.
         sets_aside: whether an earlier run's rows are in the folder, which this one would write over.
+        is_new: whether no run was in the folder.
     """
 
     checkpoint: Path | None
     sets_aside: bool = False
+    is_new: bool = False
 
 
 def find_start(config: Config, world: World, existing: Existing = "refuse") -> Start:
@@ -70,12 +72,13 @@ def find_start(config: Config, world: World, existing: Existing = "refuse") -> S
 def _find_start(config: Config, existing: Existing) -> Start:
     folder = Path(config.train.output_dir)
     rows = _check_folder(folder, config, existing)
+    is_new = not (folder / CONFIG_FILE).exists()
     named = config.train.checkpoint.resume_from
     if existing == "overwrite":
         given = None if named is None else _named_checkpoint(Path(named))
         if given is not None and folder.resolve() in given.resolve().parents:
             raise RunError(f"--overwrite would remove {given}, which train.checkpoint.resume_from names")
-        return Start(given, sets_aside=rows or newest_checkpoint(folder) is not None)
+        return Start(given, rows or newest_checkpoint(folder) is not None, is_new)
     own = newest_checkpoint(folder)
     given = None if named is None else _named_checkpoint(Path(named))
     in_own_folder = given is not None and folder.resolve() in given.resolve().parents
@@ -86,7 +89,7 @@ def _find_start(config: Config, existing: Existing) -> Start:
             "--overwrite starts anew; both keep the rows that are there. Or choose another output_dir"
         )
     start = given if own is None or in_own_folder else own
-    return Start(start, sets_aside=rows and start is None)
+    return Start(start, rows and start is None, is_new)
 
 
 def set_aside(config: Config, start: Start) -> Path | None:
@@ -111,11 +114,54 @@ def set_aside(config: Config, start: Start) -> Path | None:
     return earlier
 
 
-def write_config(config: Config) -> None:
-    """Make the run's folder and write the resolved config into it."""
+def claim(config: Config, start: Start) -> TextIO:
+    """Make the run's folder, and open its config; while that is open, no other job can claim the folder.
+
+    Two jobs may have looked at a folder before either wrote there. In a new one only one of them can make the
+    config's file. In any, that file is locked, where the file system can: the lock ends with the process.
+
+    Raises:
+        RunError: another job was faster, or trains there now.
+    """
     folder = Path(config.train.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+    try:
+        file = (folder / CONFIG_FILE).open("x+" if start.is_new else "r+", encoding="utf-8")
+    except FileExistsError:
+        raise _taken(folder, "began a run there as this one did") from None
+    if not _is_locked(file):
+        file.close()
+        raise _taken(folder, "trains there now")
+    return file
+
+
+def _is_locked(file: TextIO) -> bool:
+    """Lock a file for this process; says whether no other has it."""
+    try:
+        from fcntl import LOCK_EX, LOCK_NB, flock
+
+        flock(file, LOCK_EX | LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # a system, or a file system, without locks
+        return True
+    return True
+
+
+def _taken(folder: Path, what: str) -> RunError:
+    return RunError(
+        f"train.output_dir: expected {folder} for this job alone, found another that {what}. When that has "
+        "ended, --resume goes on from its newest checkpoint, and --overwrite starts anew; both keep the rows "
+        "that are there. Or choose another output_dir"
+    )
+
+
+def write_config(config: Config, file: TextIO) -> None:
+    """Write the resolved config into the file that `claim` gave."""
+    file.seek(0)
+    file.truncate()
+    file.write(config.to_yaml())
+    file.flush()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from distnorm import cli
+from distnorm import RunError, cli
 from distnorm.monitor.report.command import main as report
 from distnorm.monitor.report.numbers import step_number
 from distnorm.monitor.report.runs import read_runs
@@ -91,3 +91,55 @@ def test_what_is_not_installed_is_said_before_anybody_waits_for_a_page(
     assert time.monotonic() - began < 30
     assert "pip install 'distnorm[report]'" in capsys.readouterr().err
     page.environment.cache_clear()
+
+
+NAMES = ("notes.md", "config.yaml", "starts.jsonl", "alerts.jsonl", "layers.jsonl")
+
+
+def test_links_out_of_a_run_are_not_followed_and_the_page_says_so(folder: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "elsewhere" / "secret"
+    secret.parent.mkdir()
+    secret.write_text(
+        '{"step": 1, "time": 1.0, "kind": "secret", "layer": "secret", "norm": 1.0, "commit": "secret"}\n'
+    )
+    add(folder / "metrics.jsonl", metric_row(1, 1.0, clip_rate=0.0))
+    for name in NAMES:
+        (folder / name).symlink_to(secret)
+    followed = Follower(folder, "run")
+    followed.refresh()
+    for run in (*read_runs([folder]), followed.run(with_layers=True)):
+        assert [step.norm for step in run.steps.rows] == [1.0]
+        assert (run.remarks, run.config, run.starts, run.alerts) == ("", "", (), ())
+        assert not run.has_alerts and run.layers.layers == ()
+        assert sorted(note.split()[0] for note in run.notes) == sorted(NAMES)
+    assert report([folder], tmp_path / "page.html") == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "secret" not in page and "notes.md is a link out of the run" in page
+
+
+def test_links_of_metrics_are_followed_within_a_run_and_where_the_reader_names_them(
+    folder: Path, tmp_path: Path
+) -> None:
+    add(folder / "rows", metric_row(1, 3.0, clip_rate=0.0))
+    (folder / "metrics.jsonl").symlink_to("rows")
+    (folder / "notes.md").symlink_to(folder / "remarks.txt")
+    (folder / "remarks.txt").write_text("mine")
+    (run,) = read_runs([folder])
+    assert run.remarks == "mine" and [step.norm for step in run.steps.rows] == [3.0] and run.notes == ()
+    other = tmp_path / "other"
+    other.mkdir()
+    link = other / "metrics.jsonl"
+    link.symlink_to(folder / "rows")
+    assert [step.norm for step in read_runs([link])[0].steps.rows] == [3.0]
+    with pytest.raises(RunError, match="a link out of its folder"):
+        read_runs([other])
+    followed = Follower(other, "run")
+    followed.refresh()
+    assert followed.steps == []
+
+
+def test_a_pipe_in_the_place_of_metrics_is_not_waited_for(folder: Path) -> None:
+    os.mkfifo(folder / "metrics.jsonl")
+    followed = Follower(folder, "run")
+    followed.refresh()
+    assert followed.steps == []

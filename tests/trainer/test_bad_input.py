@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from distnorm import Config, RunError
+from distnorm.trainer import rundir
 
 from .tiny import contents, shipped, train
 
@@ -103,3 +106,35 @@ def test_folder_that_can_not_be_written(ranks: Callable[..., list[Any]], tmp_pat
     tmp_path.chmod(0o500)
     for message in refusals(ranks, 2, shipped("tp2", tmp_path / "run")):
         assert "Permission denied" in message
+
+
+def test_of_two_jobs_in_one_new_folder_one_is_refused(tmp_path: Path) -> None:
+    config = shipped("single", tmp_path / "run")
+    starts = [rundir._find_start(config, "refuse") for _ in range(2)]  # both find that it is new
+    with rundir.claim(config, starts[0]) as file:
+        rundir.write_config(config, file)
+        before = contents(tmp_path)
+        with pytest.raises(RunError, match=r"--resume goes on .* --overwrite starts anew"):
+            rundir.claim(config, starts[1])
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("existing", ["refuse", "resume", "overwrite"])
+def test_a_folder_in_which_another_process_trains_is_refused(existing: Any, tmp_path: Path) -> None:
+    config = shipped("single", tmp_path, "train.steps=1")
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    before = contents(tmp_path)
+    code = (
+        "import fcntl, sys; file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); "
+        "sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "config.yaml")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdin is not None and other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(RunError, match="found another that trains there now"):
+            train(config, existing)
+        assert contents(tmp_path) == before
+        other.stdin.close()
+        assert other.wait(timeout=30) == 0
+    assert train(config, existing)[0] == 0, "the lock ended with the process"

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from distnorm.monitor.report.numbers import number, percentiles, step_number
-from distnorm.monitor.report.row_reader import Row, UnreadableLines, read_rows
+from distnorm.monitor.report.row_reader import Row, UnreadableLines, leads_out, read_rows
 
 PERCENTS = (0, 5, 25, 50, 75, 95, 100)
 _MAX_ROWS, _MAX_COLUMNS = 1000, 400
@@ -59,13 +59,13 @@ class _Series:
 
 
 def read_layers(file: Path, max_cells: int) -> LayerGrid:
-    """The layers in `file`; none where there is no such file.
+    """The layers in `file`; none where there is no such file, or a link out of its folder.
 
     Args:
         file: layers.jsonl.
         max_cells: the grid has at most so many cells, unless there are more layers than that.
     """
-    if not file.is_file():
+    if not file.is_file() or leads_out(file):
         return LayerGrid()
     broken, found = UnreadableLines(file.name), LayerRows()
     for rows in read_rows(file, broken):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from distnorm.errors import RunError
 
@@ -35,6 +38,34 @@ class UnreadableLines:
         )
 
 
+def leads_out(file: Path) -> bool:
+    """Whether a file is a link to what is not in its folder.
+
+    A folder that somebody else wrote may have one in a file's place, to what its reader alone may read.
+    """
+    try:
+        return not file.resolve().is_relative_to(file.parent.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        return True
+
+
+def open_own(file: Path) -> BinaryIO:
+    """Open a file of a run's folder to read it.
+
+    Raises:
+        OSError: it is a link that leads out of the folder, or no file of bytes, which might never end.
+    """
+    if leads_out(file):
+        raise OSError(errno.ELOOP, "it is a link out of its folder, which is not followed", str(file))
+    # The file may have become a link, or a pipe, which would be waited for, since it was looked at.
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(file.resolve(), flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file", str(file))
+    return os.fdopen(descriptor, "rb")
+
+
 def read_rows(path: Path, broken: UnreadableLines) -> Iterator[list[tuple[int, Row]]]:
     """The rows of a file with the numbers of their lines, some megabytes at a time.
 
@@ -45,7 +76,7 @@ def read_rows(path: Path, broken: UnreadableLines) -> Iterator[list[tuple[int, R
     """
     done = 0
     try:
-        with path.open("rb") as file:
+        with open_own(path) as file:
             while lines := file.readlines(_AT_ONCE):
                 cut = not lines[-1].endswith(b"\n")
                 yield rows_of(lines, done, cut, broken)

@@ -12,9 +12,11 @@ from distnorm.errors import RunError
 from distnorm.monitor.records import ALERTS_FILE, LAYERS_FILE, NOTES_FILE, STARTS_FILE
 from distnorm.monitor.report.layers import LayerGrid, read_layers
 from distnorm.monitor.report.numbers import number, plural, step_number
-from distnorm.monitor.report.row_reader import UnreadableLines, read_rows
+from distnorm.monitor.report.row_reader import UnreadableLines, leads_out, open_own, read_rows
 from distnorm.monitor.report.steps import Steps, read_steps
 
+_CONFIG_FILE = "config.yaml"
+_FILES = (LAYERS_FILE, ALERTS_FILE, STARTS_FILE, NOTES_FILE, _CONFIG_FILE)
 _MAX_CELLS = 240_000  # of the grids of all runs together: a megabyte and a quarter of the page
 
 
@@ -83,16 +85,23 @@ def _read_run(path: Path, name: str, max_cells: int) -> Run:
 def gather_run(folder: Path, name: str, steps: Steps, layers: LayerGrid) -> Run:
     """A run of these steps and layers, with all else that its folder holds."""
     file = folder / ALERTS_FILE
-    alerts, notes = _read_alerts(file) if file.is_file() else ((), ())
+    has_alerts = file.is_file() and not leads_out(file)
+    alerts, notes = _read_alerts(file) if has_alerts else ((), ())
+    links = [name for name in _FILES if leads_out(folder / name)]
     return Run(
         name=name,
         folder=folder,
         steps=steps,
         layers=layers,
         alerts=alerts,
-        has_alerts=file.is_file(),
-        config=_text(folder / "config.yaml"),
-        notes=(*steps.notes, *layers.notes, *notes),
+        has_alerts=has_alerts,
+        config=_text(folder / _CONFIG_FILE),
+        notes=(
+            *(f"{name} is a link out of the run's folder, and is left out" for name in links),
+            *steps.notes,
+            *layers.notes,
+            *notes,
+        ),
         starts=_read_starts(folder / STARTS_FILE),
         remarks=_text(folder / NOTES_FILE),
     )
@@ -122,7 +131,8 @@ def _read_alerts(file: Path) -> tuple[tuple[AlertRow, ...], tuple[str, ...]]:
 
 def _read_starts(file: Path) -> tuple[Start, ...]:
     found = []
-    for rows in read_rows(file, UnreadableLines(file.name)) if file.is_file() else ():
+    is_there = file.is_file() and not leads_out(file)
+    for rows in read_rows(file, UnreadableLines(file.name)) if is_there else ():
         for _, row in rows:
             with suppress(KeyError, ValueError, TypeError, OverflowError, OSError, AttributeError):
                 time = number(row["time"])
@@ -134,8 +144,11 @@ def _read_starts(file: Path) -> tuple[Start, ...]:
 
 
 def _text(file: Path) -> str:
+    if not file.is_file() or leads_out(file):
+        return ""
     try:
-        return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+        with open_own(file) as opened:
+            return opened.read().decode("utf-8", errors="replace").replace("\r\n", "\n")
     except OSError as error:
         raise RunError(f"expected a run's {file.name}, found {error}") from error
 

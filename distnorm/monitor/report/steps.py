@@ -51,7 +51,9 @@ def read_steps(path: Path) -> Steps:
     Raises:
         RunError: there is no such file, or it has lines and none of them is a row.
     """
-    file = path / METRICS_FILE if path.is_dir() else path
+    file = (
+        path / METRICS_FILE if path.is_dir() else path.resolve()
+    )  # a link that the caller names is followed
     if not file.is_file():
         raise RunError(f"expected a run's folder or its {METRICS_FILE}, found no file {file}")
     broken = UnreadableLines(file.name)

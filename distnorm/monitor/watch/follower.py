@@ -9,7 +9,7 @@ from pathlib import Path
 from distnorm.errors import RunError
 from distnorm.monitor.records import ALERTS_FILE, LAYERS_FILE, METRICS_FILE, NOTES_FILE, STARTS_FILE
 from distnorm.monitor.report.layers import LayerGrid, LayerRows
-from distnorm.monitor.report.row_reader import Row, UnreadableLines, rows_of
+from distnorm.monitor.report.row_reader import Row, UnreadableLines, open_own, rows_of
 from distnorm.monitor.report.runs import Run, gather_run, run_names
 from distnorm.monitor.report.steps import Step, Steps, step_of
 
@@ -42,7 +42,7 @@ class Tail:
         A last line that has no line break yet is left for the next time.
         """
         try:
-            with self.path.open("rb") as file:
+            with open_own(self.path) as file:
                 status = os.fstat(file.fileno())
                 identity = (status.st_dev, status.st_ino)
                 is_same = identity == self._identity and status.st_size >= self._done
@@ -77,7 +77,7 @@ class Follower:
 
     def __init__(self, path: Path, name: str) -> None:
         self.folder, self.name = (path if path.is_dir() else path.parent), name
-        self._metrics = Tail(path / METRICS_FILE if path.is_dir() else path)
+        self._metrics = Tail(path / METRICS_FILE if path.is_dir() else path.resolve())
         self._layers = Tail(self.folder / LAYERS_FILE)
         self._steps: list[Step] = []
         self._seen = 0
