@@ -21,7 +21,10 @@ from torch.distributed import ProcessGroup
 from distnorm.errors import LostRankError
 from distnorm.plan.wording import name_ranks, shown
 
-_LOST = re.compile(r"gloo|nccl|timed? ?out|connection|broken pipe|store", re.IGNORECASE)
+_LOST = re.compile(
+    r"gloo|nccl.*(remote|abort)|remote process|timed? ?out|connection|broken pipe|store",
+    re.IGNORECASE | re.DOTALL,
+)
 _GRACE = 3.0  # seconds; a backend that gives up closes its connections, so the others give up then too
 _PATIENCE = 2.0  # seconds more for a store that may be lost as well
 _PAUSE = 0.05
@@ -68,11 +71,11 @@ def raise_if_lost(
     said = _Questions(group, rank, size, str(place)).answers()
     missing = tuple(other for other, answer in said.items() if answer is None)
     raise LostRankError(
-        f"{_finding(said, missing, rank, place)}; rank {rank} waited {waited:.0f} s ({reason})", missing
+        f"{_finding(said, missing, place)}; rank {rank} waited {waited:.0f} s ({reason})", missing
     ) from error
 
 
-def _finding(said: dict[int, str | None], missing: tuple[int, ...], rank: int, place: Place) -> str:
+def _finding(said: dict[int, str | None], missing: tuple[int, ...], place: Place) -> str:
     facts = []
     if missing:
         last = "at none before" if place.last is None else f"last at step {place.last}'s norm"
@@ -120,10 +123,10 @@ class _Questions(threading.Thread):
         until = time.monotonic() + _GRACE
         while not store.check([str(rank) for rank in waiting]) and time.monotonic() < until:
             time.sleep(_PAUSE)
-        found = {
-            rank: store.get(str(rank)).decode() if store.check([str(rank)]) else None for rank in waiting
-        }
-        self._answers = {**found, self._rank: self._place}
+        self._answers[self._rank] = self._place
+        for rank in waiting:
+            key = str(rank)
+            self._answers[rank] = store.get(key).decode() if store.check([key]) else None
 
 
 def _store_of(group: ProcessGroup | None) -> Any:
