@@ -141,6 +141,7 @@ def start(
                 }
             )
             torch.set_num_threads(1)
+            dist.set_debug_level_from_env()
             return body(rank)
 
         return run

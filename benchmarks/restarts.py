@@ -45,7 +45,9 @@ from benchmarks.restarts_run import (
     rows,
 )
 
+_PER_STORY = 10  # kills of one run
 _PER_FOLDER = 3  # kills, after which another topology goes on
+_LAST = 900.0  # seconds for a run that nobody kills
 _WARM = 0.9  # of the kills come within the time that such a run took before
 
 
@@ -65,18 +67,17 @@ class Story:
         self._place, self._expected, self._tally, self._dice = place, expected, tally, dice
         self._found: dict[int, dict[str, Any]] = {}
         self._folder, self._more, self._chapter = place / "0", (), 0
-        self._typical = 2.0  # seconds that a run takes to its end
 
-    def tell(self, kills: int) -> None:
-        """Kill so often, then let it end, and compare."""
+    def tell(self, kills: int, until: float) -> None:
+        """Kill so often, or until a time, then let it end, and compare."""
         topology = self._draw()
         for number in range(kills):
-            if self._killed(topology, number):
+            if self._killed(topology, number) or time.monotonic() > until:
                 break
             if (number + 1) % _PER_FOLDER == 0 and newest(self._folder):
                 topology = self._move()
         ended = launch(topology, self._folder, self._place / "out", *self._more).finish(
-            time.monotonic() + 300
+            time.monotonic() + _LAST
         )
         self._tally.starts += 1
         if any(one.code != 0 for one in ended.values()):
@@ -106,13 +107,13 @@ class Story:
         before = newest(self._folder)
         ranks = launch(topology, self._folder, self._place / "out", *self._more)
         self._tally.starts += 1
-        moment = ranks.began + self._typical * self._dice.random() / _WARM
+        moment = ranks.began + self._tally.typical * self._dice.random() / _WARM
         while time.monotonic() < moment and not ranks.ended:
             ranks.look()
             time.sleep(0.001)
         if ranks.ended:
             ended = ranks.finish(time.monotonic() + 60)
-            self._typical = max(one.at for one in ended.values()) - ranks.began
+            self._tally.typical = max(one.at for one in ended.values()) - ranks.began
             if any(one.code for one in ended.values()):
                 self._tally.wrong.append(
                     f"ended before it was killed: {[e.said[-300:] for e in ended.values()]}"
@@ -194,13 +195,16 @@ def main() -> None:
     dice, tally, began = random.Random(asked.seed), Tally(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="restarts-") as name:
         place = Path(name)
-        launch("1", place / "whole", place / "out").finish(began + 300)
+        ended = launch("1", place / "whole", place / "out").finish(began + _LAST)
+        tally.typical = ended[0].at - began
         expected = rows(place / "whole")
         assert list(expected) == list(range(1, STEPS + 1)), "the undisturbed run"
-        story = 0
-        while sum(tally.kills.values()) < asked.kills and time.monotonic() < began + 60 * asked.minutes:
+        story, until = 0, began + 60 * asked.minutes
+        while sum(tally.kills.values()) < asked.kills and time.monotonic() < until:
             (here := place / f"story{story}").mkdir()
-            Story(here, expected, tally, dice).tell(min(12, asked.kills - sum(tally.kills.values())))
+            Story(here, expected, tally, dice).tell(
+                min(_PER_STORY, asked.kills - sum(tally.kills.values())), until
+            )
             story += 1
             print(f"{sum(tally.kills.values())} kills, {tally.wrong or 'nothing wrong'}", flush=True)
         for number in range(asked.torchrun):

@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 
 _LET_GO = 0.05  # seconds
+_SHOWN = 8
 # Where a node keeps its files, and what is written.
 _OF_A_NODE = ("train.output_dir", "train.data.path", "train.device", "train.checkpoint.resume", "monitor.")
 
@@ -131,10 +132,13 @@ def _check_configs(config: Config, world: World) -> None:
         for rank, one in enumerate(each):
             ranks_of.setdefault(str(one.get(key)), []).append(rank)
         if len(ranks_of) > 1:
-            found = ", ".join(
-                f"{value} on rank {', '.join(map(str, ranks[:8]))}" for value, ranks in ranks_of.items()
-            )
+            found = "; ".join(f"{value} on {_named(ranks)}" for value, ranks in ranks_of.items())
             raise RunError(f"{key}: expected the same on every rank, found {found}")
+
+
+def _named(ranks: list[int]) -> str:
+    more = f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks[:_SHOWN])) + more
 
 
 def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

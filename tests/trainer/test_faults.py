@@ -24,7 +24,7 @@ def train_with_own_seed(folder: Path) -> None:
 
 def test_another_seed_on_a_rank_is_refused_by_all(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     failures = ranks(2, train_with_own_seed, tmp_path / "run", expect_errors=True)
-    said = "train.seed: expected the same on every rank, found 0 on rank 0, 7 on rank 1"
+    said = "train.seed: expected the same on every rank, found 0 on rank 0; 7 on rank 1"
     assert [(failure.type_name, failure.message) for failure in failures] == [("RunError", said)] * 2
     assert not (tmp_path / "run").exists()
 
