@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import yaml
 
@@ -17,6 +17,8 @@ from distnorm.trainer.world import World
 
 CONFIG_FILE = "config.yaml"
 """The resolved config's name in the run's folder."""
+
+_CONFIG_DRAFT = CONFIG_FILE + ".partial"
 
 STARTS_FILE = "starts.jsonl"
 """When and with what code the run was started."""
@@ -114,33 +116,35 @@ def set_aside(config: Config, start: Start) -> Path | None:
     return earlier
 
 
-def claim(config: Config, start: Start) -> TextIO:
-    """Make the run's folder, and open its config; while that is open, no other job can claim the folder.
+@contextmanager
+def claim(config: Config, start: Start) -> Iterator[None]:
+    """Make the run's folder, and let no other job claim it within the `with`.
 
-    Two jobs may have looked at a folder before either wrote there. In a new one only one of them can make the
-    config's file. In any, that file is locked, where the file system can: the lock ends with the process.
+    Two jobs may have looked at a folder before either wrote there. So it is locked, where the file system can:
+    the lock ends with the process.
 
     Raises:
         RunError: another job was faster, or trains there now.
     """
     folder = Path(config.train.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        file = (folder / CONFIG_FILE).open("x+" if start.is_new else "r+", encoding="utf-8")
-    except FileExistsError:
-        raise _taken(folder, "began a run there as this one did") from None
-    if not _is_locked(file):
-        file.close()
-        raise _taken(folder, "trains there now")
-    return file
+        if not _is_locked(descriptor):
+            raise _taken(folder, "trains there now")
+        if start.is_new and (folder / CONFIG_FILE).exists():
+            raise _taken(folder, "began a run there as this one did")
+        yield
+    finally:
+        os.close(descriptor)
 
 
-def _is_locked(file: TextIO) -> bool:
+def _is_locked(descriptor: int) -> bool:
     """Lock a file for this process; says whether no other has it."""
     try:
         from fcntl import LOCK_EX, LOCK_NB, flock
 
-        flock(file, LOCK_EX | LOCK_NB)
+        flock(descriptor, LOCK_EX | LOCK_NB)
     except BlockingIOError:
         return False
     except (ImportError, OSError):  # a system, or a file system, without locks
@@ -156,12 +160,13 @@ def _taken(folder: Path, what: str) -> RunError:
     )
 
 
-def write_config(config: Config, file: TextIO) -> None:
-    """Write the resolved config into the file that `claim` gave."""
-    file.seek(0)
-    file.truncate()
-    file.write(config.to_yaml())
-    file.flush()
+def write_config(config: Config) -> None:
+    """Make the run's folder and write the resolved config into it."""
+    folder = Path(config.train.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / _CONFIG_DRAFT
+    draft.write_text(config.to_yaml(), encoding="utf-8")
+    draft.replace(folder / CONFIG_FILE)  # a process that is killed leaves the file before, or this one
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -201,7 +206,7 @@ def _check_folder(folder: Path, config: Config, existing: Existing) -> bool:
         raise RunError(f"train.output_dir: expected a folder, found a file, {folder}")
     written = folder / CONFIG_FILE
     if not written.exists():
-        if any(folder.iterdir()):
+        if any(path.name != _CONFIG_DRAFT for path in folder.iterdir()):
             raise RunError(
                 f"train.output_dir: expected a new or empty folder, or a run's with its {CONFIG_FILE}, "
                 f"found other files in {folder}"

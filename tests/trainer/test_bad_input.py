@@ -111,11 +111,14 @@ def test_folder_that_can_not_be_written(ranks: Callable[..., list[Any]], tmp_pat
 def test_of_two_jobs_in_one_new_folder_one_is_refused(tmp_path: Path) -> None:
     config = shipped("single", tmp_path / "run")
     starts = [rundir._find_start(config, "refuse") for _ in range(2)]  # both find that it is new
-    with rundir.claim(config, starts[0]) as file:
-        rundir.write_config(config, file)
+    with rundir.claim(config, starts[0]):
+        rundir.write_config(config)
         before = contents(tmp_path)
-        with pytest.raises(RunError, match=r"--resume goes on .* --overwrite starts anew"):
-            rundir.claim(config, starts[1])
+    with (
+        pytest.raises(RunError, match=r"--resume goes on .* --overwrite starts anew"),
+        rundir.claim(config, starts[1]),
+    ):
+        pass
     assert contents(tmp_path) == before
 
 
@@ -125,10 +128,11 @@ def test_a_folder_in_which_another_process_trains_is_refused(existing: Any, tmp_
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     before = contents(tmp_path)
     code = (
-        "import fcntl, sys; file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); "
+        "import fcntl, os, sys; folder = os.open(sys.argv[1], os.O_RDONLY); "
+        "fcntl.flock(folder, fcntl.LOCK_EX); print(flush=True); "
         "sys.stdin.read()"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "config.yaml")]
+    command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdin is not None and other.stdout is not None
         other.stdout.readline()
