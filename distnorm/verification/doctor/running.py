@@ -17,7 +17,7 @@ from distnorm.sources import Tied, checked_tied, named_tensors
 from distnorm.sources.targets import canonical_names
 from distnorm.verification.doctor.batch import row_digests
 from distnorm.verification.doctor.reference import Values
-from distnorm.verification.doctor.tracing import WEIGHTS, Boundary, Tracer
+from distnorm.verification.doctor.tracing import WEIGHTS, Boundary, Tracer, refuse_compiled
 
 Run = Callable[..., Any]
 """``run(part, parts)``, or ``run()``: the model after the backward of a part of the batch, or all."""
@@ -69,6 +69,11 @@ def run_whole(run: Run, tied: Tied, trace: bool, shake: int | None = None) -> tu
     with torch.random.fork_rng(), _watching(watched, trace, shake):
         target = run(0, 1) if takes_parts(run) else run()
         values = _taken(target, tied)
+    if trace and not watched.trace:
+        raise DistnormError(
+            "reference: expected it to call modules eagerly where trace=True, found no call of any: is it "
+            "under torch.compile?"
+        )
     return values, watched, target
 
 
@@ -136,6 +141,8 @@ def _watching(watched: Watched, trace: bool, shake: int | None) -> Iterator[None
     def watching(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not roots:
             roots.append(module)
+            if trace:
+                refuse_compiled([module], "the reference")
             module.zero_grad(set_to_none=True)  # of the run before, where a reference gives one model twice
             if shake is not None:
                 shaken.append((module, _shake(module, shake)))

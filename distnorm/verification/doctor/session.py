@@ -27,6 +27,7 @@ from distnorm.verification.doctor.mistakes import Circumstances, Explanation, Mi
 from distnorm.verification.doctor.preparing import prepare
 from distnorm.verification.doctor.recording import Recorder
 from distnorm.verification.doctor.report import DoctorReport, find_cause
+from distnorm.verification.doctor.tracing import refuse_compiled
 
 _EXAMINED = 64  # wrong parameters that are explained, the first in the order of the forward
 
@@ -111,7 +112,7 @@ class Examination:
         self._around = Circumstances(axes, self._microbatches, self._parts)
         with ranks.together():
             if self._trace:
-                _refuse_compiled(modules_of(self._target))
+                refuse_compiled(modules_of(self._target), "the model")
         self._prepared = prepare(ranks, self._target, self._reference, self._tied, self._trace)
         with ranks.together():
             self._before = remember_gradients(self._target, self._tied)
@@ -201,15 +202,6 @@ class Examination:
         else:
             return verdict
         return replace(verdict, explanations=(inferred, *verdict.explanations[1:]))
-
-
-def _refuse_compiled(modules: Sequence[nn.Module]) -> None:
-    for module in (inner for one in modules for inner in one.modules()):
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
-            raise DistnormError(
-                "doctor: expected modules that run eagerly where trace=True, found one under torch.compile, "
-                "which would compile the doctor's hooks too; leave the trace out, or compile afterwards"
-            )
 
 
 def _gathered(ranks: Ranks, found: Sequence[Verdict]) -> list[Verdict]:
