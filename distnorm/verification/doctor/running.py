@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -198,3 +198,14 @@ def places_of(target: Any, tied: Tied, watched: Watched) -> dict[str, int]:
     names = canonical_names([name for name, _ in named], None, checked_tied(tied))
     order = sorted(range(len(named)), key=lambda i: (owners.get(id(named[i][1]), 1 << 20), i))
     return {names[i]: place for place, i in enumerate(order)}
+
+
+def joined(calls: Mapping[int, Tensor]) -> Tensor:
+    """All calls of a boundary along the first dim; where they have no such dim, the first call."""
+    tensors = [calls[call] for call in sorted(calls)]
+    return torch.cat(tensors) if tensors[0].ndim else tensors[0]
+
+
+def shapes_of(watched: Watched) -> dict[Boundary, tuple[int, ...]]:
+    """The shapes of a reference's trace, which ranks need to place their pieces."""
+    return {boundary: tuple(joined(calls).shape) for boundary, calls in watched.trace.items()}

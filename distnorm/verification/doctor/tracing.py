@@ -129,7 +129,7 @@ def refuse_compiled(modules: Iterable[nn.Module], whose: str) -> None:
     Raises:
         DistnormError: one of them, or of the modules in them, is compiled.
     """
-    for root, name, module in ((root, *named) for root in modules for named in root.named_modules()):
+    for root, name, module in ((one, *named) for one in modules for named in one.named_modules()):
         if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
             at = f"its module '{clean_name(name, root)}'" if name else "it"
             raise DistnormError(
