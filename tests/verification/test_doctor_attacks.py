@@ -120,7 +120,9 @@ def test_a_compiled_model_is_compared_and_its_trace_refused() -> None:
         return torch.compile(Block(), backend="eager")
 
     assert examine(compiled(), reference_of(Block())).ok
-    with pytest.raises(DistnormError, match=r"the model to run eagerly where trace=True, found it under torch"):
+    with pytest.raises(
+        DistnormError, match=r"the model to run eagerly where trace=True, found it under torch"
+    ):
         examine(compiled(), reference_of(Block()), trace=True)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from distnorm.errors import RunError
 from distnorm.monitor.records import ALERTS_FILE, LAYERS_FILE, NOTES_FILE, STARTS_FILE
+from distnorm.monitor.report.doctor_page import DoctorPage, read_doctor
 from distnorm.monitor.report.layers import LayerGrid, read_layers
 from distnorm.monitor.report.numbers import number, plural, step_number
 from distnorm.monitor.report.row_reader import UnreadableLines, read_rows
@@ -55,6 +56,7 @@ class Run:
     notes: tuple[str, ...]
     starts: tuple[Start, ...] = ()
     remarks: str = ""
+    doctor: DoctorPage | None = None
 
     @property
     def alerts_in_words(self) -> str:
@@ -84,6 +86,7 @@ def gather_run(folder: Path, name: str, steps: Steps, layers: LayerGrid) -> Run:
     """A run of these steps and layers, with all else that its folder holds."""
     file = folder / ALERTS_FILE
     alerts, notes = _read_alerts(file) if file.is_file() else ((), ())
+    doctor, of_doctor = read_doctor(folder)
     return Run(
         name=name,
         folder=folder,
@@ -92,9 +95,10 @@ def gather_run(folder: Path, name: str, steps: Steps, layers: LayerGrid) -> Run:
         alerts=alerts,
         has_alerts=file.is_file(),
         config=_text(folder / "config.yaml"),
-        notes=(*steps.notes, *layers.notes, *notes),
+        notes=(*steps.notes, *layers.notes, *notes, *of_doctor),
         starts=_read_starts(folder / STARTS_FILE),
         remarks=_text(folder / NOTES_FILE),
+        doctor=doctor,
     )
 
 
