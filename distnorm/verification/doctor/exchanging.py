@@ -114,6 +114,8 @@ def exchange_axes(
     inside = {rank: {n for n in names if n.startswith(prefix)} for rank, names in modules.items()}
     found = []
     for axis, lines in around.axes.items():
+        if axis.startswith("pp"):  # each stage has its own modules anyway
+            continue
         lines = [line for line in lines if len(line) > 1 and all(module in modules[r] for r in line)]
         if lines and all(len({frozenset(inside[rank]) for rank in line}) > 1 for line in lines):
             found.append(axis)
