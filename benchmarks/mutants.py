@@ -2,6 +2,7 @@
 
     PYTHONPATH=. python benchmarks/mutants.py            # all of it; writes benchmarks/DATE-mutants.md
     PYTHONPATH=. python benchmarks/mutants.py --only TP  # one model, printed
+    PYTHONPATH=. python benchmarks/mutants.py --clean    # unspoilt models alone; writes DATE-mutants-clean.md
 
 A mutant whose gradients are those of the unspoilt run, bit for bit, is equivalent, and is not counted. It is
 found where the report isn't "right". It is named rightly where the cause's first parameter, or the module
@@ -187,6 +188,42 @@ def clean(model: str, seeds: list[int], dtype: str) -> list[str]:
     return [f"{model} {dtype} seed {seed}: {report}" for seed, report in reports if not report.ok]
 
 
+def margins(model: str, seeds: list[int], dtype: str) -> tuple[list[str], float]:
+    """On every rank: as `clean`, and the largest share of the tolerance that any gradient used."""
+    torch.set_num_threads(1)
+    found, largest = [], 0.0
+    for seed in seeds:
+        report = examined(model, seed, dtype, partial(_sites, None))[0]
+        shares = [v.difference / v.tolerance for v in report.verdicts if v.difference and v.tolerance]
+        largest = max([largest, *shares])
+        if not report.ok:
+            found.append(f"{model} {dtype} seed {seed}: {report}")
+    return found, largest
+
+
+def clean_report(ranks: Callable[..., list[Any]], names: list[str], count: int) -> tuple[str, int]:
+    """Examine unspoilt models, all seeds of one in the same process group; the page, and false findings."""
+    lines = [
+        f"# Unspoilt models, {time.strftime('%Y-%m-%d')}",
+        "",
+        f"`PYTHONPATH=. python benchmarks/mutants.py --clean --seeds {count}` on {platform.machine()}, torch "
+        f"{torch.__version__}, gloo, `trace=True`. The share is that of the gradient that used most of it.",
+        "",
+        "| model | dtype | seeds | false findings | largest share of the tolerance |",
+        "|---|---|---|---|---|",
+    ]
+    false: list[str] = []
+    for name in names:
+        for dtype in ("float32", "bfloat16"):
+            found, share = ranks(
+                MODELS[name].ranks, margins, name, list(range(count)), dtype, timeout=1500.0
+            )[0]
+            lines.append(f"| {name} | {dtype} | {count} | {len(found)} | {share:.2f} |")
+            print(lines[-1], flush=True)
+            false += found
+    return "\n".join([*lines, *(["", *(f"- {text}" for text in false)] if false else [])]) + "\n", len(false)
+
+
 def main() -> None:
     """Run, and write or print the report."""
     from distnorm.testing import RankPool, preload
@@ -195,10 +232,17 @@ def main() -> None:
     parser.add_argument("--only", choices=MODELS)
     parser.add_argument("--most", type=int, help="mutants of each model at most")
     parser.add_argument("--seeds", type=int, default=20, help="seeds of the unspoilt runs")
+    parser.add_argument("--clean", action="store_true", help="unspoilt models alone")
     options = parser.parse_args()
     preload("benchmarks.mutants")
     ranks, began = RankPool(max_ranks=4).run, time.perf_counter()
     names = [options.only] if options.only else list(MODELS)
+    if options.clean:
+        page, _ = clean_report(ranks, names, options.seeds)
+        print(page)
+        if options.only is None:
+            _write("mutants-clean", page)
+        return
     outcomes = [o for name in names for o in run_model(ranks, name, most=options.most)]
     false: list[str] = []
     for name in names:
@@ -229,7 +273,11 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     if options.only is None and options.most is None:
-        Path(__file__).with_name(f"{time.strftime('%Y-%m-%d')}-mutants.md").write_text(text, encoding="utf-8")
+        _write("mutants", text)
+
+
+def _write(what: str, text: str) -> None:
+    Path(__file__).with_name(f"{time.strftime('%Y-%m-%d')}-{what}.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from distnorm.verification.doctor.tracing import INPUT, OUTPUT, OUTPUT_GRADIENT, Boundary
+from distnorm.verification.doctor.tracing import INPUT, INPUT_GRADIENT, OUTPUT, OUTPUT_GRADIENT, Boundary
 
 FACTOR = 3.0  # of "scale": no number of ranks or micro-batches here
 
@@ -107,6 +107,8 @@ class Sites:
                 pass
         elif boundary.kind == OUTPUT_GRADIENT:
             self._backward = boundary.module
+        elif boundary.kind == INPUT_GRADIENT:  # this module is done: what comes next is of the one around it
+            self._backward = boundary.module.rpartition(".")[0]
 
     def how(self, what: str, group: Any, dtype: torch.dtype) -> str | None:
         """Note a call; whether, and how, it is spoilt."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from distnorm.policies.results import ClipResult, GroupResult
     from distnorm.sources import Piece
     from distnorm.verification import VerifyReport, verify
-    from distnorm.verification.doctor import DoctorReport, doctor, dump
+    from distnorm.verification.doctor import DoctorReport, doctor, dump, replay
 
 __version__ = "0.2.0"
 
@@ -63,6 +63,7 @@ __all__ = [
     "dump",
     "get_total_norm",
     "load_config",
+    "replay",
     "verify",
 ]
 
@@ -87,7 +88,7 @@ _HOMES = {
     "policies.results": ("ClipResult", "GroupResult"),
     "sources": ("Piece",),
     "verification": ("VerifyReport", "verify"),
-    "verification.doctor": ("DoctorReport", "doctor", "dump"),
+    "verification.doctor": ("DoctorReport", "doctor", "dump", "replay"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

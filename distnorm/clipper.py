@@ -139,11 +139,8 @@ class GradClipper(Joinable):
     def decide(self) -> ClipResult:
         """Do as `clip` does, but leave the gradients for the caller to multiply by the coefficient.
 
-        Collective, as `clip` is. Partial DTensor gradients are stored back reduced here too. Where there are
-        many coefficients, the result doesn't hold them. Where `skipped` is true, neither multiply nor step.
-
-        Raises:
-            DistnormError: as `clip`.
+        Collective, and raises, as `clip`. Partial DTensor gradients are stored back reduced here too. Where
+        there are many coefficients, the result doesn't hold them. Where `skipped` is true, don't step.
         """
         self._begin_step()
         return self._step.take(self._inventory.holders, scales=False).result
@@ -202,10 +199,16 @@ class GradClipper(Joinable):
         """What gets a row of every step and gives alerts; `None` if nothing is set under `monitor`."""
         return None if self._step.monitor is None else self._step.monitor.monitor
 
+    @property
+    def fingerprints(self) -> dict[int, dict[str, int]]:
+        """By step and name, the fingerprints that `monitor.fingerprints` keeps: of the bits that this rank
+        counts of each gradient, before clipping. Not collective; waits for the device."""
+        return {s: {name: int(n) for name, n in of.items()} for s, of in self._step.fingerprints.items()}
+
     def flush(self, **facts: Any) -> dict[str, Any] | None:
         """Write the rows of all steps up to now. Not collective.
 
-        Metrics are copied asynchronously: a step's row is written one step later, or here, with a wait.
+        A step's row is written one step later, or here, which waits for the device.
 
         Args:
             facts: further keys for the newest step's row, if it hasn't been written yet.
@@ -240,8 +243,7 @@ class GradClipper(Joinable):
         to be raised is forgotten. A state of version 1 has no policies: theirs begin anew.
 
         Raises:
-            DistnormError: the state is of another version, of other policies or groups, or no state of a
-                clipper; nothing has changed then.
+            DistnormError: it is of another version, of other policies or groups; nothing has changed then.
         """
         self._step.load_state_dict(state)
 
@@ -258,10 +260,8 @@ class GradClipper(Joinable):
 
     def __reduce__(self) -> NoReturn:
         """Refused: process groups and what was planned with them can't be copied."""
-        raise DistnormError(
-            "expected a clipper to stay with its model, found a copy or pickle of it; keep "
-            "clipper.state_dict(), and make a GradClipper of the copied model"
-        )
+        cure = "keep clipper.state_dict(), and make a GradClipper of the copied model"
+        raise DistnormError(f"expected a clipper to stay with its model, found a copy or a pickle; {cure}")
 
     def __repr__(self) -> str:
         return f"GradClipper({len(self._inventory.holders)} tensors, {self._step.describe()})"

@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from distnorm import kernels
 from distnorm.config import Config
 from distnorm.deferred import DeferredRaise, Replays
 from distnorm.errors import DistnormError, NonFiniteGradientError
 from distnorm.measure.diagnosis import find_not_finite
+from distnorm.measure.fingerprints import FingerprintedReads, Kept
 from distnorm.measure.gradients import Given
 from distnorm.measure.meter import Meter, Reader
 from distnorm.measure.norms import norm
@@ -43,7 +45,7 @@ class Step:
     Attributes:
         groups, decider: the policies, and what asks them.
         monitor: records steps; `None` where nothing is set under `monitor`.
-        count, last, outcome: number of steps made; and what the newest gave.
+        count, last, outcome, fingerprints: number of steps made; and what the newest gave.
         deferred: raises what the step before found, where no step waits for its norm.
         is_registered_with_join: whether torch's `Join` has the clipper, and so ends with equal histories.
 
@@ -59,6 +61,7 @@ class Step:
         self.last: ClipResult | None = None
         self._noted_step: float | None = None
         self.outcome: Outcome | None = None
+        self.fingerprints: Kept = {}
         self.monitor = StepMonitor.of(config.monitor, ranks, self._norm)
         self._take_part(ranks)
 
@@ -119,11 +122,9 @@ class Step:
             # Layer statistics would name them.
             names_them = self.monitor is not None and snapshot is None and reduced.is_known_not_finite
             where = find_not_finite(meter.ranks, meter.shards, gradients.tensors) if names_them else ()
-            defers = meter.defers and meets
-            marks = self.deferred.marks_of(gradients) if defers else None
-            outcome = self._clipping(
-                gradients, reduced, of_policies, scales=scales, defers=defers, loss_scale=loss_scale
-            )
+            how = {"scales": scales, "defers": meter.defers and meets}
+            marks = self.deferred.marks_of(gradients) if how["defers"] else None
+            outcome = self._clipping(gradients, reduced, of_policies, **how, loss_scale=loss_scale)
             del gradients
             self.deferred.remember(number, meter, outcome.found, marks)
             self.made(number, outcome)
@@ -174,13 +175,12 @@ class Step:
         """Refuse to go on after the process group was destroyed, or the world was made.
 
         Raises:
-            DistnormError: it was destroyed, or the world was made after the clipper.
+            DistnormError: either of these.
         """
         if not self.ranks.is_current:
-            raise DistnormError(
-                "expected the process group that the clipper was made with, found that it was destroyed, or "
-                "that there was none then; call clipper.rebind(group) on every rank that is there now"
-            )
+            found = "found that it was destroyed, or that there was none then"
+            cure = "call clipper.rebind(group) on every rank that is there now"
+            raise DistnormError(f"expected the process group that the clipper was made with, {found}; {cure}")
 
     def plan(self, read: Reader, modules: Sequence[nn.Module], *, anew: bool = False) -> None:
         """Plan who counts what, and bind policies and monitor to it. Collective: every rank must call it.
@@ -198,10 +198,13 @@ class Step:
             meter.prepare(read)
         self._alone, self._replays.is_ready = None, False
         self.groups.bind(ranks, meter.shards, meter.shares)
+        of_plan = (self._norm, meter.shards, meter.shares)
         if self.config.clip.overlap and self._norm.kernel is not None:
             with ranks.together():
                 self._layout.refuse_overlap()
-                meter.overlap = Overlap(self._norm, meter.shards, meter.shares, modules)
+                meter.overlap = Overlap(*of_plan, modules)
+        elif keep := self.config.monitor.fingerprints:
+            meter.overlap = FingerprintedReads(*of_plan, self.fingerprints, keep, lambda: self.count + 1)
         if self.monitor is not None:
             self.monitor.prepare(meter.shards, meter.shares, meter.overlap)
         self._announce_snapshot()
@@ -236,10 +239,9 @@ class Step:
 
     def take_over(self, is_last: bool) -> None:
         """Take over the state of a rank that made all steps under torch's `Join`. Collective."""
-        states = self.ranks.gather(self.state_dict() if is_last else None)
-        state = next((state for state in states if state is not None), None)
-        if state is not None:
-            self.load_state_dict(state)
+        states = [state for state in self.ranks.gather(self.state_dict() if is_last else None) if state]
+        if states:
+            self.load_state_dict(states[0])
         self._alone = None
 
     # ---- monitored steps

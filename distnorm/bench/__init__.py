@@ -5,7 +5,7 @@ This file imports nothing, so the command line can tell the workloads' names wit
 
 from __future__ import annotations
 
-WORKLOADS = ("many", "moe", "ddp", "fsdp", "large", "clip-step")
+WORKLOADS = ("many", "moe", "ddp", "fsdp", "large", "clip-step", "fingerprints")
 """In the order in which they run."""
 
 ROUNDS = 15

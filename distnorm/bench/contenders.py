@@ -118,6 +118,16 @@ def measurers(problem: Problem, peers: Peers) -> list[Contender]:
     ]
 
 
+def fingerprinters(problem: Problem) -> list[Contender]:
+    """The norm alone, and with fingerprints of the same gradients in the same read. Collective."""
+    alone = distnorm.GradClipper(problem.target)
+    both = distnorm.GradClipper(problem.target, {"monitor": {"fingerprints": 8}})
+    return [
+        Contender("the norm alone", lambda: alone.measure().total_norm, EXACT, is_reference=True),
+        Contender("norm and fingerprints", lambda: both.measure().total_norm, EXACT),
+    ]
+
+
 def steppers(problem: Problem, max_norm: float) -> list[Contender]:
     """Fused AdamW's step, alone and after everyone's clipping. Collective."""
     parameters = [each.parameter for each in problem.held]

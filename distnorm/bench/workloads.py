@@ -15,7 +15,15 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from distnorm import Config, RunError
-from distnorm.bench.contenders import PLAIN_SUM, Contender, clippers, measurers, steppers, training_steppers
+from distnorm.bench.contenders import (
+    PLAIN_SUM,
+    Contender,
+    clippers,
+    fingerprinters,
+    measurers,
+    steppers,
+    training_steppers,
+)
 from distnorm.bench.limit import work_of
 from distnorm.bench.peers import Peers
 from distnorm.bench.problem import Problem, describe
@@ -194,6 +202,21 @@ def clip_step(setting: Setting) -> Iterator[Variant]:
             contender.close()
 
 
+def fingerprints(setting: Setting) -> Iterator[Variant]:
+    """The norm with fingerprints of every gradient, beside the norm alone; each rank has its own."""
+    count, world = setting.count(10**6), setting.world
+    dice = torch.Generator(world.device).manual_seed(world.rank)
+    for dtype in (torch.float32, torch.bfloat16):
+        held = {}
+        for index in range(setting.count(64)):
+            name = f"rank{world.rank}.weight{index}"
+            held[name] = nn.Parameter(torch.zeros(count, dtype=dtype, device=world.device))
+            held[name].grad = torch.randn(count, generator=dice, device=world.device).to(dtype)
+        problem = describe(list(held.items()), held, world)
+        title = f"{len(held)} tensors of {count:.3g} elements, {str(dtype).removeprefix('torch.')}"
+        yield _variant("fingerprints", title, problem, fingerprinters(problem))
+
+
 def own(config: Config, setting: Setting) -> Iterator[Variant]:
     """The topology of the user's configuration."""
     if config.train.parallel.backend == "deepspeed":
@@ -272,5 +295,6 @@ BY_NAME: dict[str, Callable[[Setting], Iterator[Variant]]] = {
     "fsdp": fsdp,
     "large": large,
     "clip-step": clip_step,
+    "fingerprints": fingerprints,
 }
 """Every workload by its name."""

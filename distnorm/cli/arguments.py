@@ -63,9 +63,9 @@ def _add_checks(add: Add) -> None:
     dump = add("dump", commands.dump, "write a step's gradients and weights, as a later doctor's reference")
     _describe_config(dump)
     _describe_doctor(doctor, dump)
-    _describe_config(
-        add("verify", commands.verify, "prove the norm of one training step against an independent one")
-    )
+    verify = add("verify", commands.verify, "prove a training step's norm, and its gradients too, on request")
+    _describe_config(verify)
+    _describe_reference(verify)
     validate = add(
         "validate", commands.validate, "check configurations and list every mistake with its place"
     )
@@ -139,13 +139,23 @@ def _describe_doctor(doctor: argparse.ArgumentParser, dump: argparse.ArgumentPar
     dump.add_argument("-o", "--output", metavar="DIR", required=True, help="the dump's folder, a new one")
     doctor.add_argument("config", metavar="CONFIG", nargs="?", help="a YAML file")
     _describe_set(doctor)
-    doctor.add_argument(
+    _describe_reference(doctor)
+    doctor.add_argument("--env", action="store_true", help="print what is in use, and what could be faster")
+
+
+def _describe_reference(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "--against", metavar="CONFIG", help="the YAML file of a single process, or the folder of a dump"
     )
-    doctor.add_argument("--trace", action="store_true", help="find the module at which the runs part")
-    doctor.add_argument("--json", dest="json_file", metavar="FILE", help="where the report is written")
-    doctor.add_argument("--page", dest="page_file", metavar="FILE", help="where its page is written, HTML")
-    doctor.add_argument("--env", action="store_true", help="print what is in use, and what could be faster")
+    command.add_argument("--trace", action="store_true", help="find the module at which the runs part")
+    command.add_argument(
+        "--json",
+        dest="json_file",
+        metavar="FILE",
+        help="where the report is written; in a run's folder as "
+        "doctor.json it becomes part of `distnorm report RUN`",
+    )
+    command.add_argument("--page", dest="page_file", metavar="FILE", help="where its page is written, HTML")
 
 
 def _describe_bench(bench: argparse.ArgumentParser) -> None:

@@ -51,14 +51,25 @@ def train(config: str, overrides: Sequence[str], existing: Existing) -> int:
     return run.main(loaded, existing)
 
 
-def verify(config: str, overrides: Sequence[str]) -> int:
-    """Prove the norm of one training step. Collective."""
+def verify(config: str, overrides: Sequence[str], against: str | None, **options: Any) -> int:
+    """Prove the norm of one training step, and its gradients where there is a reference. Collective."""
     from distnorm.config import load_config
 
     loaded = load_config(config, overrides)
+    other = None if against is None else _reference(against, overrides)
+    if other is None and any(options.values()):
+        raise ConfigError("verify: expected --against with --trace, --json or --page")
     from distnorm.trainer import verify
 
-    return verify.main(loaded)
+    return verify.main(loaded, other, **{name: value for name, value in options.items() if value})
+
+
+def _reference(against: str, overrides: Sequence[str]) -> Any:
+    """The configuration of one process, or the folder of a dump."""
+    from distnorm.config import load_config
+
+    shared = [text for text in overrides if not text.startswith("train.parallel")]
+    return Path(against) if Path(against).is_dir() else load_config(against, shared)
 
 
 def doctor(
@@ -74,8 +85,7 @@ def doctor(
     from distnorm.config import load_config
 
     loaded = load_config(config, overrides)
-    shared = [text for text in overrides if not text.startswith("train.parallel")]
-    other = Path(against) if Path(against).is_dir() else load_config(against, shared)
+    other = _reference(against, overrides)
     from distnorm.trainer import doctor
 
     return doctor.main(loaded, other, **options)

@@ -214,6 +214,12 @@ class MonitorConfig(Section):
         description="How many vectors iterate together: more come close sooner, and each costs 8 bytes a row "
         "of every such matrix in the all-reduce.",
     )
+    fingerprints: PositiveInt | None = Field(
+        None,
+        description="Of so many steps, the newest, each rank keeps a fingerprint of every gradient's bits, "
+        "taken in the read that gives the norm. Where a step is suspicious, the trainer computes it again, "
+        "and names rank and parameter of each gradient that is another one then. Null keeps none.",
+    )
     dir: Location | None = Field(
         None,
         description="Folder for metrics.jsonl, layers.jsonl and alerts.jsonl; distnorm's trainer uses "

@@ -30,6 +30,22 @@ def fingerprints(table: AddressTable) -> Ints | None:
     return native.fingerprints(table)
 
 
+def printed_statistic(table: AddressTable, kernel: native.Kernel) -> tuple[Tensor, Ints] | None:
+    """The statistic of all elements, and a print of each row, in one read of the CPU's memory.
+
+    A print is a weighed sum of a row's words of 32 bits, modulo 2**64: every change within one word shows,
+    words that trade places show, and other changes escape no oftener than by chance.
+
+    Returns:
+        The statistic, [1] fp64 with the bits that it has without prints, and prints, [rows]; `None` where
+        there is no compiled code, or the table is not of the CPU's memory.
+    """
+    if table.device.type != "cpu" or native.library() is None:
+        return None
+    found, prints = native.printed_statistic(table, kernel)
+    return torch.tensor([found], dtype=torch.float64, device="cpu"), prints
+
+
 def measure(
     tensors: Sequence[Tensor], kernel: native.Kernel, marks: FiniteMarks | None = None
 ) -> tuple[list[Tensor], Sequence[Tensor]]:

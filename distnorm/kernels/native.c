@@ -14,7 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-#if defined(__AVX__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -25,6 +25,7 @@
 #define distnorm_use_pool NAMED(distnorm_use_pool_, VARIANT)
 #define distnorm_dtypes NAMED(distnorm_dtypes_, VARIANT)
 #define distnorm_run NAMED(distnorm_run_, VARIANT)
+#define distnorm_printed NAMED(distnorm_printed_, VARIANT)
 #define distnorm_summaries NAMED(distnorm_summaries_, VARIANT)
 #define distnorm_checksum NAMED(distnorm_checksum_, VARIANT)
 #define distnorm_fingerprints NAMED(distnorm_fingerprints_, VARIANT)
@@ -153,6 +154,101 @@ INLINE void scale_steps(enum dtype dtype, char *p, int64_t steps, double coef) {
     }
 }
 
+// ---- prints: a weighed sum of the words of 32 bits of each span, in the read of the statistic.
+//
+// Weights are odd, so a word that changes changes the sum, by a product that 64 bits hold; words that trade
+// places have other weights. Sums don't depend on how a span is cut, or on who reads which part of it.
+
+enum { WORD = 4, CHUNK = BYTES / WORD };
+
+#define WEIGHT_STEP 0x9E3779B2u
+#define WEIGHT(word) ((uint32_t)(word) * WEIGHT_STEP + 0x85EBCA6Bu)
+
+typedef VECTOR(uint64_t, BYTES) u64v;
+
+struct print {
+    u64v sum, even, odd; // weights of the next chunk's words, each in the lower half of 64 bits
+};
+
+// Of the lower halves.
+INLINE u64v product(u64v a, u64v b) {
+#if defined(__AVX512F__)
+    return (u64v)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (u64v)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__) && BYTES == 16
+    return (u64v)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+    return (a & UINT32_MAX) * (b & UINT32_MAX);
+#endif
+}
+
+INLINE struct print print_from(int64_t word) {
+    struct print to = {};
+    for (int i = 0; i < CHUNK / 2; i++) {
+        to.even[i] = WEIGHT(word + 2 * i);
+        to.odd[i] = WEIGHT(word + 2 * i + 1);
+    }
+    return to;
+}
+
+INLINE void print_chunk(struct print *to, const char *p) {
+    u64v words = *(const u64v *)p;
+    to->sum += product(words, to->even) + product(words >> 32, to->odd);
+    to->even += (uint64_t)CHUNK * WEIGHT_STEP; // what it carries into the upper half doesn't count
+    to->odd += (uint64_t)CHUNK * WEIGHT_STEP;
+}
+
+INLINE uint64_t print_total(const struct print *of) {
+    uint64_t total = 0;
+    for (int i = 0; i < CHUNK / 2; i++) total += of->sum[i];
+    return total;
+}
+
+// The part of a span's sum that `bytes` bytes give, which are `offset` bytes from its start.
+static uint64_t words_of(const char *p, int64_t bytes, int64_t offset) {
+    uint64_t total = 0;
+    int64_t word = offset / WORD, into = offset % WORD;
+    if (into) {
+        uint32_t part = 0;
+        int64_t count = bytes < WORD - into ? bytes : WORD - into;
+        memcpy((char *)&part + into, p, count);
+        total += (uint64_t)part * WEIGHT(word++);
+        p += count;
+        bytes -= count;
+    }
+    struct print to = print_from(word);
+    for (; bytes >= BYTES; p += BYTES, bytes -= BYTES, word += CHUNK) print_chunk(&to, p);
+    for (; bytes > 0; p += WORD, bytes -= WORD) {
+        uint32_t part = 0;
+        memcpy(&part, p, bytes < WORD ? bytes : WORD);
+        total += (uint64_t)part * WEIGHT(word++);
+    }
+    return total + print_total(&to);
+}
+
+INLINE void print_step(struct print *to, enum dtype dtype, const char *p) {
+    EACH(k, LANES * WORD / BYTES) {
+        if (dtype == F32 || dtype == F64 || k < LANES * 2 / BYTES) print_chunk(to, p + k * BYTES);
+    }
+    if (dtype == F64) EACH(k, LANES * WORD / BYTES) print_chunk(to, p + LANES * WORD + k * BYTES);
+}
+
+INLINE uint64_t print_steps(enum op op, enum dtype dtype, const char *p, int64_t steps, f64 lanes[VECTORS],
+                            int64_t word) {
+    f64 sums[VECTORS];
+    EACH(k, VECTORS) sums[k] = lanes[k];
+    struct print to = print_from(word);
+    for (; steps > 0; steps--, p += LANES * SIZE[dtype]) {
+        f64 x[VECTORS];
+        load(dtype, p, x);
+        EACH(k, VECTORS) sums[k] = accumulated(op, sums[k], x[k]);
+        print_step(&to, dtype, p);
+    }
+    EACH(k, VECTORS) lanes[k] = sums[k];
+    return print_total(&to);
+}
+
 // Inlined with a constant op and dtype, so that the lanes stay in registers from span to span.
 INLINE void run_steps(enum op op, enum dtype dtype, char *p, int64_t steps, f64 *lanes, double coef) {
     if (op == SCALE) scale_steps(dtype, p, steps, coef);
@@ -203,6 +299,39 @@ INLINE double folded(enum op op, const f64 lanes[VECTORS]) {
     return x[0];
 }
 
+// As run_dtype; returns the part of the span's print, in which these elements are `offset` bytes from its start.
+INLINE uint64_t print_dtype(enum op op, enum dtype dtype, char *p, int64_t count, int64_t lane, f64 *lanes,
+                            int64_t offset) {
+    int64_t head = !lane ? 0 : count < LANES - lane ? count : LANES - lane, size = SIZE[dtype];
+    if (head) run_part(op, dtype, p, head, lane, lanes, 0);
+    uint64_t print = head ? words_of(p, head * size, offset) : 0;
+    p += head * size;
+    offset += head * size;
+    int64_t steps = (count - head) / LANES, tail = (count - head) % LANES, bytes = steps * LANES * size;
+    if (offset % WORD) { // half words first: what was read is in a cache still
+        run_steps(op, dtype, p, steps, lanes, 0);
+        print += words_of(p, bytes, offset);
+    } else if (steps) {
+        print += print_steps(op, dtype, p, steps, lanes, offset / WORD);
+    }
+    if (tail) {
+        run_part(op, dtype, p + bytes, tail, 0, lanes, 0);
+        print += words_of(p + bytes, tail * size, offset + bytes);
+    }
+    return print;
+}
+
+INLINE uint64_t print(enum op op, enum dtype dtype, char *p, int64_t count, int64_t lane, f64 *lanes,
+                      int64_t offset) {
+    switch (dtype) {
+        case F32: return print_dtype(op, F32, p, count, lane, lanes, offset);
+        case F64: return print_dtype(op, F64, p, count, lane, lanes, offset);
+        case BF16: return print_dtype(op, BF16, p, count, lane, lanes, offset);
+        case F16: return print_dtype(op, F16, p, count, lane, lanes, offset);
+    }
+    return 0;
+}
+
 struct job {
     enum op op;
     char *const *pointers;
@@ -213,6 +342,7 @@ struct job {
     double *results; // one for each unit
     int64_t row; // units that a thread takes at a time: the hardware fetches ahead within them
     _Atomic int64_t next;
+    _Atomic uint64_t *prints; // one for each span; null for none
 };
 
 // The hardware fetches ahead within a span, but not from one small span to the next.
@@ -223,7 +353,7 @@ INLINE void fetch(const struct job *job, int64_t span) {
         __builtin_prefetch(job->pointers[span] + at);
 }
 
-INLINE void work_on(enum op op, struct job *job) {
+INLINE void work_on(enum op op, struct job *job, int prints) {
     int64_t span = 0, start = 0, unit = 0, last = 0; // units come in rising order, so spans do too
     for (;; unit++) {
         if (unit == last) {
@@ -239,7 +369,12 @@ INLINE void work_on(enum op op, struct job *job) {
             enum dtype dtype = (enum dtype)job->dtypes[span];
             char *p = job->pointers[span] + (at - start) * SIZE[dtype];
             fetch(job, span + AHEAD);
-            run(op, dtype, p, count, at % LANES, lanes, job->coef);
+            if (prints) {
+                uint64_t part = print(op, dtype, p, count, at % LANES, lanes, (at - start) * SIZE[dtype]);
+                atomic_fetch_add_explicit(&job->prints[span], part, memory_order_relaxed);
+            } else {
+                run(op, dtype, p, count, at % LANES, lanes, job->coef);
+            }
             at += count;
         }
         if (op != SCALE) job->results[unit] = folded(op, lanes);
@@ -248,10 +383,19 @@ INLINE void work_on(enum op op, struct job *job) {
 
 static void *work(void *job) {
     switch (((struct job *)job)->op) {
-        case SQUARES: work_on(SQUARES, job); break;
-        case MAGNITUDES: work_on(MAGNITUDES, job); break;
-        case LARGEST: work_on(LARGEST, job); break;
-        case SCALE: work_on(SCALE, job); break;
+        case SQUARES: work_on(SQUARES, job, 0); break;
+        case MAGNITUDES: work_on(MAGNITUDES, job, 0); break;
+        case LARGEST: work_on(LARGEST, job, 0); break;
+        case SCALE: work_on(SCALE, job, 0); break;
+    }
+    return NULL;
+}
+
+static void *work_and_print(void *job) {
+    switch (((struct job *)job)->op) {
+        case MAGNITUDES: work_on(MAGNITUDES, job, 1); break;
+        case LARGEST: work_on(LARGEST, job, 1); break;
+        default: work_on(SQUARES, job, 1); break;
     }
     return NULL;
 }
@@ -298,11 +442,8 @@ int32_t distnorm_dtypes(void) {
 #endif
 }
 
-// The statistic of spans that have `total` elements, into *result; or the scaling, in place, without a
-// result. No span is empty. Returns 0, or 1 if there is no memory.
-int32_t distnorm_run(int32_t op, int64_t spans, char *const *pointers, const int64_t *numels,
-                     const int32_t *dtypes, int64_t total, int64_t threads, double coef, double *result) {
-    struct job job = {op, pointers, numels, dtypes, spans, total, (total + UNIT - 1) / UNIT, coef, NULL, 1, 0};
+static int32_t run_all(struct job job, int64_t threads, void *(*work)(void *), double *result) {
+    enum op op = job.op;
     int64_t even = job.units / (2 * threads); // so that no thread is left with more than the others
     job.row = even < 1 ? 1 : even < ROW ? even : ROW;
     if (op != SCALE && !(job.results = malloc((job.units + 1) * sizeof(double)))) return 1;
@@ -314,6 +455,23 @@ int32_t distnorm_run(int32_t op, int64_t spans, char *const *pointers, const int
         free(job.results);
     }
     return 0;
+}
+
+// The statistic of spans that have `total` elements, into *result; or the scaling, in place, without a
+// result. No span is empty. Returns 0, or 1 if there is no memory.
+int32_t distnorm_run(int32_t op, int64_t spans, char *const *pointers, const int64_t *numels,
+                     const int32_t *dtypes, int64_t total, int64_t threads, double coef, double *result) {
+    struct job job = {op, pointers, numels, dtypes, spans, total, (total + UNIT - 1) / UNIT, coef, NULL, 1, 0};
+    return run_all(job, threads, work, result);
+}
+
+// The statistic, and to each of `prints` the print of a span, which may be empty, is added.
+int32_t distnorm_printed(int32_t op, int64_t spans, char *const *pointers, const int64_t *numels,
+                         const int32_t *dtypes, int64_t total, int64_t threads, double *result,
+                         int64_t *prints) {
+    struct job job = {op, pointers, numels, dtypes, spans, total, (total + UNIT - 1) / UNIT, 0, NULL, 1, 0,
+                      (_Atomic uint64_t *)prints};
+    return run_all(job, threads, work_and_print, result);
 }
 
 // ---- summaries: several statistics of each span by itself, in one pass. A unit is no longer than a span here.

@@ -62,6 +62,7 @@ class Library:
         code: of each dtype that they can do here.
         run: takes the kernel, the rows, the number of elements and of threads, the coefficient, and where the
             result goes.
+        printed: takes the kernel, the rows, the number of elements and of threads, and where the results go.
         summaries: takes the kernel, the rows, the number of threads, and where the results go.
         checksum: takes an address, the bytes of an element and the number of elements.
         fingerprints: takes the rows, the number of threads, and where the results go.
@@ -70,6 +71,7 @@ class Library:
 
     code: dict[torch.dtype, int]
     run: ctypes._NamedFuncPointer
+    printed: ctypes._NamedFuncPointer
     summaries: ctypes._NamedFuncPointer
     checksum: ctypes._NamedFuncPointer
     fingerprints: ctypes._NamedFuncPointer
@@ -111,6 +113,7 @@ def _described(loaded: ctypes.CDLL, variant: str) -> Library:
     rows = (size, address, address, address)
     arguments: dict[str, list[Any]] = {
         "run": [code, *rows, size, size, ctypes.c_double, address],
+        "printed": [code, *rows, size, size, address, address],
         "summaries": [code, *rows, size, address],
         "checksum": [address, size, size],
         "fingerprints": [*rows, size, address],
@@ -121,7 +124,8 @@ def _described(loaded: ctypes.CDLL, variant: str) -> Library:
     for name, types in arguments.items():
         functions[name].argtypes = types
         functions[name].restype = None
-    functions["run"].restype = functions["summaries"].restype = code
+    for name in ("run", "printed", "summaries"):
+        functions[name].restype = code
     functions["checksum"].restype = size
     functions.pop("use_pool")(_pool())
     able = function("dtypes")()
@@ -160,6 +164,16 @@ def statistic(table: AddressTable, kernel: Kernel) -> float:
     result = ctypes.c_double(0.0)
     _run(kernel, table.merged, _threads(table.total), 0.0, ctypes.addressof(result))
     return result.value
+
+
+def printed_statistic(table: AddressTable, kernel: Kernel) -> tuple[float, Ints]:
+    """The bits of `statistic`, and each row's print: see `distnorm.kernels.printed_statistic`."""
+    table.require_memory()
+    result, prints = ctypes.c_double(0.0), np.zeros(len(table.starts), dtype=np.int64)
+    ways = (table.total, _threads(table.total), ctypes.addressof(result), prints.ctypes.data)
+    if _library().printed(kernel, *table.arguments, *ways):
+        raise MemoryError
+    return result.value, prints
 
 
 def scale_(table: AddressTable, coef: float) -> None:

@@ -104,7 +104,8 @@ def refuse_captured_reads(listens: bool, overlaps: bool) -> None:
         )
     if overlaps:
         kernels.refuse_capture(
-            "expected clip.overlap: false, found true, where the host takes what backward has read"
+            "expected clip.overlap: false, found true, where the host takes what backward has read; or "
+            "monitor.fingerprints: null, found a number, where it reads the bits"
         )
 
 

@@ -128,7 +128,8 @@ def _twins(rows: Tensor) -> Tensor:
     distinct = torch.unique(rows, dim=0)  # replicas of one piece are one
     _, of, pieces = torch.unique(distinct[:, [0, 2]], dim=0, return_inverse=True, return_counts=True)
     _, at = torch.unique(rows, dim=0, return_inverse=True)  # in the same order
-    return (pieces[of][at] > 1).long().view(-1, 1)
+    have: Tensor = pieces[of][at] > 1
+    return have.long().view(-1, 1)
 
 
 def _varies(tensor: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from distnorm.errors import DisagreementError, DistnormError
 from distnorm.measure import diagnosis
 from distnorm.measure.diagnosis import SET
 from distnorm.measure.exchange import Exchange, Payload
+from distnorm.measure.fingerprints import FingerprintedReads
 from distnorm.measure.gradients import Coefficients, Given, Gradients
 from distnorm.measure.header import DecodedHeader, Header, Stage, presence_weights
 from distnorm.measure.norms import Norm
@@ -59,7 +60,7 @@ class Meter:
         allow_empty: a rank may pass an empty target in some calls.
 
     Attributes:
-        overlap: what reads gradients during backward.
+        overlap: what has read gradients during backward, or reads them otherwise.
         managers: of the parameters whose gradients are measured; `None` for other tensors.
         plan: who counts what; `None` before `prepare`.
         raised_alone: whether in the newest step this rank raised what the others have not read.
@@ -76,7 +77,7 @@ class Meter:
     coefficients: Coefficients = "one"
     source: Source = Source.GRADIENT
     allow_empty: bool = False
-    overlap: Overlap | None = None
+    overlap: Overlap | FingerprintedReads | None = None
     managers: Managers | None = None
     plan: Plan | None = None
     raised_alone: bool = False
@@ -150,8 +151,7 @@ class Meter:
         self._checks = ResultChecks.of(self.ranks, self.norm, *of_plan)
         self._unread = UnreadReduction(self._exchange, self.norm, self._checks, plan.shares)
         if self.source is Source.GRADIENT and (self.managers is None or not self.managers.are_of(named)):
-            # For simulated ranks, which hold pieces, those of the whole were asked before.
-            self.managers = Managers(named if type(self.ranks) is Ranks else ())
+            self.managers = Managers(named if type(self.ranks) is Ranks else ())  # simulated: asked before
         self._reader = self._reader_of(plan.shares)
         self.plan, self._newest_header = plan, ((), Header("join", False))
 

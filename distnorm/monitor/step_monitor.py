@@ -20,6 +20,7 @@ from distnorm import kernels
 from distnorm.config import MonitorConfig
 from distnorm.errors import DistnormError, NonFiniteGradientError
 from distnorm.kernels import AsyncHostCopy
+from distnorm.measure.fingerprints import FingerprintedReads
 from distnorm.measure.norms import Norm
 from distnorm.measure.overlap import Overlap
 from distnorm.monitor.monitor import Monitor
@@ -80,7 +81,12 @@ class StepMonitor:
         return self._pending.monitor
 
     @kernels.plain_operators()
-    def prepare(self, shards: Sequence[GradShard], shares: Sequence[Share], overlap: Overlap | None) -> None:
+    def prepare(
+        self,
+        shards: Sequence[GradShard],
+        shares: Sequence[Share],
+        overlap: Overlap | FingerprintedReads | None,
+    ) -> None:
         """Get ready for a set of shards. Collective.
 
         Raises:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distnorm import kernels
+from distnorm.measure.fingerprints import FingerprintedReads
 from distnorm.measure.norms import Norm
 from distnorm.measure.overlap import Overlap
 from distnorm.plan.collectives import Ranks
@@ -51,13 +52,13 @@ class NoiseScalePayload:
 
 
 def noise_scale_payload(
-    ranks: Ranks, norm: Norm, shares: Sequence[Share], overlap: Overlap | None
+    ranks: Ranks, norm: Norm, shares: Sequence[Share], overlap: Overlap | FingerprintedReads | None
 ) -> NoiseScalePayload | None:
     """The payload, where all of every rank's gradient goes through DDP under `clip.overlap`, and p is 2.
 
     Collective: every rank must call it, after it planned. `None` on all ranks, or on none.
     """
-    if overlap is None or norm.order != _ORDER:
+    if not isinstance(overlap, Overlap) or norm.order != _ORDER:
         return None
     alike = all(share.replicas == overlap.replicas for share in shares if share.stop > share.start)
     found = set(ranks.gather(overlap.replicas if alike else 0))

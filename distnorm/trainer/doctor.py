@@ -14,7 +14,7 @@ from distnorm.trainer.model import Transformer, build_model, mean_loss
 from distnorm.trainer.run import build
 from distnorm.trainer.topology import AXES
 from distnorm.trainer.torch_trainer import TorchTrainer
-from distnorm.trainer.world import open_world
+from distnorm.trainer.world import World, open_world
 
 _STEP = 1
 
@@ -42,20 +42,32 @@ def main(
         DistnormError: on every rank: the topology can't be built, or there is no reference.
     """
     with open_world(config) as world:
-        trainer = make_trainer(config, world)
-        if isinstance(against, Config):
-            _check_single(against)
-            reference: Callable[..., Transformer] | Path = whole_model(against, trainer.job)
-        else:
-            reference = against
-        report = examine(trainer, reference, trace)
-        if world.rank == 0:
-            print(report, flush=True)
-            if json_file is not None:
-                Path(json_file).write_text(report.to_json(), encoding="utf-8")
-            if page_file is not None:
-                Path(page_file).write_text(report.to_html(), encoding="utf-8")
-        return 0 if report.ok else 1
+        return check_gradients(config, against, world, trace, json_file, page_file)
+
+
+def check_gradients(
+    config: Config,
+    against: Config | Path,
+    world: World,
+    trace: bool = False,
+    json_file: str | None = None,
+    page_file: str | None = None,
+) -> int:
+    """What `main` does, among ranks that are there already. Collective."""
+    trainer = make_trainer(config, world)
+    if isinstance(against, Config):
+        _check_single(against)
+        reference: Callable[..., Transformer] | Path = whole_model(against, trainer.job)
+    else:
+        reference = against
+    report = examine(trainer, reference, trace)
+    if world.rank == 0:
+        print(report, flush=True)
+        if json_file is not None:
+            Path(json_file).write_text(report.to_json(), encoding="utf-8")
+        if page_file is not None:
+            Path(page_file).write_text(report.to_html(), encoding="utf-8")
+    return 0 if report.ok else 1
 
 
 def main_dump(config: Config, folder: str) -> int:

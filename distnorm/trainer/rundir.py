@@ -120,7 +120,7 @@ def set_aside(config: Config, start: Start) -> Path | None:
 def claim(config: Config, start: Start) -> Iterator[None]:
     """Make the run's folder, and let no other job claim it within the `with`.
 
-    Two jobs may have looked at a folder before either wrote there. So it is locked, where the file system can:
+    Two jobs may have looked at a folder before either wrote there. So it is locked where the file system can;
     the lock ends with the process.
 
     Raises:

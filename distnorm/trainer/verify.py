@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 
-from distnorm import Config, load_config, verify
+from distnorm import Config, RunError, load_config, verify
+from distnorm.trainer.doctor import check_gradients
 from distnorm.trainer.model import build_model, mean_loss, parameter_count
 from distnorm.trainer.run import build
 from distnorm.trainer.torch_trainer import TorchTrainer
@@ -18,13 +20,25 @@ _STEPS = 3
 _TOLERANCES = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 2e-2}
 
 
-def main(config: Config) -> int:
+def main(
+    config: Config,
+    against: Config | Path | None = None,
+    trace: bool = False,
+    json_file: str | None = None,
+    page_file: str | None = None,
+) -> int:
     """Train a few steps on the config's topology and verify the gradient; every rank calls it.
+
+    With a reference the doctor's page follows: each gradient of the first step, against one process's.
 
     Where the gradient can be read between backward and step it is verified as `distnorm.verify` does, after
     two steps of training. DeepSpeed's can't be: there the norms of three steps, whose learning rate is 0, are
     compared with those of one process that has the whole model in fp64.
-    Nothing is written: `train.output_dir` and checkpoints are left alone.
+    Nothing is written but what is asked for: `train.output_dir` and checkpoints are left alone.
+
+    Args:
+        config: the topology.
+        against, trace, json_file, page_file: as for `distnorm.trainer.doctor.main`.
 
     Returns:
         0 where every check holds, else 1; the same on every rank.
@@ -33,6 +47,8 @@ def main(config: Config) -> int:
         DistnormError: on every rank: the topology can't be built.
     """
     if config.train.parallel.backend == "deepspeed":
+        if against is not None:
+            raise RunError("verify: expected no --against with DeepSpeed, whose gradients can't be read")
         return _against_the_whole_model(config)
     with open_world(config) as world:
         trainer = build(_unwatched(config), world)
@@ -43,7 +59,10 @@ def main(config: Config) -> int:
         report = verify([trainer.engine.module], config, tied=trainer.engine.tied)
         if world.rank == 0:
             print(report, flush=True)
-        return 0 if report.ok else 1
+        code = 0 if report.ok else 1
+        if against is not None:
+            code |= check_gradients(config, against, world, trace, json_file, page_file)
+        return code
 
 
 def _against_the_whole_model(config: Config) -> int:

@@ -15,6 +15,7 @@ from distnorm.clipper import GradClipper
 from distnorm.config import ClipConfig, Config
 from distnorm.errors import DistnormError, NonFiniteGradientError
 from distnorm.policies.results import ClipResult
+from distnorm.verification.declared import Place
 from distnorm.verification.oracle import Truth, gather_truth
 from distnorm.verification.pieces import Layout
 from distnorm.verification.ranks import Ranks, rank_list
@@ -35,12 +36,16 @@ class Arguments:
     tied: tuple[tuple[str, ...], ...]
     named: list[tuple[str, Tensor]]
     layouts: Mapping[int, Layout]
+    place: Place
+    sharded: Any = None
 
     def clipper(self, max_norm: float | None) -> GradClipper:
         """Make a clipper with this max norm that raises wherever it can't measure. Collective."""
         clip = ClipConfig(max_norm=max_norm, overlap=self.config.clip.overlap)
         config = self.config.model_copy(update={"clip": clip})
-        return GradClipper(self.target, config, group=self.group, pp_mesh=self.pp_mesh, tied=self.tied)
+        where = {"group": self.group, "pp_mesh": self.pp_mesh, "tied": self.tied}
+        declared = {"sharded": self.sharded, "grad_of": self.place.given}
+        return GradClipper(self.target, config, **where, **declared)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +107,7 @@ def clip_all(
     after = None
     if partial:
         named = [(name, tensor) for name, tensor in args.named if name in partial]
-        after = gather_truth(ranks, named, args.config.norm.type)
+        after = gather_truth(ranks, named, args.config.norm.type, args.layouts, args.place.of)
     return Clipped(outcomes, after)
 
 

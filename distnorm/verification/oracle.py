@@ -21,7 +21,17 @@ from distnorm.verification.faults import (
     shape_faults,
     shape_of,
 )
-from distnorm.verification.pieces import Gradient, Layout, Piece, combine, describe, local_of, p_norm
+from distnorm.verification.pieces import (
+    Gradient,
+    GradientOf,
+    Layout,
+    Piece,
+    combine,
+    describe,
+    in_grad,
+    local_of,
+    p_norm,
+)
 from distnorm.verification.ranks import Ranks, attempt, rank_list
 
 # How much gradient one gather may bring to the root, a single larger parameter excepted.
@@ -52,6 +62,7 @@ def gather_truth(
     named: Sequence[tuple[str, Tensor]],
     p: float,
     layouts: Mapping[int, Layout] = MappingProxyType({}),
+    gradient_of: GradientOf = in_grad,
 ) -> Truth | None:
     """Gather the gradients of all ranks and judge their pieces; a collective call.
 
@@ -62,6 +73,7 @@ def gather_truth(
         named: this rank's parameters under their names in the whole model.
         p: order of the norm, > 0 or inf.
         layouts: what this rank holds of parameters that don't say it themselves, by their `id`.
+        gradient_of: gives a parameter's gradient.
 
     Returns:
         What was found, on the root; `None` elsewhere.
@@ -69,12 +81,14 @@ def gather_truth(
     Raises:
         DistnormError: a gradient can't be read or assembled, on every rank.
     """
-    own = ranks.each("reading the gradients", lambda: _describe_all(ranks.rank, named, p, layouts))
+    own = ranks.each(
+        "reading the gradients", lambda: _describe_all(ranks.rank, named, p, layouts, gradient_of)
+    )
     truth = Truth(p, [piece for pieces in ranks.gather(own) for piece in pieces])
     by_name = _by_name(truth.pieces)
     problem = None
     for names, senders in ranks.on_root("planning the gathering", lambda: _steps(by_name)):
-        sent, error = _send(ranks.rank, named, senders)
+        sent, error = _send(ranks.rank, [gradient_of(tensor) for _, tensor in named], senders)
         received = ranks.gather((sent, error))
         problem = problem or next((text for _, text in received if text), None)
         if ranks.is_root and problem is None:  # with a problem, go on gathering: the others do
@@ -86,10 +100,14 @@ def gather_truth(
 
 
 def _describe_all(
-    rank: int, named: Sequence[tuple[str, Tensor]], p: float, layouts: Mapping[int, Layout]
+    rank: int,
+    named: Sequence[tuple[str, Tensor]],
+    p: float,
+    layouts: Mapping[int, Layout],
+    gradient_of: GradientOf,
 ) -> list[Piece]:
     pieces = [
-        describe(rank, index, name, tensor, p, layouts.get(id(tensor)))
+        describe(rank, index, name, tensor, p, layouts.get(id(tensor)), gradient_of)
         for index, (name, tensor) in enumerate(named)
     ]
     return [piece for piece in pieces if piece is not None]
@@ -121,11 +139,11 @@ def _steps(by_name: dict[str, list[Piece]]) -> list[_Step]:
 
 
 def _send(
-    rank: int, named: Sequence[tuple[str, Tensor]], senders: dict[str, tuple[int, int]]
+    rank: int, held: Sequence[Tensor | None], senders: dict[str, tuple[int, int]]
 ) -> tuple[dict[str, Tensor], str | None]:
     def copy_out() -> dict[str, Tensor]:
         mine = {digest: index for digest, (sender, index) in senders.items() if sender == rank}
-        gradients = {digest: named[index][1].grad for digest, index in mine.items()}
+        gradients = {digest: held[index] for digest, index in mine.items()}
         # cloned, since a pickled view takes all of the storage along that it looks into
         return {d: local_of(g).cpu().contiguous().clone() for d, g in gradients.items() if g is not None}
 

@@ -9,7 +9,7 @@ import ctypes
 import hashlib
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -60,18 +60,28 @@ class Layout:
     extents: Extents
 
 
+GradientOf = Callable[[Tensor], Tensor | None]
+"""From a parameter to its gradient."""
+
+
+def in_grad(tensor: Tensor) -> Tensor | None:
+    """Where gradients are, where nothing else is said."""
+    return tensor.grad
+
+
 def read_parameters(
     target: Any,
     stage: str | None = None,
     tied: Iterable[Sequence[str]] = (),
     layouts: Mapping[int, Layout] = MappingProxyType({}),
+    gradient_of: GradientOf = in_grad,
 ) -> list[tuple[str, Tensor]]:
     """List a target's parameters under their names in the whole model, each tensor once."""
     same = {name: group[0] for group in tied for name in group}
     seen: set[int] = set()
     found = []
     for name, tensor in _pairs(target):
-        if id(tensor) in seen or (tensor.grad is None and not tensor.requires_grad):
+        if id(tensor) in seen or (gradient_of(tensor) is None and not tensor.requires_grad):
             continue
         seen.add(id(tensor))
         if getattr(tensor, "_fsdp_flattened", False) and id(tensor) not in layouts:
@@ -126,22 +136,22 @@ def local_of(tensor: Tensor) -> Tensor:
 
 
 def describe(
-    rank: int, index: int, name: str, tensor: Tensor, p: float, layout: Layout | None = None
+    rank: int, index: int, name: str, tensor: Tensor, p: float, layout: Layout | None, gradient_of: GradientOf
 ) -> Piece | None:
     """Describe one parameter's local piece; `None` on a rank outside its mesh."""
     if is_dtensor(tensor) and tensor.device_mesh.get_coordinate() is None:  # type: ignore[attr-defined]
         return None
     values = local_of(tensor)
     gradient = None
-    if tensor.grad is not None:
-        local = local_of(tensor.grad)
+    if (found := gradient_of(tensor)) is not None:
+        local = local_of(found)
         if local.layout is not torch.strided:
             raise UnsupportedGradientError(
                 f"parameter '{name}': expected a dense gradient, found layout {local.layout}"
             )
         gradient = Gradient(
-            extents_of(tensor.grad) if layout is None else layout.extents,
-            _partial_of(tensor.grad, name),
+            extents_of(found) if layout is None else layout.extents,
+            _partial_of(found, name),
             tuple(local.shape),
             local.dtype,
             digest(local),

@@ -13,8 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distnorm.config import Config, load_config
 from distnorm.errors import DistnormError
+from distnorm.sources import GradOf, Sharded
 from distnorm.verification import checks
 from distnorm.verification.axes import Lines, lines_of, merge_lines
+from distnorm.verification.declared import Place, declared_layouts
 from distnorm.verification.fast import (
     Arguments,
     Clipped,
@@ -42,6 +44,8 @@ def verify(
     pp_mesh: DeviceMesh | None = None,
     tied: Iterable[Sequence[str]] = (),
     measured: float | Tensor | None = None,
+    sharded: Sharded = None,
+    grad_of: GradOf = None,
 ) -> VerifyReport:
     """Prove the gradient's norm, and its clipping, against the whole gradient gathered in fp64.
 
@@ -58,6 +62,7 @@ def verify(
         pp_mesh: as for `GradClipper`: every name that is not tied is prefixed by the stage's coordinate.
         tied: groups of names that are one parameter.
         measured: a norm of the caller's own, a float or a 0-d tensor, to be judged too.
+        sharded, grad_of: as for `GradClipper`: plain tensors that are pieces, and where gradients are.
 
     Returns:
         The report, the same on every rank; `report.ok` says whether every check holds.
@@ -72,9 +77,11 @@ def verify(
         >>> print(report)
     """
     ranks = Ranks(group)
-    args = ranks.each("reading its arguments", lambda: _read(target, config, group, pp_mesh, tied))
+    args = ranks.each(
+        "reading its arguments", lambda: _read(target, config, group, pp_mesh, tied, sharded, grad_of)
+    )
     given = ranks.each("reading the norm handed in", lambda: _read_norm(measured))
-    befores = ranks.each("copying the gradients", lambda: remember(args.named))
+    befores = ranks.each("copying the gradients", lambda: remember(args.named, args.place))
     try:
         return _verify(ranks, args, given, befores)
     finally:
@@ -82,7 +89,7 @@ def verify(
 
 
 def _verify(ranks: Ranks, args: Arguments, given: checks.Given, befores: Sequence[Before]) -> VerifyReport:
-    truth = gather_truth(ranks, args.named, args.config.norm.type, args.layouts)
+    truth = gather_truth(ranks, args.named, args.config.norm.type, args.layouts, args.place.of)
     partial = ranks.on_root("looking for gradients", lambda: _partial_names(_known(truth)))
     lines = ranks.each("reading the meshes", lambda: lines_of((t for _, t in args.named), args.pp_mesh))
     facts = _Facts(
@@ -149,6 +156,8 @@ def _read(
     group: ProcessGroup | None,
     pp_mesh: DeviceMesh | None,
     tied: Iterable[Sequence[str]],
+    sharded: Sharded,
+    grad_of: GradOf,
 ) -> Arguments:
     if not isinstance(target, Tensor | nn.Module | Mapping):
         target = list(target)  # a generator of parameters has no second pass
@@ -159,8 +168,11 @@ def _read(
             raise DistnormError(f"expected a 1-d pp_mesh, found {pp_mesh}")
         stage = f"stage {pp_mesh.get_local_rank()}"
     layouts = layouts_of(target)
-    named = read_parameters(target, stage, groups, layouts)
-    return Arguments(target, load_config(config), group, pp_mesh, groups, named, layouts)
+    place = Place(grad_of)
+    named = read_parameters(target, stage, groups, layouts, place.of)
+    named, declared = declared_layouts(named, sharded)
+    layouts |= declared
+    return Arguments(target, load_config(config), group, pp_mesh, groups, named, layouts, place, sharded)
 
 
 def _read_norm(measured: float | Tensor | None) -> checks.Given:

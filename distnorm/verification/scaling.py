@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distnorm.verification.declared import Place
 from distnorm.verification.oracle import Truth
 from distnorm.verification.pieces import is_dtensor, local_of
 
@@ -20,6 +21,7 @@ class Before:
     parameter: Tensor
     gradient: Tensor | None
     values: Tensor | None
+    place: Place
 
     @property
     def is_partial(self) -> bool:
@@ -30,21 +32,20 @@ class Before:
         )
 
 
-def remember(named: Sequence[tuple[str, Tensor]]) -> list[Before]:
+def remember(named: Sequence[tuple[str, Tensor]], place: Place) -> list[Before]:
     """Copy every local gradient."""
+    held = [(name, tensor, place.of(tensor)) for name, tensor in named]
     return [
-        Before(name, tensor, tensor.grad, None if tensor.grad is None else local_of(tensor.grad).clone())
-        for name, tensor in named
+        Before(name, tensor, gradient, None if gradient is None else local_of(gradient).clone(), place)
+        for name, tensor, gradient in held
     ]
 
 
 def restore(befores: Sequence[Before]) -> None:
     """Put back every gradient, bit for bit and in the tensor that held it."""
     for before in befores:
-        if before.parameter.grad is not before.gradient:
-            # torch refuses to swap a gradient for one of other placements, unless there is none in between
-            before.parameter.grad = None
-            before.parameter.grad = before.gradient
+        if before.place.of(before.parameter) is not before.gradient:
+            before.place.put(before.parameter, before.gradient)
         if before.gradient is not None and before.values is not None:
             local_of(before.gradient).copy_(before.values)
 
@@ -58,7 +59,7 @@ def scaling_faults(befores: Sequence[Before], coefficient: float) -> list[str]:
     for before in befores:
         if before.values is None or before.is_partial:
             continue
-        found = before.parameter.grad
+        found = before.place.of(before.parameter)
         if found is None:
             faults.append(f"'{before.name}': expected a gradient after clip(), found none")
         elif fault := _scaling_fault(before.values, local_of(found), coefficient):

@@ -20,7 +20,7 @@ def test_a_mapping_names_the_key() -> None:
         "<config>: 3: expected a string as key, found 3 of type int",
         "<config>: monitor: expected a mapping with the keys every, by, clip_rate_window, "
         "stop_after, replicas, cosines, updates, slices, "
-        "spectral, spectral_vectors, dir, alerts, sinks, console, "
+        "spectral, spectral_vectors, fingerprints, dir, alerts, sinks, console, "
         "found null",
     }
 

@@ -6,6 +6,7 @@
 
 int32_t distnorm_dtypes(void);
 int32_t distnorm_run(int32_t, int64_t, char *const *, const int64_t *, const int32_t *, int64_t, int64_t, double, double *);
+int32_t distnorm_printed(int32_t, int64_t, char *const *, const int64_t *, const int32_t *, int64_t, int64_t, double *, int64_t *);
 int32_t distnorm_summaries(int32_t, int64_t, char *const *, const int64_t *, const int32_t *, int64_t, double *);
 int64_t distnorm_checksum(const char *, int64_t, int64_t);
 void distnorm_fingerprints(int64_t, char *const *, const int64_t *, const int32_t *, int64_t, int64_t *);
@@ -54,6 +55,10 @@ int main(void) {
             for (int32_t op = 0; op < 3; op++) {
                 distnorm_run(op, 3, spans, numels, dtypes, COUNT, 2, 0, &result);
                 printf("%d %d op %d: %016" PRIx64 "\n", wild, dtype, op, bits(result));
+                memset(prints, 0, sizeof prints);
+                distnorm_printed(op, 3, spans, numels, dtypes, COUNT, 2, &result, prints);
+                printf(" %016" PRIx64, bits(result));
+                for (int k = 0; k < 3; k++) printf(" %016" PRIx64, (uint64_t)prints[k]);
                 distnorm_summaries(op, 3, spans, numels, dtypes, 1, rows);
                 for (int k = 0; k < 12; k++) printf(" %016" PRIx64, bits(rows[k]));
                 printf("\n");

@@ -299,3 +299,34 @@ def test_layers_are_shown_in_the_order_of_the_model(folder: Path) -> None:
     for title in ("Layers over steps", "Spread of each layer"):
         table = text.split(f"{title} as a table", 1)[1].split("</table>", 1)[0]
         assert re.findall(r'<th scope="row">([\w.]+)</th>', table) == expected
+
+
+def doctored(folder: Path) -> str:
+    page = folder / "page.html"
+    assert command.main([folder], page) == 0
+    return page.read_text()
+
+
+def test_a_doctors_report_in_the_folder_is_part_of_the_page(folder: Path) -> None:
+    write_run(folder, steps=5, layers=4)
+    assert "against one process" not in doctored(folder)
+    explanation = {"mistake": "scaled", "text": "it is 2 times the right one", "ranks": [0, 1], "others": []}
+    right = {"difference": 1e-8, "tolerance": 1e-6, "cosine": 1.0, "scale": 1.0, "is_dead": False}
+    wrong = {**right, "difference": math.inf, "cosine": None, "explanations": [explanation]}
+    parameters = [
+        {"name": "tok.weight", **right, "explanations": []},
+        {"name": "blocks.0.<b>.weight", **wrong},
+        {"name": "blocks.0.<b>.bias", **right, "explanations": []},
+        {"name": "head.weight", **right, "is_dead": True, "explanations": []},
+    ]
+    facts = {"ok": False, "ranks": 2, "parameters": parameters}
+    facts["cause"] = {"where": "blocks.0.<b>.weight", "explanation": explanation}
+    (folder / "doctor.json").write_text(json.dumps(facts))
+    page = doctored(folder)
+    assert "1 of 4 gradients on 2 ranks are wrong." in page
+    assert "blocks.0.&lt;b&gt;.weight: scaled: it is 2 times the right one (ranks 0, 1)" in page
+    assert '<li class="right">tok</li>' in page and '<li class="wrong">blocks.0.&lt;b&gt; <span>' in page
+    assert '<li class="unproved">head <span>unproved</span></li>' in page and "<b>" not in page
+    (folder / "doctor.json").write_text('{"format": 1, "parameters": {}}')  # as a dump's is
+    page = doctored(folder)
+    assert "against one process" not in page and "doctor.json is no report of distnorm doctor" in page

@@ -120,8 +120,20 @@ def test_a_compiled_model_is_compared_and_its_trace_refused() -> None:
         return torch.compile(Block(), backend="eager")
 
     assert examine(compiled(), reference_of(Block())).ok
-    with pytest.raises(DistnormError, match=r"eagerly where trace=True, found one under torch\.compile"):
+    with pytest.raises(
+        DistnormError, match=r"the model to run eagerly where trace=True, found it under torch"
+    ):
         examine(compiled(), reference_of(Block()), trace=True)
+
+
+def test_a_compiled_reference_is_run_and_its_trace_refused_by_name() -> None:
+    whole, inner = Block(), Block()
+    inner.up = torch.compile(inner.up, backend="eager")
+    whole.compile(backend="eager")
+    with pytest.raises(DistnormError, match=r"the reference to run eagerly where trace=True, found it under"):
+        examine(Block(), reference_of(whole), trace=True)
+    with pytest.raises(DistnormError, match=r"found its module 'up' under torch\.compile"):
+        examine(Block(), reference_of(inner), trace=True)
 
 
 def test_a_batch_that_has_no_such_part_is_explained_without_parts() -> None:

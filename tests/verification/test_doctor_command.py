@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from distnorm import cli
+from distnorm.monitor.report.doctor_page import read_doctor
 from tests.trainer.tiny import CONFIGS, TINY
 
 SET = [argument for override in TINY for argument in ("--set", override)]
@@ -44,3 +45,20 @@ def test_a_dump_is_compared_with(tmp_path: Path, capsys: pytest.CaptureFixture[s
     other = [*SET, "--set", "train.seed=1"]
     assert cli.main(["doctor", config("single"), "--against", dump, *other]) == 1
     assert "the weight is not the reference's" in capsys.readouterr().out
+
+
+def test_verify_goes_on_to_the_gradients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, against = tmp_path / "doctor.json", ["--against", config("single")]
+    assert cli.main(["verify", config("single"), *against, "--json", str(file), *SET]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("gradient norm verified") < printed.index("doctor: every gradient is right")
+    facts = json.loads(file.read_text())
+    page, ok = read_doctor(tmp_path), facts["ok"]
+    assert (
+        ok
+        and page[0] is not None
+        and page[0].headline.startswith(f"All {len(facts['parameters'])} gradients")
+    )
+    assert {layer.state for layer in page[0].layers} == {"right"}
+    assert cli.main(["verify", config("single"), "--trace", *SET]) == 2
+    assert "expected --against with --trace, --json or --page" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from distnorm.errors import DistnormError
 from distnorm.monitor.report.charts import Chart, comparison_charts, difference_chart, step_charts
 from distnorm.monitor.report.columns import columns, thinned
+from distnorm.monitor.report.doctor_page import DoctorPage
 from distnorm.monitor.report.layer_charts import layer_charts
 from distnorm.monitor.report.numbers import plural, visible
 from distnorm.monitor.report.runs import Run
@@ -82,6 +83,7 @@ class RunSection:
     alerts: Section
     skipped: Section
     config: str
+    doctor: DoctorPage | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,7 @@ class Contents:
             alerts=alerts_section(run),
             skipped=skipped_section(run),
             config=run.config,
+            doctor=run.doctor,
         )
 
     @property
@@ -150,6 +153,7 @@ class Contents:
             *found,
             ("run0-alerts", "Alerts"),
             ("run0-skipped", "Skipped steps"),
+            *([("run0-doctor", "Gradients")] if self.runs[0].doctor else []),
             ("run0-config", "Config"),
         ]
 

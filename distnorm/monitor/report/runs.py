@@ -10,13 +10,15 @@ from pathlib import Path
 
 from distnorm.errors import RunError
 from distnorm.monitor.records import ALERTS_FILE, LAYERS_FILE, NOTES_FILE, STARTS_FILE
+from distnorm.monitor.report.doctor_page import FILE as DOCTOR_FILE
+from distnorm.monitor.report.doctor_page import DoctorPage, read_doctor
 from distnorm.monitor.report.layers import LayerGrid, read_layers
 from distnorm.monitor.report.numbers import number, plural, step_number
 from distnorm.monitor.report.row_reader import UnreadableLines, leads_out, open_own, read_rows
 from distnorm.monitor.report.steps import Steps, read_steps
 
 _CONFIG_FILE = "config.yaml"
-_FILES = (LAYERS_FILE, ALERTS_FILE, STARTS_FILE, NOTES_FILE, _CONFIG_FILE)
+_FILES = (LAYERS_FILE, ALERTS_FILE, STARTS_FILE, NOTES_FILE, DOCTOR_FILE, _CONFIG_FILE)
 _MAX_CELLS = 240_000  # of the grids of all runs together: a megabyte and a quarter of the page
 
 
@@ -57,6 +59,7 @@ class Run:
     notes: tuple[str, ...]
     starts: tuple[Start, ...] = ()
     remarks: str = ""
+    doctor: DoctorPage | None = None
 
     @property
     def alerts_in_words(self) -> str:
@@ -88,6 +91,7 @@ def gather_run(folder: Path, name: str, steps: Steps, layers: LayerGrid) -> Run:
     has_alerts = file.is_file() and not leads_out(file)
     alerts, notes = _read_alerts(file) if has_alerts else ((), ())
     links = [name for name in _FILES if leads_out(folder / name)]
+    doctor, of_doctor = read_doctor(folder)
     return Run(
         name=name,
         folder=folder,
@@ -101,9 +105,11 @@ def gather_run(folder: Path, name: str, steps: Steps, layers: LayerGrid) -> Run:
             *steps.notes,
             *layers.notes,
             *notes,
+            *of_doctor,
         ),
         starts=_read_starts(folder / STARTS_FILE),
         remarks=_text(folder / NOTES_FILE),
+        doctor=doctor,
     )
 
 

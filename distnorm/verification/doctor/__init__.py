@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from distnorm.verification.doctor.dumping import dump
+from distnorm.verification.doctor.fingerprints import replay
 from distnorm.verification.doctor.report import DoctorReport
 from distnorm.verification.doctor.session import Examination, doctor
 
-__all__ = ["DoctorReport", "Examination", "doctor", "dump"]
+__all__ = ["DoctorReport", "Examination", "doctor", "dump", "replay"]

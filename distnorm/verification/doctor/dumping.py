@@ -15,6 +15,7 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from distnorm.errors import DistnormError, RunError, UnsupportedGradientError
 from distnorm.plan.collectives import Ranks
 from distnorm.sources import checked_tied, named_tensors, read_once
+from distnorm.sources.layout import Layout
 from distnorm.sources.targets import canonical_names
 from distnorm.verification.doctor.batch import row_digests
 from distnorm.verification.doctor.holdings import FlatRun, Held, read_holdings, show
@@ -59,7 +60,7 @@ def dump(
         if (path / _FACTS).exists():
             raise RunError(f"dump: expected a folder without a dump, found one in {path}")
     with ranks.together():
-        held = read_holdings(ranks.rank, target, groups)
+        held = read_holdings(ranks.rank, target, Layout.of(tied=groups))
         _refuse_flat(held)
         rows = [] if batch is None else row_digests((batch,), {})
     state = _state_of(target, groups)

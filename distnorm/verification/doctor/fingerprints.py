@@ -7,7 +7,8 @@ nobody has one. But a micro-batch that is run again on healthy hardware gives th
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distnorm import kernels
-from distnorm.errors import DistnormError
+from distnorm.clipper import GradClipper
+from distnorm.errors import DistnormError, NonFiniteGradientError, ReplicaError
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.terms import stable_hash
 from distnorm.sources import Source, Tied, named_tensors, read_once, shards_of
@@ -29,7 +31,8 @@ class Fingerprints:
     """Fingerprints of this rank's gradients in the last few steps.
 
     A fingerprint is an integer of all of a gradient's bits: any change of one bit changes it. Recording is
-    local, and reads every gradient once more, apart from the statistic.
+    local, and reads every gradient once more. A `GradClipper` with ``monitor.fingerprints`` takes them in the
+    read that gives the norm, of what each rank counts: see `replay`.
 
     Args:
         target: as for `GradClipper`.
@@ -72,8 +75,18 @@ class Fingerprints:
             if step not in self._steps:
                 raise DistnormError(f"expected one of the steps {list(self._steps)}, found {step}")
             before, now = self._steps[step], self._now()
-        mine = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-        return [(rank, name) for rank, names in enumerate(ranks.gather(mine)) for name in names]
+        return _gathered(ranks, before, now)
+
+    def replay(self, compute: Callable[[], object], step: int | None = None) -> list[tuple[int, str]]:
+        """Compute a micro-batch again, and compare it with what was recorded. Collective, as `differing`.
+
+        Args:
+            compute: fills the gradients as the recorded step had them, with the same weights; on every rank.
+            step: which one; default: the newest.
+        """
+        at = next(reversed(self._steps), -1) if step is None else step
+        compute()
+        return self.differing(at)
 
     def _now(self) -> dict[str, int]:
         with kernels.plain_operators(), torch.no_grad():
@@ -86,6 +99,47 @@ class Fingerprints:
                 if found is not None
             }
             return dict(zip(local, fingerprints_of(list(local.values())), strict=True))
+
+
+def replay(
+    clipper: GradClipper, compute: Callable[[], object], step: int | None = None
+) -> list[tuple[int, str]]:
+    """Compute a step's gradients again on suspicion, and name those whose bits are others the second time.
+
+    Collective: every rank must call it, after `clip` and before the optimizer changes the weights. What is in
+    the gradients afterwards is what `compute` left there, unclipped.
+
+    Args:
+        clipper: one with ``monitor.fingerprints``.
+        compute: fills the gradients again from the same micro-batch, on every rank.
+        step: one of those in ``clipper.fingerprints``; default: the newest.
+
+    Returns:
+        The rank in the group, and the parameter, of each gradient that differs; the same on every rank. Of
+        replicas each rank compares the part that it counts.
+
+    Raises:
+        DistnormError: on every rank: fingerprints of the step aren't kept on some rank.
+    """
+    ranks = Ranks(clipper.join_process_group)
+    with ranks.together():
+        kept = clipper.fingerprints
+        at = next(reversed(kept), -1) if step is None else step
+        if at not in kept:
+            raise DistnormError(
+                "expected a step whose fingerprints are kept (monitor.fingerprints), "
+                f"found {at} of {list(kept)}"
+            )
+    compute()
+    with suppress(NonFiniteGradientError, ReplicaError):  # which the fingerprints, taken before, say better
+        clipper.measure()
+    now = clipper.fingerprints
+    return _gathered(ranks, kept[at], now[next(reversed(now))])
+
+
+def _gathered(ranks: Ranks, before: Mapping[str, int], now: Mapping[str, int]) -> list[tuple[int, str]]:
+    mine = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    return [(rank, name) for rank, names in enumerate(ranks.gather(mine)) for name in names]
 
 
 def fingerprints_of(tensors: Sequence[Tensor]) -> list[int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distnorm import kernels
-from distnorm.sources import Source, Target, Tied, named_tensors, shards_of
+from distnorm.sources import Source, Target, named_tensors, shards_of
 from distnorm.sources.layout import Layout
 from distnorm.sources.shards import GradShard, PartialGrad
 from distnorm.verification.pieces import digest
@@ -85,32 +85,32 @@ class Held:
 
 
 def read_holdings(
-    rank: int, target: Target, tied: Tied, before: dict[str, Tensor] | None = None
+    rank: int, target: Target, layout: Layout, before: dict[str, Tensor] | None = None
 ) -> list[Held]:
     """Describe all that this rank holds. Local.
 
     Args:
         rank: this rank's number in its group.
         target: the model, or its parts.
-        tied: groups of names that are one parameter.
+        layout: what the caller says of names, pieces and gradients.
         before: copies of the gradients as they were before the step, by name.
 
     Raises:
         UnsupportedGradientError: a gradient can't be read.
     """
     with kernels.plain_operators(), torch.no_grad():
-        shards = shards_of(named_tensors(target), Source.GRADIENT, target=target, layout=Layout.of(tied=tied))
+        shards = shards_of(named_tensors(target), Source.GRADIENT, target=target, layout=layout)
         return [_held(rank, i, shard, before or {}) for i, shard in enumerate(shards)]
 
 
-def remember_gradients(target: Target, tied: Tied) -> dict[str, Tensor]:
+def remember_gradients(target: Target, layout: Layout) -> dict[str, Tensor]:
     """Copy the gradients that are there before a step, zeros left out. Local."""
     found: dict[str, Tensor] = {}
     with kernels.plain_operators(), torch.no_grad():
-        for shard in shards_of(
-            named_tensors(target), Source.GRADIENT, target=target, layout=Layout.of(tied=tied)
-        ):
-            if shard.holder.grad is None:  # asked first: reading may refuse what isn't there yet
+        for shard in shards_of(named_tensors(target), Source.GRADIENT, target=target, layout=layout):
+            if (
+                shard.place is None and shard.holder.grad is None
+            ):  # asked first: reading may refuse what isn't there yet
                 continue
             reading = shard.read()
             local = reading.tensor if isinstance(reading, PartialGrad) else reading

@@ -8,10 +8,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from distnorm.verification.doctor.exchanging import (
+    BEFORE,
+    exchange_axes,
+    same_direction,
+    scaled_residual,
+    scaled_tokens,
+    wrong_exchange,
+)
 from distnorm.verification.doctor.explaining import Copy, Piece, explain
 from distnorm.verification.doctor.mistakes import Circumstances, Explanation, Mistake
 from distnorm.verification.doctor.recording import Record
-from distnorm.verification.doctor.running import Watched
+from distnorm.verification.doctor.running import Watched, joined
 from distnorm.verification.doctor.sketch import Box, sketch_rows
 from distnorm.verification.doctor.tracing import (
     BACKWARD,
@@ -23,6 +31,7 @@ from distnorm.verification.doctor.tracing import (
     Boundary,
 )
 
+_OPEN = (Mistake.UNEXPLAINED, Mistake.REPLICAS)
 _MARGIN = 8  # times what the reference's own last bits change: sketches scatter by their number
 
 
@@ -64,6 +73,8 @@ class Traced:
 
     rows: list[str]
     records: dict[Boundary, Record]
+    tokens: dict[Boundary, Tensor]
+    modules: frozenset[str]
 
 
 class Localiser:
@@ -103,7 +114,10 @@ class Localiser:
             if difference > tolerance:
                 gathering = self._ungathered(boundary, tolerance)
                 found = [gathering] if gathering else explain(pieces, tolerance, self._around)
-                return Parting(boundary, last, difference, tuple(map(self._inferred, found)))
+                if any(one.mistake in _OPEN for one in found):
+                    exchanged = self._exchanged(boundary, pieces, tolerance)
+                    found = [exchanged] if exchanged else list(map(self._inferred, found))
+                return Parting(boundary, last, difference, tuple(found))
             last = boundary.module
         return None
 
@@ -120,10 +134,33 @@ class Localiser:
         axes = [
             axis for axis in self._around.axes if self._around.size(axis) > 1 and self._is_model_axis(axis)
         ]
-        if found.mistake not in (Mistake.UNEXPLAINED, Mistake.REPLICAS) or len(axes) != 1:
+        if found.mistake not in _OPEN or len(axes) != 1:
             return found
         text = f"neither the right one nor a multiple; consistent with a missing reduction over {axes[0]}"
         return replace(found, mistake=Mistake.UNREDUCED, text=text, axes=(axes[0],))
+
+    def _exchanged(self, boundary: Boundary, pieces: Sequence[Piece], tolerance: float) -> Explanation | None:
+        """What explains a difference of a module in which ranks send tokens to each other."""
+        modules = {rank: traced.modules for rank, traced in self._ranks.items()}
+        axes = exchange_axes(boundary.module, modules, self._around)
+        if not axes:
+            return None
+        inner = []
+        for other in self._trace:
+            if other.module.startswith(boundary.module + ".") and same_direction(other, boundary):
+                by_rank = {
+                    rank: traced.tokens[other] / (1.0 if other.kind in FORWARD else self._scales[rank])
+                    for rank, traced in self._ranks.items()
+                    if other in traced.tokens
+                }
+                if by_rank:
+                    inner.append((other, by_rank, self._trace[other], 4 * self._tolerance(other, 0.0)))
+        found = scaled_tokens(inner, self._around)
+        if found is None and boundary.kind in BEFORE:
+            before = self._pieces(Boundary(boundary.module, BEFORE[boundary.kind], boundary.which))[0]
+            found = scaled_residual(boundary, pieces, before, tolerance, self._around)
+        ranks = tuple(sorted({rank for piece in pieces for copy in piece.copies for rank in copy.ranks}))
+        return found or wrong_exchange(axes, ranks)
 
     def _is_model_axis(self, axis: str) -> bool:
         """Whether ranks along an axis are given the same rows, and so share the work on them."""
@@ -255,14 +292,3 @@ class Localiser:
                 break
         common = next(iter(found.values()), 1.0)
         return {rank: found.get(rank, common) for rank in self._ranks}
-
-
-def joined(calls: Mapping[int, Tensor]) -> Tensor:
-    """All calls of a boundary along the first dim; where they have no such dim, the first call."""
-    tensors = [calls[call] for call in sorted(calls)]
-    return torch.cat(tensors) if tensors[0].ndim else tensors[0]
-
-
-def shapes_of(watched: Watched) -> dict[Boundary, tuple[int, ...]]:
-    """The shapes of a reference's trace, which ranks need to place their pieces."""
-    return {boundary: tuple(joined(calls).shape) for boundary, calls in watched.trace.items()}

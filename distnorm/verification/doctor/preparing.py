@@ -12,7 +12,6 @@ import torch
 from distnorm.errors import DistnormError
 from distnorm.plan.collectives import Ranks
 from distnorm.sources import Tied, named_tensors
-from distnorm.verification.doctor.localising import shapes_of
 from distnorm.verification.doctor.recording import Shapes
 from distnorm.verification.doctor.reference import Known, Live, Reference, Values
 from distnorm.verification.doctor.running import (
@@ -22,6 +21,7 @@ from distnorm.verification.doctor.running import (
     relative_differences,
     run_part,
     run_whole,
+    shapes_of,
     takes_parts,
     values_of,
 )

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from distnorm.verification.doctor.batch import row_digests
 from distnorm.verification.doctor.mistakes import Circumstances
 from distnorm.verification.doctor.sketch import Box, sketch_rows
-from distnorm.verification.doctor.tracing import Boundary, Tracer
-from distnorm.verification.pieces import extents_of, is_dtensor, local_of
+from distnorm.verification.doctor.tracing import WEIGHTS, Boundary, Tracer
+from distnorm.verification.pieces import clean_name, extents_of, is_dtensor, local_of
 
 Shapes = Mapping[Boundary, tuple[int, ...]]
 """The reference's shape at each boundary, in all calls together."""
+_MOST = 4096  # tokens that are kept at one boundary
 
 
 @dataclass(slots=True)
@@ -48,6 +49,8 @@ class Recorder:
     ) -> None:
         self.rows: list[str] = []
         self.records: dict[Boundary, Record] = {}
+        self.tokens: dict[Boundary, Tensor] = {}  # where rows are not those of the batch: [n, k] sketches
+        self.modules = frozenset(clean_name(name, m) for m in modules for name, _ in m.named_modules())
         self._shapes, self._rank, self._around = shapes or {}, rank, around
         self._handles: list[Any] = [
             m.register_forward_pre_hook(self._batch, prepend=True, with_kwargs=True) for m in modules[:1]
@@ -66,11 +69,25 @@ class Recorder:
     def _on_tensor(self, boundary: Boundary, call: int, tensor: Tensor) -> None:
         shape = self._shapes.get(boundary)
         box = None if shape is None else self._box(tensor, shape)
+        if shape is not None:
+            self._keep_tokens(boundary, tensor, shape)
         if box is None:
             return
         record = self.records.setdefault(boundary, Record(box, tensor.dtype))
         if record.box == box:
             record.calls[call] = sketch_rows(local_of(tensor), box)
+
+    def _keep_tokens(self, boundary: Boundary, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        """Sketch single tokens, zeros left out, where a tensor has other rows than one process's."""
+        if boundary.kind in WEIGHTS or is_dtensor(tensor) or min(tensor.ndim, len(shape)) < 2:
+            return
+        size = tensor.shape[-1]
+        if size != shape[-1] or (tensor.ndim > 2 and tuple(tensor.shape[1:]) == shape[1:]):
+            return
+        flat = tensor.detach().reshape(-1, size)
+        known = self.tokens.get(boundary)
+        new = sketch_rows(flat[flat.any(1)][:_MOST], ((0, size, size),))
+        self.tokens[boundary] = new if known is None else torch.cat([known, new])[:_MOST]
 
     def _box(self, tensor: Tensor, shape: tuple[int, ...]) -> Box | None:
         """Where a local tensor lies in the whole one: by its placements, or else by its sizes."""

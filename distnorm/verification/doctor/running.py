@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from distnorm.sources import Tied, checked_tied, named_tensors
 from distnorm.sources.targets import canonical_names
 from distnorm.verification.doctor.batch import row_digests
 from distnorm.verification.doctor.reference import Values
-from distnorm.verification.doctor.tracing import WEIGHTS, Boundary, Tracer
+from distnorm.verification.doctor.tracing import WEIGHTS, Boundary, Tracer, refuse_compiled
 
 Run = Callable[..., Any]
 """``run(part, parts)``, or ``run()``: the model after the backward of a part of the batch, or all."""
@@ -69,6 +69,11 @@ def run_whole(run: Run, tied: Tied, trace: bool, shake: int | None = None) -> tu
     with torch.random.fork_rng(), _watching(watched, trace, shake):
         target = run(0, 1) if takes_parts(run) else run()
         values = _taken(target, tied)
+    if trace and not watched.trace:
+        raise DistnormError(
+            "reference: expected it to call modules eagerly where trace=True, found no call of any: is it "
+            "under torch.compile?"
+        )
     return values, watched, target
 
 
@@ -136,6 +141,8 @@ def _watching(watched: Watched, trace: bool, shake: int | None) -> Iterator[None
     def watching(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not roots:
             roots.append(module)
+            if trace:
+                refuse_compiled([module], "the reference")
             module.zero_grad(set_to_none=True)  # of the run before, where a reference gives one model twice
             if shake is not None:
                 shaken.append((module, _shake(module, shake)))
@@ -191,3 +198,14 @@ def places_of(target: Any, tied: Tied, watched: Watched) -> dict[str, int]:
     names = canonical_names([name for name, _ in named], None, checked_tied(tied))
     order = sorted(range(len(named)), key=lambda i: (owners.get(id(named[i][1]), 1 << 20), i))
     return {names[i]: place for place, i in enumerate(order)}
+
+
+def joined(calls: Mapping[int, Tensor]) -> Tensor:
+    """All calls of a boundary along the first dim; where they have no such dim, the first call."""
+    tensors = [calls[call] for call in sorted(calls)]
+    return torch.cat(tensors) if tensors[0].ndim else tensors[0]
+
+
+def shapes_of(watched: Watched) -> dict[Boundary, tuple[int, ...]]:
+    """The shapes of a reference's trace, which ranks need to place their pieces."""
+    return {boundary: tuple(joined(calls).shape) for boundary, calls in watched.trace.items()}

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distnorm.errors import DistnormError
 from distnorm.plan.collectives import Ranks, ranks_of
-from distnorm.sources import modules_of, named_tensors, read_once
+from distnorm.sources import GradOf, Layout, Sharded, modules_of, named_tensors, read_once
 from distnorm.verification.axes import lines_of, merge_lines
 from distnorm.verification.doctor.batch import batch_fault
 from distnorm.verification.doctor.holdings import Held, read_holdings, remember_gradients
@@ -27,6 +27,7 @@ from distnorm.verification.doctor.mistakes import Circumstances, Explanation, Mi
 from distnorm.verification.doctor.preparing import prepare
 from distnorm.verification.doctor.recording import Recorder
 from distnorm.verification.doctor.report import DoctorReport, find_cause
+from distnorm.verification.doctor.tracing import refuse_compiled
 
 _EXAMINED = 64  # wrong parameters that are explained, the first in the order of the forward
 
@@ -41,6 +42,8 @@ def doctor(
     parts: int = 1,
     microbatches: int = 1,
     trace: bool = False,
+    sharded: Sharded = None,
+    grad_of: GradOf = None,
 ) -> Examination:
     """Compare every gradient of a step with the same model's in one process, and explain differences.
 
@@ -68,6 +71,8 @@ def doctor(
         microbatches: how many micro-batches the step has.
         trace: compare what goes in and out of every module too, to say where the runs part. It needs a
             callable reference, and memory for that one's activations on the first rank.
+        sharded, grad_of: as for `GradClipper`, of the target: plain tensors that are pieces, and where its
+            gradients are. The reference's are in ``grad``.
 
     Returns:
         A context manager; its `report` is a `DoctorReport` afterwards, the same on every rank.
@@ -75,7 +80,8 @@ def doctor(
     Raises:
         DistnormError: on every rank: the reference fails, or gradients can't be read.
     """
-    return Examination(target, reference, group, mesh, tied, parts, microbatches, trace)
+    layout = (tuple(tuple(names) for names in tied), sharded, grad_of)
+    return Examination(target, reference, group, mesh, layout, parts, microbatches, trace)
 
 
 class Examination:
@@ -93,13 +99,13 @@ class Examination:
         reference: Any,
         group: ProcessGroup | None,
         mesh: DeviceMesh | None,
-        tied: Iterable[Sequence[str]],
+        layout: tuple[tuple[tuple[str, ...], ...], Sharded, GradOf],
         parts: int,
         microbatches: int,
         trace: bool,
     ) -> None:
         self._target = read_once(target)
-        self._tied = tuple(tuple(names) for names in tied)
+        self._tied, self._sharded, self._grad_of = layout
         self._reference, self._group, self._mesh = reference, group, mesh
         self._parts, self._microbatches, self._trace = parts, microbatches, trace
 
@@ -111,10 +117,11 @@ class Examination:
         self._around = Circumstances(axes, self._microbatches, self._parts)
         with ranks.together():
             if self._trace:
-                _refuse_compiled(modules_of(self._target))
+                refuse_compiled(modules_of(self._target), "the model")
         self._prepared = prepare(ranks, self._target, self._reference, self._tied, self._trace)
         with ranks.together():
-            self._before = remember_gradients(self._target, self._tied)
+            self._layout = Layout.of(None, self._tied, self._sharded, self._grad_of)
+            self._before = remember_gradients(self._target, self._layout)
             shapes = self._prepared.shapes if self._trace else None
             self._recorder = Recorder(modules_of(self._target), ranks.rank, shapes, self._around)
         return self
@@ -130,10 +137,11 @@ class Examination:
         ranks, prepared = self._ranks, self._prepared
         prepared.finish(ranks)
         with ranks.together():
-            held = read_holdings(ranks.rank, self._target, self._tied, self._before)
+            held = read_holdings(ranks.rank, self._target, self._layout, self._before)
         found = [judge(case, prepared.reference) for case in meet(ranks, held, prepared.reference)]
         verdicts = _gathered(ranks, found)
-        traced = ranks.gather(Traced(self._recorder.rows, self._recorder.records))
+        seen = self._recorder
+        traced = ranks.gather(Traced(seen.rows, seen.records, seen.tokens, seen.modules))
         batch, forward, backward = self._first_says(traced, verdicts)
         verdicts = self._explained(held, verdicts, batch)
         verdicts = [self._inferred(v, forward, backward) for v in verdicts]
@@ -201,15 +209,6 @@ class Examination:
         else:
             return verdict
         return replace(verdict, explanations=(inferred, *verdict.explanations[1:]))
-
-
-def _refuse_compiled(modules: Sequence[nn.Module]) -> None:
-    for module in (inner for one in modules for inner in one.modules()):
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
-            raise DistnormError(
-                "doctor: expected modules that run eagerly where trace=True, found one under torch.compile, "
-                "which would compile the doctor's hooks too; leave the trace out, or compile afterwards"
-            )
 
 
 def _gathered(ranks: Ranks, found: Sequence[Verdict]) -> list[Verdict]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distnorm.errors import DistnormError
 from distnorm.verification.pieces import clean_name
 
 INPUT, OUTPUT = "input", "output"
@@ -115,6 +116,26 @@ class Tracer:
                 self._weights(boundary.module, WEIGHT_AGAIN, call, module)
 
         self._handles.append(tensor.register_hook(arrived))  # type: ignore[no-untyped-call]
+
+
+def refuse_compiled(modules: Iterable[nn.Module], whose: str) -> None:
+    """Refuse modules that torch.compile would trace with the hooks in them: the hooks would become part of
+    the graph, see no values, and compile for each call anew.
+
+    Args:
+        modules: what is to be traced.
+        whose: what they are, in the error's words: "the model" or "the reference".
+
+    Raises:
+        DistnormError: one of them, or of the modules in them, is compiled.
+    """
+    for root, name, module in ((one, *named) for one in modules for named in one.named_modules()):
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            at = f"its module '{clean_name(name, root)}'" if name else "it"
+            raise DistnormError(
+                f"doctor: expected {whose} to run eagerly where trace=True, found {at} under torch.compile, "
+                "which would compile the doctor's hooks too; leave the trace out, or compile afterwards"
+            )
 
 
 def _in_backward() -> bool:
