@@ -11,7 +11,7 @@ from tests.verification.topologies import Ranks
 preload("benchmarks.mutants")
 
 
-@pytest.mark.parametrize(("model", "most"), [("TP", 4), ("FSDP2", 4), ("DDP", 3)])
+@pytest.mark.parametrize(("model", "most"), [("TP", 4), ("FSDP2", 4), ("DDP", 3), ("EP", 5)])
 def test_a_spoilt_collective_is_found_named_and_explained(ranks: Ranks, model: str, most: int) -> None:
     outcomes = run_model(ranks, model, most=most)
     assert len({outcome.mutation.how for outcome in outcomes}) >= 2
