@@ -116,7 +116,8 @@ class GradClipper(Joinable):
                 `close` or `state_dict`.
             UnsupportedGradientError: a gradient that can't be measured, such as a sparse one.
             ReplicaError: replicas hold different gradients.
-            DisagreementError: ranks measure different sets of parameters.
+            DisagreementError: ranks measure different sets of parameters, or different steps.
+            LostRankError: a rank did not come within the process group's timeout.
             DistnormError: a policy uses the loss, and no rank gave one; the process group was destroyed; or
                 a CUDA graph is captured that can't hold the step.
         """
@@ -158,13 +159,13 @@ class GradClipper(Joinable):
     def note(self, *, loss: Tensor | float | None = None, tokens: int | None = None, **facts: float) -> None:
         """Give the loss and the tokens of the step that is clipped next. Not collective.
 
-        Policies take its mean over the ranks that give one; the monitor's row has rank 0's.
-
         Args:
-            loss: this rank's own, 0-d, or a number; `None` where it has none. The value is kept as it is now;
-                of a step in a CUDA graph it is noted there, as a tensor.
+            loss: this rank's own, 0-d, or a number; `None` where it has none. Policies take the mean, rows
+                have rank 0's. It is kept as it is now; of a step in a CUDA graph it is noted there, a tensor.
             tokens: number of tokens in the whole batch, for the row's tokens a second.
-            facts: further numbers for the row, such as ``learning_rate``, which `attach` notes by itself.
+            facts: further numbers for the row, such as ``learning_rate``, which `attach` notes by itself. The
+                caller's own ``step`` is not for the row: the ranks compare it, so that all name one which
+                left a `clip` out, or called it twice.
 
         Raises:
             DistnormError: the loss is no single number.
@@ -204,8 +205,7 @@ class GradClipper(Joinable):
     def flush(self, **facts: Any) -> dict[str, Any] | None:
         """Write the rows of all steps up to now. Not collective.
 
-        Metrics are copied asynchronously, so a step's row is written one step later, or here, which waits for
-        the device.
+        Metrics are copied asynchronously: a step's row is written one step later, or here, with a wait.
 
         Args:
             facts: further keys for the newest step's row, if it hasn't been written yet.
@@ -230,8 +230,7 @@ class GradClipper(Joinable):
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint, on any topology: plain numbers, strings and lists.
 
-        Not collective. Waits for the device where a policy has a history, or there is a monitor. Raises as
-        `flush`.
+        Not collective. Waits for the device where there are histories, or a monitor. Raises as `flush`.
         """
         self._step.deferred.check_alone()
         return self._step.state_dict()

@@ -14,6 +14,7 @@ __all__ = [
     "CoverageError",
     "DisagreementError",
     "DistnormError",
+    "LostRankError",
     "NonFiniteGradientError",
     "Problem",
     "ReplicaError",
@@ -76,6 +77,21 @@ class DisagreementError(DistnormError):
 
 class UnsupportedGradientError(DistnormError):
     """A gradient has a layout, placement or dtype that cannot be reduced exactly."""
+
+
+class LostRankError(DistnormError, RuntimeError):
+    """A rank did not come to a collective in time, or the network lost it; `missing` has those that gave no
+    sign afterwards.
+
+    It stands in place of what torch raises. The process group is of no further use.
+    """
+
+    exit_code = 1
+    missing: tuple[int, ...]
+
+    def __init__(self, message: str, missing: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.missing = missing
 
 
 class NonFiniteGradientError(DistnormError, RuntimeError):

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distnorm import kernels
 from distnorm.config import Config
 from distnorm.deferred import DeferredRaise, Replays
 from distnorm.errors import DistnormError, NonFiniteGradientError
@@ -18,7 +17,7 @@ from distnorm.measure.gradients import Given
 from distnorm.measure.meter import Meter, Reader
 from distnorm.measure.norms import norm
 from distnorm.measure.overlap import Overlap
-from distnorm.measure.reduced import ReducedStatistics, UnreadStatistics, without_norm
+from distnorm.measure.reduced import without_norm
 from distnorm.monitor.snapshot import LayerSnapshot
 from distnorm.monitor.step_monitor import StepMonitor, monitor_terms
 from distnorm.payload.payload import join_payloads, split_payload
@@ -59,6 +58,7 @@ class Step:
         self.config, self._layout, self._waits, self._norm = config, layout, waits, norm(config.norm.type)
         self.count, self._replays, self.is_registered_with_join = 0, Replays(self._norm.order), False
         self.last: ClipResult | None = None
+        self._noted_step: float | None = None
         self.outcome: Outcome | None = None
         self.monitor = StepMonitor.of(config.monitor, ranks, self._norm)
         self._take_part(ranks)
@@ -97,6 +97,8 @@ class Step:
         """
         self._replays.require_ready()
         number, meter = self.count + 1, self._meter_now()
+        meter.step, self._noted_step = self._noted_step, None
+        meter.ranks.place.step = number if meter.step is None else meter.step
         snapshot = None if meter is self._alone else self._snapshot(number)
         payload = join_payloads(self.groups.payload, snapshot)
         meets, length = self.groups.measures or snapshot is not None, 0 if payload is None else payload.length
@@ -113,8 +115,10 @@ class Step:
                 raise
             finally:  # a loss belongs to one step, even if that raises
                 self.groups.loss.forget()
+            meter.ranks.place.passed()
             of_policies, of_snapshot = split_payload(reduced.payload, self.groups.payload, snapshot)
-            names_them = snapshot is None and self._names_not_finite(reduced)
+            # Layer statistics would name them.
+            names_them = self.monitor is not None and snapshot is None and reduced.is_known_not_finite
             where = find_not_finite(meter.ranks, meter.shards, gradients.tensors) if names_them else ()
             defers = meter.defers and meets
             marks = self.deferred.marks_of(gradients) if defers else None
@@ -150,14 +154,6 @@ class Step:
         self._announce_snapshot()
         if self.monitor is not None:
             self.monitor.prepare_next(self.count + 1)
-
-    def _names_not_finite(self, reduced: ReducedStatistics | UnreadStatistics) -> bool:
-        """Whether to search for the gradients that are not finite: if the norm can be read for free, and no
-        layer statistics will name them."""
-        if self.monitor is None or not self.groups.measures or isinstance(reduced, UnreadStatistics):
-            return False
-        norm = reduced.total_norm
-        return reduced.agreed is True and kernels.on_host(norm) and not bool(norm.isfinite())
 
     def refuse_next(self, error: DistnormError) -> None:
         """Let the next step raise this, on all ranks. Not collective."""
@@ -258,9 +254,10 @@ class Step:
         if self._meter.overlap is not None:
             self._meter.overlap.reads_before = self._snapshot(self.count + 1) is not None
 
-    def note(self, loss: Tensor | float | None, tokens: int | None, facts: Mapping[str, float]) -> None:
+    def note(self, loss: Tensor | float | None, tokens: int | None, facts: dict[str, float]) -> None:
         """Keep the next step's loss, tokens and facts; facts alone leave a loss that was given."""
         self.groups.loss.note(loss, keep=bool(facts))
+        self._noted_step = facts.pop("step", self._noted_step)
         if self.monitor is not None:
             self.monitor.note(loss, tokens, facts)
 

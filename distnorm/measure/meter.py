@@ -34,7 +34,7 @@ from distnorm.measure.unread import UnreadReduction
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.names import check_names
 from distnorm.plan.plan import Plan, Share, make_plan
-from distnorm.plan.terms import stable_hash
+from distnorm.plan.terms import STEP, stable_hash
 from distnorm.sources import Layout, Managers
 from distnorm.sources.shards import GradShard, Source
 
@@ -65,6 +65,7 @@ class Meter:
         plan: who counts what; `None` before `prepare`.
         raised_alone: whether in the newest step this rank raised what the others have not read.
         refusal: why the next step's gradients may not be measured, if they may not.
+        step: the caller's number of the step, where it gave one.
     """
 
     ranks: Ranks
@@ -81,6 +82,7 @@ class Meter:
     plan: Plan | None = None
     raised_alone: bool = False
     refusal: DistnormError | None = None
+    step: float | None = None
     _home: torch.device = kernels.HOST  # of the first parameter
     _shards: list[GradShard] | None = None
     _describe: Callable[[], list[GradShard]] = list
@@ -136,19 +138,17 @@ class Meter:
         with self.ranks.together():
             self._shards, named = read()
         self._home = next((shard.holder.device for shard in self.shards), self._home)
-        given, share = [name for name, _ in named], self.norm.replicas_share
+        given, shares = [name for name, _ in named], self.norm.replicas_share
         names = partial(check_names, self.ranks, given, self.shards, self.layout)
-        plan = make_plan(self.ranks, self.shards, self.terms, replicas_share=share, check_names=names)
+        plan = make_plan(self.ranks, self.shards, self.terms, replicas_share=shares, check_names=names)
         if self.allow_empty or not self._exchange.can_pack:
             self._exchange.use_full_form()
         self.ranks.state.has_replicas |= plan.has_replicas
         if not self.listens:
             self.ranks.state.compares_replicas |= plan.has_replicas
-        self._weights, replica_check = {}, None
-        if self.norm.replicas_share:
-            self._weights = dict(presence_weights(plan.shares))
-            if plan.has_replicas:
-                replica_check = ReplicaCheck.of(self.ranks, self.shards, plan.shares)
+        self._weights = dict(presence_weights(plan.shares)) if shares else {}
+        compares = shares and plan.has_replicas
+        replica_check = ReplicaCheck.of(self.ranks, self.shards, plan.shares) if compares else None
         of_plan = (plan.shares, replica_check)
         self._checks = ResultChecks(self.ranks, self.norm, self.raises, self.source, *of_plan)
         self._unread = UnreadReduction(self._exchange, self.norm, self._checks, plan.shares)
@@ -244,7 +244,7 @@ class Meter:
         """
         assert self.plan is not None
         diagnosis.refuse_captured_reads(self.listens, self.overlap is not None)
-        here = {**terms, "plan": self.plan.ident, "raises": self.raises}
+        here = {**terms, "plan": self.plan.ident, "raises": self.raises, STEP: self.step}
         device = self.ranks.reduce_device(gradients.device)
         statistic = self.overlap.take(gradients) if self.overlap is not None else None
         if not self.listens:

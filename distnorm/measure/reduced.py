@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,12 @@ class ReducedStatistics:
     if_agreed: Tensor
     replica_difference: Tensor | float | None = None
 
+    @property
+    def is_known_not_finite(self) -> bool:
+        """Whether the norm is not finite, if that can be known without a wait for a device."""
+        is_known = self.agreed is True and kernels.on_host(self.total_norm)
+        return is_known and not bool(self.total_norm.isfinite())
+
 
 @dataclass(slots=True)
 class UnreadStatistics:
@@ -56,6 +63,7 @@ class UnreadStatistics:
     packing: Packing
     norm: Norm
     tolerance: float | None = None
+    is_known_not_finite: ClassVar[bool] = False
     _read: tuple[Tensor, Tensor] | None = None
 
     @property

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
@@ -16,46 +15,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distnorm.errors import DistnormError
+from distnorm.plan.group_state import GroupState
 from distnorm.plan.lockstep import SimulatedGroup, refuse_local_tensors
+from distnorm.plan.lost_ranks import Place, raise_if_lost
 from distnorm.plan.wording import name_ranks, shown
 
 _GATHERED = 8 << 20  # characters of text that an error gathers from all ranks together
-_MOST_PLANS = 32  # for each group
 _TAG = 0x6E6F726D  # of our messages between two ranks, so that gloo takes none of the caller's for them
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX} if dist.is_available() else {}
-
-
-@dataclass
-class GroupState:
-    """State of a process group that is equal on all its members, since they make every plan together.
-
-    Args:
-        device_type: where vectors are reduced; `None` before the first plan.
-        is_packed: whether a consensus header is one number in the all-reduced vector.
-        has_replicas: whether some plan has replicas, which are compared whole in the first step.
-        compares_replicas: whether the vector has an element by which replicas are compared.
-        plans: of lists of tensors, by what was planned. Its size is bounded for each group apart: every
-            member makes the same calls on a group, so all of them evict the same plan.
-    """
-
-    device_type: str | None = None
-    is_packed: bool = True
-    has_replicas: bool = False
-    compares_replicas: bool = False
-    plans: OrderedDict[object, Any] = field(default_factory=OrderedDict)
-
-    def recall(self, key: object) -> Any:
-        """What was planned under a key; `None` if that is not known, or no longer."""
-        if key in self.plans:
-            self.plans.move_to_end(key)
-        return self.plans.get(key)
-
-    def remember(self, key: object, planned: object) -> None:
-        """Keep what was planned, in place of what was used least lately."""
-        self.plans[key] = planned
-        if len(self.plans) > _MOST_PLANS:
-            self.plans.popitem(last=False)
 
 
 _states: weakref.WeakKeyDictionary[ProcessGroup, GroupState] = weakref.WeakKeyDictionary()
@@ -72,6 +40,9 @@ class Ranks:
         group: a process group; default: the whole world, or this process alone where there is none.
         alone: whether this process measures alone, whatever groups there are.
 
+    Attributes:
+        place: where this rank is, for the error that names a rank which did not come.
+
     Raises:
         DistnormError: this process is no member of the group, or that was destroyed.
     """
@@ -85,6 +56,7 @@ class Ranks:
         # and its threads would abort the interpreter at its end.
         self._group = weakref.ref(whole) if isinstance(whole, ProcessGroup) else None
         self._state: GroupState | None = None
+        self.place = Place()
         is_member = group is None or not self.is_connected or isinstance(group, ProcessGroup)
         if group is not None and is_member and not (self.is_connected and self.is_current):
             raise DistnormError("group: expected a group of this process, found one that was destroyed")
@@ -180,8 +152,25 @@ class Ranks:
     def all_reduce_(self, tensor: Tensor, op: str) -> Tensor:
         """Reduce in place over all ranks: ``"sum"`` or ``"max"``."""
         if self.meets_others:
-            dist.all_reduce(tensor, _OPS[op], self.group)
+            began = time.monotonic()
+            try:  # no context manager, which each step would pay for
+                dist.all_reduce(tensor, _OPS[op], self.group)
+            except RuntimeError as error:
+                self._raise_if_lost(error, began)
+                raise
         return tensor
+
+    def _raise_if_lost(self, error: RuntimeError, began: float) -> None:
+        raise_if_lost(error, self.group, self.rank, self.size, self.place, time.monotonic() - began)
+
+    @contextmanager
+    def _naming_lost_ranks(self) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:
+            self._raise_if_lost(error, began)
+            raise
 
     def any(self, *facts: bool) -> list[bool]:
         """For each fact whether it holds on some rank."""
@@ -193,7 +182,8 @@ class Ranks:
         if self.size == 1:
             return [fact]
         facts: list[Any] = [None] * self.size
-        dist.all_gather_object(facts, fact, self.group)
+        with self._naming_lost_ranks():
+            dist.all_gather_object(facts, fact, self.group)
         return facts
 
     def shortened(self, text: str, parts: int = 1) -> str:
@@ -259,9 +249,16 @@ class Ranks:
         assert group is not None
         rows = rows.contiguous().to(self.device())
         out = rows.new_empty(sum(receive.values()), rows.shape[1])
+        with self._naming_lost_ranks():
+            self._exchange(rows, out, send, receive, group)
+        return out.cpu()
+
+    def _exchange(
+        self, rows: Tensor, out: Tensor, send: Mapping[int, int], receive: Mapping[int, int], group: Any
+    ) -> None:
         if len(send) == len(receive) == self.size:
             dist.all_to_all_single(out, rows, list(receive.values()), list(send.values()), group=group)
-            return out.cpu()
+            return
         outgoing = dict(zip(send, torch.split(rows, list(send.values())), strict=True))
         incoming = dict(zip(receive, torch.split(out, list(receive.values())), strict=True))
         incoming.pop(self.rank).copy_(outgoing.pop(self.rank))
@@ -273,7 +270,6 @@ class Ranks:
         ]
         for work in dist.batch_isend_irecv(messages) if messages else ():
             work.wait()
-        return out.cpu()
 
 
 def reduce_partial_(buffer: Tensor, groups: Sequence[ProcessGroup | SimulatedGroup]) -> None:

@@ -11,6 +11,10 @@ from distnorm.errors import DisagreementError
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.wording import name_ranks, shown
 
+STEP = "step"
+"""The term that `GradClipper.note(step=...)` gives."""
+_ADVICE = {STEP: " (a rank left out clip() in a step, or called it twice)"}
+
 
 def agree_on_terms(ranks: Ranks, terms: Mapping[str, object] | None) -> None:
     """Compare terms, by name, over all ranks that have any. Collective.
@@ -31,7 +35,7 @@ def agree_on_terms(ranks: Ranks, terms: Mapping[str, object] | None) -> None:
             values.setdefault(theirs.get(name, "absent"), []).append(rank)
         if len(values) > 1:
             found = ", ".join(shown([f"{value} on {name_ranks(who)}" for value, who in values.items()]))
-            differing.append(f"{name}: expected the same on every rank, found {found}")
+            differing.append(f"{name}: expected the same on every rank, found {found}{_ADVICE.get(name, '')}")
     raise DisagreementError("; ".join(differing))
 
 

@@ -71,14 +71,22 @@ def save_checkpoint(engine: Engine, optimizer: Optimizer, clipper: GradClipper, 
 
     def publish() -> None:
         if world.rank == 0:
-            torch.save(state, draft / _STATE_FILE)
+            written = BytesIO()
+            torch.save(state, written)  # to a file it would say of a full disk only that it couldn't write
+            (draft / _STATE_FILE).write_bytes(written.getvalue())
             shutil.rmtree(final, ignore_errors=True)
             draft.replace(final)
 
-    with _as_run_error(f"checkpoint {final}: expected to write it, found"):
-        world.together(f"checkpoint {final}", prepare)
-        state_dict_saver.save(_tensors(engine, optimizer), storage_writer=FileSystemWriter(draft))
-        world.together(f"checkpoint {final}", publish)
+    try:
+        with _as_run_error(f"checkpoint {final}: expected to write it, found"):
+            world.together(f"checkpoint {final}", prepare)
+            state_dict_saver.save(_tensors(engine, optimizer), storage_writer=FileSystemWriter(draft))
+            world.together(f"checkpoint {final}", publish)
+    except RunError as error:  # torch says of a full disk only that it couldn't write
+        raise RunError(f"{error}; {world.gather(_room(draft))[0]}") from error  # before rank 0 makes room
+    finally:
+        if world.rank == 0:
+            shutil.rmtree(draft, ignore_errors=True)
     return final
 
 
@@ -151,6 +159,11 @@ def _put_back(tensors: Mapping[str, Tensor], engine: Engine, optimizer: Optimize
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         set_state_dict(engine.module, optimizer, model_state_dict=model, optim_state_dict=states)
+
+
+def _room(folder: Path) -> str:
+    place = next(parent for parent in folder.absolute().parents if parent.exists())
+    return f"{shutil.disk_usage(place).free:,} bytes are free there"
 
 
 def _model_facts(engine: Engine) -> dict[str, object]:

@@ -62,7 +62,7 @@ class DeepSpeedTrainer:
             loss = mean_loss(self.deepspeed(inputs), targets)
             self.deepspeed.backward(loss)
             share = loss.detach().double() / self.job.topology.data_degree
-            self._handle.note(loss=loss)
+            self._handle.note(loss=loss, step=step)
             self.deepspeed.step()
         result = self._handle.last
         assert result is not None

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from enum import IntEnum
 from typing import Any
 
 import torch.distributed as dist
 
-from distnorm import DistnormError, RunError
+from distnorm import DistnormError, LostRankError
 
 _LOST = re.compile(r"gloo|nccl|timed? ?out|connection|broken pipe|store", re.IGNORECASE)
-_ANSWER = timedelta(seconds=5)
+_PATIENCE = 5.0  # seconds for the store to answer
 
 
 class Part(IntEnum):
@@ -24,12 +24,7 @@ class Part(IntEnum):
     GRADIENT = 0
     NORM = 1
     ROW = 2
-
-
-class LostRankError(RunError):
-    """A rank did not come to a collective; the others waited for it."""
-
-    exit_code = 1
+    CHECKPOINT = 3
 
 
 class Progress:
@@ -60,34 +55,59 @@ class Progress:
         began = time.monotonic()
         try:
             yield
+        except LostRankError as error:  # which knows less: only what rank was at which norm
+            self._raise(error, time.monotonic() - began)
+            raise
         except DistnormError:
             raise
         except RuntimeError as error:
-            if self._store is None or not _LOST.search(str(error)):
-                raise
-            waited = time.monotonic() - began
-            raise LostRankError(f"{self._finding(waited)} ({_first_line(error)})") from error
+            if _LOST.search(str(error)):
+                self._raise(error, time.monotonic() - began)
+            raise
+
+    def _raise(self, error: RuntimeError, waited: float) -> None:
+        if self._store is not None:
+            reason = _first_line(error.__cause__ or error)
+            missing = getattr(error, "missing", ())
+            raise LostRankError(f"{self._finding(waited)} ({reason})", missing) from error
 
     def _finding(self, waited: float) -> str:
         step, part = self._here
         place = f"step {step}'s {part.name.lower()}"
-        behind = []
-        for rank in range(dist.get_world_size()):
-            last = self._last(rank)
+        behind, ahead = [], []
+        last_of = self._everybody()
+        for rank, last in last_of.items():
+            where = "never seen" if last is None else f"last at step {last[0]}'s {last[1].name.lower()}"
             if rank != dist.get_rank() and (last is None or last < self._here):
-                where = "never seen" if last is None else f"last at step {last[0]}'s {last[1].name.lower()}"
                 behind.append(f"rank {rank} did not come to {place}: it was {where}")
+            elif last is not None and last > self._here:
+                ahead.append(f"rank {rank} had left {place} behind: it was {where}")
+        behind = behind or ahead
+        if not last_of:
+            behind = [f"a rank was lost at {place}, and the store that would say which"]
         found = (
             "; ".join(behind)
             or f"every rank had begun {place}, and one of them, or the network, was lost in it"
         )
         return f"{found}; rank {dist.get_rank()} waited {waited:.0f} s, train.timeout is {self._timeout} s"
 
+    def _everybody(self) -> dict[int, tuple[int, Part] | None]:
+        """Where each rank was last; empty if the store, which may be lost too, doesn't answer."""
+        found: dict[int, tuple[int, Part] | None] = {}
+
+        def ask() -> None:
+            each = {rank: self._last(rank) for rank in range(dist.get_world_size())}
+            found.update(each)
+
+        asking = threading.Thread(target=ask, daemon=True)  # it may wait for ever
+        asking.start()
+        asking.join(_PATIENCE)
+        return dict(found)
+
     def _last(self, rank: int) -> tuple[int, Part] | None:
         try:
             if not self._store.check([str(rank)]):  # to get it would wait, for each rank again
                 return None
-            self._store.set_timeout(_ANSWER)
             step, part = self._store.get(str(rank)).split()
         except RuntimeError:  # it never said anything, or the store is lost too
             return None
@@ -95,4 +115,4 @@ class Progress:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
+    return (str(error).splitlines() or [""])[0].split(". ")[0][:200]  # gloo adds what it may be caused by

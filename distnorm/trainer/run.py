@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from distnorm import Config
+from distnorm import Config, RunError
 from distnorm.trainer.console import open_console
 from distnorm.trainer.interrupt import Interrupt
 from distnorm.trainer.job import Job, Trainer, make_job
@@ -78,7 +78,9 @@ def _train(trainer: Trainer, config: Config, start: Start, done: int) -> int:
             console.row(row)
             stopped = stop and step < steps
             if every is not None and (stopped or step % every == 0):
-                trainer.save(step)
+                with trainer.job.progress.naming():
+                    trainer.job.progress.at(step, Part.CHECKPOINT)
+                    trainer.save(step)
             if stopped:
                 saved = "" if every is None else "; its checkpoint is saved, and --resume goes on from there"
                 console.say(f"stopped by a signal after step {step} of {steps}{saved}")
@@ -110,12 +112,22 @@ def _one_step(trainer: Trainer, step: int, interrupt: Interrupt) -> tuple[dict[s
     if dist.is_initialized():
         dist.all_reduce(totals)
     loss, stops = totals.tolist()
+    _check_stops(stops, job.world, step)
     job.world.synchronize()
     train = job.config.train
     rate = train.data.batch_size * train.model.context / (time.perf_counter() - began)
     row = trainer.clipper.flush(loss=loss, tokens_per_second=rate, learning_rate=train.optimizer.lr)
     assert row is not None
     return row, stops > 0
+
+
+def _check_stops(stops: float, world: World, step: int) -> None:
+    """Refuse sums that are not those of what all ranks brought."""
+    if stops not in range(world.size + 1):
+        raise RunError(
+            f"step {step}'s row: expected to add up what every rank brings to it, found that it met another "
+            "reduction: a rank left out clip(), or called it twice"
+        )
 
 
 def _headline(job: Job, done: int) -> str:

@@ -18,6 +18,8 @@ from distnorm.trainer.world import World
 CONFIG_FILE = "config.yaml"
 """The resolved config's name in the run's folder."""
 
+_CONFIG_DRAFT = CONFIG_FILE + ".partial"
+
 STARTS_FILE = "starts.jsonl"
 """When and with what code the run was started."""
 
@@ -115,7 +117,9 @@ def write_config(config: Config) -> None:
     """Make the run's folder and write the resolved config into it."""
     folder = Path(config.train.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+    draft = folder / _CONFIG_DRAFT
+    draft.write_text(config.to_yaml(), encoding="utf-8")
+    os.replace(draft, folder / CONFIG_FILE)  # a process that is killed leaves the file before, or this one
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -155,7 +159,7 @@ def _check_folder(folder: Path, config: Config, existing: Existing) -> bool:
         raise RunError(f"train.output_dir: expected a folder, found a file, {folder}")
     written = folder / CONFIG_FILE
     if not written.exists():
-        if any(folder.iterdir()):
+        if any(path.name != _CONFIG_DRAFT for path in folder.iterdir()):
             raise RunError(
                 f"train.output_dir: expected a new or empty folder, or a run's with its {CONFIG_FILE}, "
                 f"found other files in {folder}"

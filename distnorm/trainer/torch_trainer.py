@@ -33,6 +33,7 @@ class TorchTrainer:
         self.job.progress.at(step, Part.GRADIENT)
         share = self.compute_gradient(step)
         self.job.progress.at(step, Part.NORM)
+        self.clipper.note(step=step)
         return share, self.update(self.engine.loss_of(share))
 
     def compute_gradient(self, step: int) -> Tensor:

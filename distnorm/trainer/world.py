@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from hashlib import blake2b
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,9 @@ T = TypeVar("T")
 
 
 _LET_GO = 0.05  # seconds
+_SHOWN = 8
+# Where a node keeps its files, and what is written.
+_OF_A_NODE = ("train.output_dir", "train.data.path", "train.device", "train.checkpoint.resume", "monitor.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,8 @@ def open_world(config: Config) -> Iterator[World]:
     world is this process. The degrees are checked first, by every rank alike, so none waits for another.
 
     Raises:
-        RunError: the degrees don't multiply to the number of ranks, or the device isn't there.
+        RunError: the degrees don't multiply to the number of ranks, the device isn't there, or the configs
+            differ.
     """
     size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     _check_degrees(config, size)
@@ -106,12 +111,42 @@ def open_world(config: Config) -> Iterator[World]:
             timeout=None if seconds is None else timedelta(seconds=seconds),
         )
     try:
-        yield World(dist.get_rank() if dist.is_initialized() else 0, size, device)
+        world = World(dist.get_rank() if dist.is_initialized() else 0, size, device)
+        _check_configs(config, world)
+        yield world
     finally:
         if ours and dist.is_initialized():
             # gloo's threads need the interpreter's lock to let go of tensors; at its end they would abort.
             time.sleep(_LET_GO)
             dist.destroy_process_group()
+
+
+def _check_configs(config: Config, world: World) -> None:
+    """Refuse to train with other settings on each rank: another seed, for one, shows in no error."""
+    mine = {key: value for key, value in _flat(config.model_dump()) if not key.startswith(_OF_A_NODE)}
+    if len(set(world.gather(blake2b(repr(mine).encode()).digest()))) == 1:
+        return
+    each = world.gather(mine)
+    for key in dict.fromkeys(key for one in each for key in one):
+        ranks_of: dict[str, list[int]] = {}
+        for rank, one in enumerate(each):
+            ranks_of.setdefault(str(one.get(key)), []).append(rank)
+        if len(ranks_of) > 1:
+            found = "; ".join(f"{value} on {_named(ranks)}" for value, ranks in ranks_of.items())
+            raise RunError(f"{key}: expected the same on every rank, found {found}")
+
+
+def _named(ranks: list[int]) -> str:
+    more = f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks[:_SHOWN])) + more
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", repr(value)
 
 
 def _check_degrees(config: Config, size: int) -> None:
