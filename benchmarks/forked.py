@@ -125,9 +125,8 @@ def start(
     def host() -> int:
         enter(-1)
         store = dist.TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=_STORE_WAITS)
-        while store is not None:
-            time.sleep(60)
-        return 0
+        while True:
+            time.sleep(60 if store else 0)
 
     def work(rank: int) -> Callable[[], int]:
         def run() -> int:
