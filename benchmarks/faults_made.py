@@ -261,10 +261,6 @@ FAULTS = [
     Fault("`clip()` twice", "two in step 3; own loop, `note(step=...)`", own_loop("double", notes=True)),
     Fault("`clip()` forgotten, DDP", "none in step 3; own loop", own_loop("forget", ddp=True)),
     Fault("`clip()` twice, DDP", "two in step 3; own loop", own_loop("double", ddp=True)),
-    Fault(
-        *("`clip()` forgotten, DDP", "the same under `TORCH_DISTRIBUTED_DEBUG=DETAIL`"),
-        **{"body": own_loop("forget", ddp=True), "environ": {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}},
-    ),
     Fault("another configuration", "`clip.max_norm=0.7`", trainer(bad=("clip.max_norm=0.7",))),
     Fault("another model", "`train.model.dim=32`", trainer(bad=("train.model.dim=32",))),
     Fault("another seed", "`train.seed=7`", trainer(bad=("train.seed=7",))),

@@ -125,9 +125,8 @@ def start(
     def host() -> int:
         enter(-1)
         store = dist.TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=_STORE_WAITS)
-        while store is not None:
-            time.sleep(60)
-        return 0
+        while True:
+            time.sleep(60 if store else 0)
 
     def work(rank: int) -> Callable[[], int]:
         def run() -> int:
@@ -141,7 +140,6 @@ def start(
                 }
             )
             torch.set_num_threads(1)
-            dist.set_debug_level_from_env()
             return body(rank)
 
         return run

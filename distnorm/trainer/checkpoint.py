@@ -83,7 +83,7 @@ def save_checkpoint(engine: Engine, optimizer: Optimizer, clipper: GradClipper, 
             state_dict_saver.save(_tensors(engine, optimizer), storage_writer=FileSystemWriter(draft))
             world.together(f"checkpoint {final}", publish)
     except RunError as error:  # torch says of a full disk only that it couldn't write
-        raise RunError(f"{error}; {_room(draft)}") from error
+        raise RunError(f"{error}; {world.gather(_room(draft))[0]}") from error  # before rank 0 makes room
     finally:
         if world.rank == 0:
             shutil.rmtree(draft, ignore_errors=True)

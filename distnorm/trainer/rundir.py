@@ -166,7 +166,7 @@ def write_config(config: Config) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / _CONFIG_DRAFT
     draft.write_text(config.to_yaml(), encoding="utf-8")
-    draft.replace(folder / CONFIG_FILE)  # a process that is killed leaves the file before, or this one
+    os.replace(draft, folder / CONFIG_FILE)  # a process that is killed leaves the file before, or this one
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,13 @@ def test_a_process_killed_as_it_writes_the_config_leaves_the_one_before(
 ) -> None:
     config = shipped("single", tmp_path / "run", "train.steps=1")
     with monkeypatch.context() as broken:
-        broken.setattr(Path, "replace", lambda *_: 1 / 0)
+        broken.setattr(os, "replace", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             write_config(config)
     assert list(contents(tmp_path / "run")) == ["config.yaml.partial"]
     assert train(config)[0] == 0  # what is there is no reason to refuse the folder
     before = contents(tmp_path / "run")["config.yaml"]
-    monkeypatch.setattr(Path, "replace", lambda *_: 1 / 0)
+    monkeypatch.setattr(os, "replace", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_config(shipped("single", tmp_path / "run", "train.steps=2"))
     assert contents(tmp_path / "run")["config.yaml"] == before
