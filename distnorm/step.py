@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from distnorm import kernels
 from distnorm.config import Config
 from distnorm.deferred import DeferredRaise, Replays
 from distnorm.errors import DistnormError, NonFiniteGradientError
