@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distnorm import kernels
 from distnorm.config import Config
 from distnorm.deferred import DeferredRaise, Replays
 from distnorm.errors import DistnormError, NonFiniteGradientError
@@ -18,11 +17,12 @@ from distnorm.measure.gradients import Given
 from distnorm.measure.meter import Meter, Reader
 from distnorm.measure.norms import norm
 from distnorm.measure.overlap import Overlap
-from distnorm.measure.reduced import ReducedStatistics, UnreadStatistics, without_norm
+from distnorm.measure.reduced import without_norm
 from distnorm.monitor.snapshot import LayerSnapshot
 from distnorm.monitor.step_monitor import StepMonitor, monitor_terms
 from distnorm.payload.payload import join_payloads, split_payload
 from distnorm.plan.collectives import Ranks
+from distnorm.plan.stops import Stopped, Stops, finish
 from distnorm.policies.clipping import Clipping
 from distnorm.policies.deciding import Outcome
 from distnorm.policies.groups import PolicyGroups
@@ -43,9 +43,10 @@ class Step:
         waits: the modes of ``clip.nonfinite`` that read every norm on the host.
 
     Attributes:
-        groups, decider: the policies, and what asks them.
+        groups, decider, meter: the policies, what asks them, and what measures.
         monitor: records steps; `None` where nothing is set under `monitor`.
         count, last, outcome: number of steps made; and what the newest gave.
+        stopped: a step that is taken in a graph, from its reading to its scaling.
         deferred: raises what the step before found, where no step waits for its norm.
         is_registered_with_join: whether torch's `Join` has the clipper, and so ends with equal histories.
 
@@ -60,6 +61,7 @@ class Step:
         self.count, self._replays, self.is_registered_with_join = 0, Replays(self._norm.order), False
         self.last: ClipResult | None = None
         self.outcome: Outcome | None = None
+        self.stopped: Stopped[Tensor] | None = None
         self.monitor = StepMonitor.of(config.monitor, ranks, self._norm)
         self._take_part(ranks)
 
@@ -68,7 +70,7 @@ class Step:
         self.groups = PolicyGroups(self.config.clip, self._norm, ranks)
         self._clipping = Clipping(self.groups, self._norm.order)
         self.decider = self._clipping.decider
-        self._meter = self._meter_of(ranks)
+        self.meter = self._meter_of(ranks)
         self.deferred = DeferredRaise(self._norm.order, self._replays)
         self._alone: Meter | None = None
 
@@ -81,10 +83,16 @@ class Step:
 
     # ---- the walk
 
-    def take(
+    def take(self, holders: Sequence[Tensor], *, scales: bool, loss_scale: float = 1.0) -> Outcome:
+        """Take a step, as `walk` does, with its all-reduce. Collective: every rank must call it."""
+        self.stopped = None
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            return finish(self.walk(holders, scales=scales, loss_scale=loss_scale))
+
+    def walk(
         self, holders: Sequence[Tensor], *, scales: bool, loss_scale: float = 1.0, given: Given = None
-    ) -> Outcome:
-        """Take a step. Collective: every rank must call it.
+    ) -> Stops[Outcome]:
+        """A step, which stops at its all-reduce. Collective: every rank must take it.
 
         Args:
             holders: what holds the gradients of the planned shards, in their order.
@@ -100,32 +108,31 @@ class Step:
         snapshot = None if meter is self._alone else self._snapshot(number)
         payload = join_payloads(self.groups.payload, snapshot)
         meets, length = self.groups.measures or snapshot is not None, 0 if payload is None else payload.length
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            try:
-                gradients = meter.read(holders, given, store=True, meets=meets, payload_length=length)
-                if meets:
-                    gradients, reduced = meter.reduce(gradients, payload)
-                else:
-                    gradients.raise_problems()
-                    reduced = without_norm(gradients.tensors, gradients.device)
-            except DistnormError as error:
-                self._failed(number, error, meter)
-                raise
-            finally:  # a loss belongs to one step, even if that raises
-                self.groups.loss.forget()
-            of_policies, of_snapshot = split_payload(reduced.payload, self.groups.payload, snapshot)
-            names_them = snapshot is None and self._names_not_finite(reduced)
-            where = find_not_finite(meter.ranks, meter.shards, gradients.tensors) if names_them else ()
-            defers = meter.defers and meets
-            marks = self.deferred.marks_of(gradients) if defers else None
-            outcome = self._clipping(
-                gradients, reduced, of_policies, scales=scales, defers=defers, loss_scale=loss_scale
-            )
-            del gradients
-            self.deferred.remember(number, meter, outcome.found, marks)
-            self.made(number, outcome)
-            if self.monitor is not None:
-                self.monitor.record(number, outcome.result, of_snapshot, where, loss_scale)
+        try:
+            gradients = meter.read(holders, given, store=True, meets=meets, payload_length=length)
+            if meets:
+                gradients, reduced = yield from meter.reduce(gradients, payload)
+            else:
+                gradients.raise_problems()
+                reduced = without_norm(gradients.tensors, gradients.device)
+        except DistnormError as error:
+            self._failed(number, error, meter)
+            raise
+        finally:  # a loss belongs to one step, even if that raises
+            self.groups.loss.forget()
+        of_policies, of_snapshot = split_payload(reduced.payload, self.groups.payload, snapshot)
+        unnamed = self.monitor is not None and snapshot is None and meets and reduced.is_known_not_finite
+        where = find_not_finite(meter.ranks, meter.shards, gradients.tensors) if unnamed else ()
+        defers = meter.defers and meets
+        marks = self.deferred.marks_of(gradients) if defers else None
+        outcome = self._clipping(
+            gradients, reduced, of_policies, scales=scales, defers=defers, loss_scale=loss_scale
+        )
+        del gradients
+        self.deferred.remember(number, meter, outcome.found, marks)
+        self.made(number, outcome)
+        if self.monitor is not None:
+            self.monitor.record(number, outcome.result, of_snapshot, where, loss_scale)
         return outcome
 
     def measure(self, holders: Sequence[Tensor]) -> ClipResult:
@@ -133,7 +140,7 @@ class Step:
         meter, payload = self._meter_now(), self.groups.payload
         with torch.no_grad(), torch._C.DisableTorchFunction():
             gradients = meter.read(holders, store=False, payload_length=payload.length if payload else 0)
-            gradients, reduced = meter.reduce(gradients, payload, store=False)
+            gradients, reduced = finish(meter.reduce(gradients, payload, store=False))
             found = reduced.payload if len(reduced.payload) else None
             return self.decider.measured(reduced.total_norm, found)
 
@@ -151,14 +158,6 @@ class Step:
         if self.monitor is not None:
             self.monitor.prepare_next(self.count + 1)
 
-    def _names_not_finite(self, reduced: ReducedStatistics | UnreadStatistics) -> bool:
-        """Whether to search for the gradients that are not finite: if the norm can be read for free, and no
-        layer statistics will name them."""
-        if self.monitor is None or not self.groups.measures or isinstance(reduced, UnreadStatistics):
-            return False
-        norm = reduced.total_norm
-        return reduced.agreed is True and kernels.on_host(norm) and not bool(norm.isfinite())
-
     def refuse_next(self, error: DistnormError) -> None:
         """Let the next step raise this, on all ranks. Not collective."""
         self._meter_now().refusal = error
@@ -166,14 +165,14 @@ class Step:
     @property
     def may_skip(self) -> bool:
         """Whether a step that was not scaled here may say that the optimizer must not step."""
-        return self.groups.may_skip or self._meter.defers
+        return self.groups.may_skip or self.meter.defers
 
     # ---- planning
 
     @property
     def has_plan(self) -> bool:
         """Whether `plan` succeeded."""
-        return self._meter.plan is not None
+        return self.meter.plan is not None
 
     def check_group(self) -> None:
         """Refuse to go on after the process group was destroyed, or the world was made.
@@ -195,7 +194,7 @@ class Step:
             modules: those of the target, for `clip.overlap`.
             anew: whether other ranks may be in the middle of a step.
         """
-        meter, ranks = self._meter, self.ranks
+        meter, ranks = self.meter, self.ranks
         if anew:
             payload = join_payloads(self.groups.payload, self._snapshot(self.count + 1))
             meter.prepare_anew(read, 0 if payload is None else payload.length)
@@ -223,9 +222,9 @@ class Step:
     def _meter_now(self) -> Meter:
         """The meter for this step: under torch's `Join`, where ranks may be out of data, one of this rank
         alone."""
-        managers = self._meter.managers
+        managers = self.meter.managers
         if managers is None or not managers.is_joining:
-            return self._meter
+            return self.meter
         has_history = self.monitor is not None or self.groups.default.looks_back
         if self.groups.payload is not None or (has_history and not self.is_registered_with_join):
             raise DistnormError(
@@ -233,7 +232,7 @@ class Step:
                 "Join([model, clipper]), and no clip.groups; found policies whose histories would part ways"
             )
         if self._alone is None:
-            shards = self._meter.shards
+            shards = self.meter.shards
             alone = self._meter_of(Ranks(alone=True))
             self._alone = replace(alone, layout=UNDECLARED, waits=True)  # no other rank raises later
             self._alone.prepare(lambda: (shards, [(shard.name, shard.holder) for shard in shards]))
@@ -255,20 +254,21 @@ class Step:
 
     def _announce_snapshot(self) -> None:
         """Let the overlap know whether the next step is a monitored one."""
-        if self._meter.overlap is not None:
-            self._meter.overlap.reads_before = self._snapshot(self.count + 1) is not None
+        if self.meter.overlap is not None:
+            self.meter.overlap.reads_before = self._snapshot(self.count + 1) is not None
 
     def note(self, loss: Tensor | float | None, tokens: int | None, facts: Mapping[str, float]) -> None:
         """Keep the next step's loss, tokens and facts; facts alone leave a loss that was given."""
+        self.stopped = None  # as it ends, it forgets its loss
         self.groups.loss.note(loss, keep=bool(facts))
         if self.monitor is not None:
             self.monitor.note(loss, tokens, facts)
 
     def close(self) -> None:
         """See `GradClipper.close`."""
-        if self._meter.overlap is not None:
-            self._meter.overlap.close()
-            self._meter.overlap = None
+        if self.meter.overlap is not None:
+            self.meter.overlap.close()
+            self.meter.overlap = None
         if self.monitor is not None:
             self.monitor.close()
 

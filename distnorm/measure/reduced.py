@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,16 @@ class ReducedStatistics:
     if_agreed: Tensor
     replica_difference: Tensor | float | None = None
 
+    @property
+    def is_known_not_finite(self) -> bool:
+        """Whether all ranks measured the same and the norm is not finite, if that can be read for free."""
+        norm = self.total_norm
+        return self.agreed is True and kernels.on_host(norm) and not bool(norm.isfinite())
+
+    def checked(self) -> ReducedStatistics:
+        """The same where this rank has found that all ranks measured alike."""
+        return self if self.agreed is True else replace(self, agreed=True)
+
 
 @dataclass(slots=True)
 class UnreadStatistics:
@@ -57,6 +67,11 @@ class UnreadStatistics:
     norm: Norm
     tolerance: float | None = None
     _read: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def is_known_not_finite(self) -> bool:
+        """It can't be read for free."""
+        return False
 
     @property
     def payload(self) -> Tensor:

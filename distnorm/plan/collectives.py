@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
@@ -16,46 +14,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distnorm.errors import DistnormError
+from distnorm.plan.group_state import GroupState
 from distnorm.plan.lockstep import SimulatedGroup, refuse_local_tensors
 from distnorm.plan.wording import name_ranks, shown
 
 _GATHERED = 8 << 20  # characters of text that an error gathers from all ranks together
-_MOST_PLANS = 32  # for each group
 _TAG = 0x6E6F726D  # of our messages between two ranks, so that gloo takes none of the caller's for them
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX} if dist.is_available() else {}
-
-
-@dataclass
-class GroupState:
-    """State of a process group that is equal on all its members, since they make every plan together.
-
-    Args:
-        device_type: where vectors are reduced; `None` before the first plan.
-        is_packed: whether a consensus header is one number in the all-reduced vector.
-        has_replicas: whether some plan has replicas, which are compared whole in the first step.
-        compares_replicas: whether the vector has an element by which replicas are compared.
-        plans: of lists of tensors, by what was planned. Its size is bounded for each group apart: every
-            member makes the same calls on a group, so all of them evict the same plan.
-    """
-
-    device_type: str | None = None
-    is_packed: bool = True
-    has_replicas: bool = False
-    compares_replicas: bool = False
-    plans: OrderedDict[object, Any] = field(default_factory=OrderedDict)
-
-    def recall(self, key: object) -> Any:
-        """What was planned under a key; `None` if that is not known, or no longer."""
-        if key in self.plans:
-            self.plans.move_to_end(key)
-        return self.plans.get(key)
-
-    def remember(self, key: object, planned: object) -> None:
-        """Keep what was planned, in place of what was used least lately."""
-        self.plans[key] = planned
-        if len(self.plans) > _MOST_PLANS:
-            self.plans.popitem(last=False)
 
 
 _states: weakref.WeakKeyDictionary[ProcessGroup, GroupState] = weakref.WeakKeyDictionary()
@@ -125,6 +91,12 @@ class Ranks:
             return not self.is_connected
         group = None if self._group is None else self._group()
         return group in dist.distributed_c10d._world.pg_map
+
+    @property
+    def group_name(self) -> str:
+        """By which torch's functional collectives find the group; empty where this process is alone."""
+        group = self.group
+        return "" if group is None or self.is_alone else str(group.group_name)
 
     @property
     def meets_others(self) -> bool:
@@ -274,6 +246,15 @@ class Ranks:
         for work in dist.batch_isend_irecv(messages) if messages else ():
             work.wait()
         return out.cpu()
+
+
+def all_reduce_in_graph(tensor: Tensor, op: str, group_name: str) -> Tensor:
+    """The all-reduce as operators of a graph that is traced; `all_reduce_` of other ranks meets it."""
+    import torch.distributed._functional_collectives  # defines what the operators do without values
+
+    functional = torch.ops._c10d_functional
+    reduced: Tensor = functional.wait_tensor(functional.all_reduce(tensor, op, group_name))
+    return reduced
 
 
 def reduce_partial_(buffer: Tensor, groups: Sequence[ProcessGroup | SimulatedGroup]) -> None:

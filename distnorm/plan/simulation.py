@@ -20,7 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distnorm import kernels
 from distnorm.errors import DistnormError
-from distnorm.plan.collectives import GroupState, Ranks, reduce_partial_
+from distnorm.plan.collectives import Ranks, reduce_partial_
+from distnorm.plan.group_state import GroupState
 from distnorm.plan.lockstep import Combine, Lockstep, SimulatedGroup, local_tensor_mode
 
 T = TypeVar("T")

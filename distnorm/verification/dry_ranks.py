@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from distnorm.errors import RunError
-from distnorm.plan.collectives import GroupState, Ranks
+from distnorm.plan.collectives import Ranks
+from distnorm.plan.group_state import GroupState
 from distnorm.plan.join import hops, route
 from distnorm.plan.plan import _holders, differing, piece_hash
 from distnorm.plan.terms import stable_hash
