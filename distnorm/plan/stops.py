@@ -65,11 +65,13 @@ class Stopped(Generic[R]):
             `None`.
         given: the tensors that the work was given, by position. Before it goes on, these are exchanged for
             those that it may change.
+        device: where it goes on with what was reduced.
     """
 
     work: Stops[R]
     wanted: Wanted | None
     given: dict[int, Tensor]
+    device: torch.device
 
     @classmethod
     def at_first(cls, work: Stops[R], given: dict[int, Tensor], form: Form) -> tuple[Stopped[R], Tensor]:
@@ -104,10 +106,11 @@ class Stopped(Generic[R]):
                 f"{form.op}), found others ({ranks.group_name!r}, {op}); compile again, or under Join call "
                 "it outside of the compiled function"
             )
-        if len(vector) == form.length and vector.device == form.device:
-            return cls(work, None, given), vector.clone()  # a graph may put something else into its memory
+        if len(vector) == form.length:  # a copy: a graph may put something else into its memory
+            return cls(work, None, given, vector.device), vector.to(form.device, copy=True)
         FORMS.change()
-        return cls(work, wanted, given), torch.zeros(form.length, dtype=torch.float64, device=form.device)
+        zeros = torch.zeros(form.length, dtype=torch.float64, device=form.device)
+        return cls(work, wanted, given, vector.device), zeros
 
     def going_on(self, reduced: Tensor, given: Mapping[int, Tensor]) -> Stops[R]:
         """The rest. Collective only where ranks disagree, or the graph is older than the vector's form.
@@ -117,7 +120,7 @@ class Stopped(Generic[R]):
             given: what may be changed: the tensors of before, or copies.
         """
         self.given.update(given)
-        vector = reduced.clone() if self.wanted is None else (yield self.wanted)
+        vector = reduced.to(self.device, copy=True) if self.wanted is None else (yield self.wanted)
         try:
             while True:
                 vector = yield self.work.send(vector)
