@@ -239,7 +239,7 @@ def _begun(
 
 
 def _taken(caller: str) -> Stopped[Tensor]:
-    keeper = _thread if caller in _functions else _keepers.get(caller)
+    keeper: Keeper | None = _thread if caller in _functions else _keepers.get(caller)
     stopped = None if keeper is None else keeper.stopped
     if keeper is None or stopped is None:
         raise DistnormError(

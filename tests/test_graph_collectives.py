@@ -16,7 +16,7 @@ import distnorm
 from distnorm import operators
 from tests.refusals import TIMEOUT, heard
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "constant": {},
     "agc": {"policy": {"name": "agc", "lambda": 0.01}, "max_norm": None},
     "zclip": {"policy": {"name": "zclip", "warmup": 2}},
