@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from inspect import isgeneratorfunction
 from statistics import median
 from typing import Any
 from unittest import mock
@@ -50,7 +51,7 @@ PARTS = {
     "  squares": (FoundGradients, "statistic"),
     "  samples of replicas": (ResultChecks, "replica_summand"),
     "  squares and exchange, unread": (UnreadReduction, "__call__"),
-    "  exchange": (Exchange, "__call__"),
+    "  exchange": (Exchange, "reduce"),
     "    all-reduce, with the wait for slower ranks": (Ranks, "all_reduce_"),
     "  deciding and scaling": (Clipping, "__call__"),
     "    scaling": (FoundGradients, "scale_"),
@@ -69,13 +70,25 @@ def timed() -> Iterator[Times]:
             is_property = isinstance(original, property)
             function = original.fget if is_property else original
 
+            def spent(part: str, wall: float, own: float) -> None:
+                times.setdefault(part, []).append(
+                    ((time.perf_counter() - wall) * 1e6, (time.thread_time() - own) * 1e6)
+                )
+
             def timing(*arguments: Any, part: str = part, function: Any = function, **options: Any) -> Any:
-                wall, own = time.perf_counter(), time.thread_time()
+                began = time.perf_counter(), time.thread_time()
                 found = function(*arguments, **options)
-                spent = (time.perf_counter() - wall) * 1e6, (time.thread_time() - own) * 1e6
-                times.setdefault(part, []).append(spent)
+                spent(part, *began)
                 return found
 
+            def stopping(*arguments: Any, part: str = part, function: Any = function, **options: Any) -> Any:
+                began = time.perf_counter(), time.thread_time()
+                found = yield from function(*arguments, **options)
+                spent(part, *began)
+                return found
+
+            if isgeneratorfunction(function):  # it stops at the all-reduce
+                timing = stopping
             patches.enter_context(mock.patch.object(kind, name, property(timing) if is_property else timing))
         yield times
 

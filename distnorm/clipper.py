@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.distributed.device_mesh import DeviceMesh
 
-from distnorm import graphs
+from distnorm import graphs, operators
 from distnorm.config import Config, load_config
 from distnorm.errors import DistnormError
 from distnorm.kernels import outside_graphs, refuse_capture
@@ -20,21 +20,12 @@ from distnorm.measure.empty_rank import TakeOver
 from distnorm.monitor import Monitor
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.each_rank import EachRank, by_each_rank
+from distnorm.plan.stops import Form, Stops
 from distnorm.policies.groups import PolicyGroups
 from distnorm.policies.results import ClipResult
-from distnorm.sources import (
-    GradOf,
-    Inventory,
-    Layout,
-    Sharded,
-    Source,
-    Target,
-    Tied,
-    modules_of,
-    read_once,
-    shards_of,
-)
-from distnorm.sources.shards import GradShard
+from distnorm.sources import Inventory, Layout, Sharded, Target, Tied, modules_of, read_once, shards_of
+from distnorm.sources.elsewhere import GradOf
+from distnorm.sources.shards import GradShard, Source
 from distnorm.step import Step
 
 
@@ -92,7 +83,7 @@ class GradClipper(Joinable):
             self._layout = Layout.of(pp_mesh, tied, sharded, grad_of)
             self._step = Step(load_config(config), ranks, self._layout)
             self._target = read_once(target)
-        self.number_in_graphs, self.grad_place = graphs.number_of(self), self._layout.place
+        self.key_in_graphs, self.grad_place = operators.key_of(self), self._layout.place
         self.refuse_next = self._step.refuse_next
         self._step.plan(self._read_target, modules_of(self._target))
 
@@ -124,12 +115,16 @@ class GradClipper(Joinable):
         self._begin_step()
         return self._step.take(self._inventory.holders, scales=True).result
 
-    def clip_given(self, gradients: Mapping[int, Tensor]) -> Tensor:
-        """What the operator `distnorm::clip` does with the local gradients that a graph hands it."""
+    def in_graph(self, given: Mapping[int, Tensor]) -> tuple[Step, Stops[Tensor]]:
+        """A step of the local gradients that a graph hands over: what keeps it, and its work."""
         self._inventory.require_current()
         self._begin_step()
-        result = self._step.take(self._inventory.holders, scales=True, given=gradients).result
-        return torch.stack([getattr(result, name).double() for name in graphs.FIELDS])
+        step = self._step.walk(self._inventory.holders, scales=True, given=given)
+        return self._step, graphs.numbers_of(step)
+
+    def form_in_graph(self) -> Form | None:
+        """What a graph has to know of a step's all-reduce; `None` if it can't issue it."""
+        return None if self._join_config.enable else graphs.form_of_step(self._step)
 
     def keep(self, result: ClipResult) -> None:
         """Let `last` return this result, within a graph."""
@@ -256,6 +251,7 @@ class GradClipper(Joinable):
             DistnormError: as the constructor.
         """
         self._step.rebind(Ranks(group))
+        self.key_in_graphs = operators.key_of(self)
         self._step.plan(self._read_target, modules_of(self._target))
 
     def __reduce__(self) -> NoReturn:

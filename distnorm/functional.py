@@ -5,21 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from distnorm import graphs, kernels, policies
+from distnorm import graphs, kernels, operators, policies
 from distnorm.errors import DistnormError
 from distnorm.measure.empty_rank import join_empty
-from distnorm.measure.gradients import Gradients, read_with_care
+from distnorm.measure.gradients import Given, Gradients, read_with_care
 from distnorm.measure.meter import Meter
 from distnorm.measure.norms import norm
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.each_rank import for_each_rank
+from distnorm.plan.stops import Stops, finish
 from distnorm.policies.deciding import apply
 from distnorm.sources import (
     UNDECLARED,
@@ -36,13 +37,17 @@ from distnorm.sources import (
 )
 from distnorm.sources.shards import GradShard, PartialGrad
 
+R = TypeVar("R")
+
 _log = logging.getLogger("distnorm")
 
 
-@graphs.called_by_operator
-def total_norm_given(tensors: Sequence[Tensor], norm_type: float, error_if_nonfinite: bool) -> Tensor:
-    """What the operator `distnorm::total_norm` does."""
-    return _measure(tensors, Source.TENSOR, norm_type, error_if_nonfinite, None, Layout).result()
+@operators.called
+def total_norm_in_graph(
+    given: Mapping[int, Tensor], tensors: Sequence[Tensor], max_norm: float, norm_type: float, raises: bool
+) -> Stops[Tensor]:
+    """What `get_total_norm` does in a graph."""
+    return (yield from _measure(tensors, Source.TENSOR, norm_type, raises, None, Layout)).result()
 
 
 @graphs.in_graphs(graphs.trace_total_norm)
@@ -91,7 +96,7 @@ def get_total_norm(
         >>> distnorm.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     """
     layout = partial(Layout.of, pp_mesh, tied, sharded)
-    return _measure(tensors, Source.TENSOR, norm_type, error_if_nonfinite, group, layout).result()
+    return _done(_measure(tensors, Source.TENSOR, norm_type, error_if_nonfinite, group, layout)).result()
 
 
 @kernels.outside_graphs
@@ -137,20 +142,16 @@ def clip_grads_with_norm_(
         apply(policies.constant(total.double(), threshold), gradients)
 
 
-@graphs.called_by_operator
-def clip_given(
-    parameters: Sequence[Tensor],
-    gradients: Mapping[int, Tensor],
-    max_norm: float,
-    norm_type: float,
-    error_if_nonfinite: bool,
-) -> Tensor:
-    """What the operator `distnorm::clip_grad_norm_` does."""
+@operators.called
+def clip_in_graph(
+    given: Mapping[int, Tensor], parameters: Sequence[Tensor], max_norm: float, norm_type: float, raises: bool
+) -> Stops[Tensor]:
+    """What `clip_grad_norm_` does in a graph."""
     holders = [parameter.detach() for parameter in parameters]
-    for position, gradient in gradients.items():
+    for position, gradient in given.items():
         holders[position] = holders[position].to(gradient.dtype)  # the same tensor, where dtypes are equal
         holders[position].grad = gradient
-    return _clip(holders, max_norm, norm_type, error_if_nonfinite, None, Layout)
+    return _clip(holders, max_norm, norm_type, raises, None, Layout, given)
 
 
 @graphs.in_graphs(graphs.trace_clip_grad_norm_)
@@ -194,7 +195,12 @@ def clip_grad_norm_(
         >>> distnorm.clip_grad_norm_(model.parameters(), max_norm=1.0)
     """
     layout = partial(Layout.of, pp_mesh, tied, sharded, grad_of)
-    return _clip(parameters, max_norm, norm_type, error_if_nonfinite, group, layout)
+    return _done(_clip(parameters, max_norm, norm_type, error_if_nonfinite, group, layout))
+
+
+def _done(work: Stops[R]) -> R:
+    with kernels.Untracked():
+        return finish(work)
 
 
 def _clip(
@@ -204,13 +210,15 @@ def _clip(
     raises: bool,
     group: ProcessGroup | None,
     layout_of: Callable[[], Layout],
-) -> Tensor:
-    measured = _measure(target, Source.GRADIENT, norm_type, raises, group, layout_of, max_norm)
-    with kernels.Untracked():
-        decision = policies.constant(measured.total_norm, policies.check_max_norm(max_norm))
-        if isinstance(measured.agreed, Tensor):  # not read on the host: whether the ranks measured the same
-            decision = decision.where(measured.agreed)
-        apply(decision, measured.gradients)
+    given: Given = None,
+) -> Stops[Tensor]:
+    measured = yield from _measure(
+        target, Source.GRADIENT, norm_type, raises, group, layout_of, max_norm, given
+    )
+    decision = policies.constant(measured.total_norm, policies.check_max_norm(max_norm))
+    if isinstance(measured.agreed, Tensor):  # not read on the host: whether the ranks measured the same
+        decision = decision.where(measured.agreed)
+    apply(decision, measured.gradients)
     return measured.result()
 
 
@@ -232,47 +240,47 @@ def _measure(
     group: ProcessGroup | None,
     layout_of: Callable[[], Layout],
     max_norm: float | None = None,
-) -> _Measured:
+    given: Given = None,
+) -> Stops[_Measured]:
     ranks, is_gradient = (group if isinstance(group, Ranks) else Ranks(group)), source is Source.GRADIENT
-    with kernels.Untracked():
-        try:
-            target = read_once(target)
-            order, threshold = norm(norm_type), policies.check_max_norm(max_norm)
-            layout = layout_of()
-            terms = {"norm_type": order.order, "error_if_nonfinite": raises, **layout.terms}
-            known, holders = recognise(target, source, (order.order, raises, layout))
-            if not is_gradient:
-                _warn_of_weights(holders)
-        except DistnormError as error:
-            Meter(ranks, norm(2), {}, UNDECLARED, raises, raises).abort(error)
-        if ranks.is_connected and known.is_joining(holders):
-            # The ranks that are out of data make no step, and replicas hold all of it.
-            ranks = Ranks(alone=True)
+    try:
+        target = read_once(target)
+        order, threshold = norm(norm_type), policies.check_max_norm(max_norm)
+        layout = layout_of()
+        terms = {"norm_type": order.order, "error_if_nonfinite": raises, **layout.terms}
+        known, holders = recognise(target, source, (order.order, raises, layout))
+        if not is_gradient:
+            _warn_of_weights(holders)
+    except DistnormError as error:
+        Meter(ranks, norm(2), {}, UNDECLARED, raises, raises).abort(error)
+    if ranks.is_connected and known.is_joining(holders):
+        # The ranks that are out of data make no step, and replicas hold all of it.
+        ranks = Ranks(alone=True)
 
-        def describe() -> list[GradShard]:
-            return shards_of(named_tensors(target), source, target=target, layout=layout)
+    def describe() -> list[GradShard]:
+        return shards_of(named_tensors(target), source, target=target, layout=layout)
 
-        meter = ranks.state.recall(known.key)
-        if meter is None or not holders:
-            meter = Meter(
-                ranks, order, terms, layout, raises, raises, source=source, allow_empty=not is_gradient
-            )
-            meter.managers = known.managers
-            if not holders:  # which plan the others have, it can't know
-                total_norm, is_double = join_empty(meter)
-                return _Measured(Gradients([]), total_norm, True, is_double)
-            meter.prepare_anew(lambda: (describe(), named_tensors(target)))
-            ranks.state.remember(known.key, meter)
-        else:
-            meter.managers = known.managers
-            meter.describe_by(describe)
-        try:
-            gradients = meter.read(holders, store=is_gradient)
-            gradients, reduced = meter.reduce(gradients, terms={"max_norm": threshold}, store=is_gradient)
-        finally:
-            meter.describe_by(list)
-        assert meter.plan is not None
-        return _Measured(gradients, reduced.total_norm, reduced.agreed, meter.plan.is_double)
+    meter = ranks.state.recall(known.key)
+    if meter is None or not holders:
+        meter = Meter(ranks, order, terms, layout, raises, raises, source=source, allow_empty=not is_gradient)
+        meter.managers = known.managers
+        if not holders:  # which plan the others have, it can't know
+            total_norm, is_double = join_empty(meter)
+            return _Measured(Gradients([]), total_norm, True, is_double)
+        meter.prepare_anew(lambda: (describe(), named_tensors(target)))
+        ranks.state.remember(known.key, meter)
+    else:
+        meter.managers = known.managers
+        meter.describe_by(describe)
+    try:
+        gradients = meter.read(holders, store=is_gradient)
+        meter.given = given
+        terms_now = {"max_norm": threshold}
+        gradients, reduced = yield from meter.reduce(gradients, terms=terms_now, store=is_gradient)
+    finally:
+        meter.describe_by(list)
+    assert meter.plan is not None
+    return _Measured(gradients, reduced.total_norm, reduced.agreed, meter.plan.is_double)
 
 
 def _warn_of_weights(tensors: Sequence[Tensor]) -> None:

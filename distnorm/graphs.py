@@ -1,130 +1,54 @@
-"""Within `torch.compile`: a measurement, or a clip, is one operator of the graph, so that nothing breaks it.
+"""Within `torch.compile` and `make_fx`: a call is traced as operators, and nothing breaks the graph.
 
-The operators do what is done eagerly, by the same code and to the same bits, with the tensors that the graph
-hands them. A graph keeps nothing else of us: what an operator calls has a number.
+A graph keeps nothing else of us: what its operators (`distnorm.operators`) call has a key.
 """
 
 from __future__ import annotations
 
+import math
 import sys
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import wraps
-from itertools import count
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from distnorm.errors import DistnormError
-from distnorm.kernels import outside_graphs, plain_operators
+from distnorm import operators
+from distnorm.kernels import outside_graphs
+from distnorm.measure.exchange import Exchange
+from distnorm.measure.norms import norm
+from distnorm.operators import CALLS
+from distnorm.plan.collectives import Ranks
+from distnorm.plan.group_state import FORMS
+from distnorm.plan.stops import Form, Stops, all_reduce_in_graph
+from distnorm.policies.deciding import Outcome
 from distnorm.policies.results import ClipResult
+from distnorm.step import Step
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-
-class Clipper(Protocol):
-    """What the operator `distnorm::clip` calls."""
-
-    def clip_given(self, gradients: Mapping[int, Tensor]) -> Tensor:
-        """Clip gradients, by their parameter's position, and return what was found, [n] fp64."""
-
+_USUAL_ORDERS = (2.0, 1.0, 3.0, math.inf)
 
 FIELDS = tuple(field.name for field in fields(ClipResult) if field.name != "groups")
 """Of a result: four numbers, then three flags."""
 
-with plain_operators():
-    _CALLS = torch.zeros((), dtype=torch.int64, device="cpu")
-"""The operators change it, so that none is left out or moved before another: each call is collective, whether
-or not its result is used, and whether or not there are gradients."""
 
-_numbers = count()
-_clippers: weakref.WeakValueDictionary[int, Clipper] = weakref.WeakValueDictionary()
-_functions: dict[str, Callable[..., Tensor]] = {}
+def numbers_of(step: Stops[Outcome]) -> Stops[Tensor]:
+    """What a graph gets of a step's result, [FIELDS] fp64."""
+    result = (yield from step).result
+    return torch.stack([getattr(result, name).double() for name in FIELDS])
 
 
-def number_of(clipper: Clipper) -> int:
-    """A number by which the operator finds a clipper, as long as something else keeps it."""
-    number = next(_numbers)
-    _clippers[number] = clipper
-    return number
-
-
-def called_by_operator(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Let the operator of a function's name call it."""
-    return _functions.setdefault(function.__name__, function)
-
-
-@torch.library.custom_op("distnorm::clip", mutates_args=("gradients", "calls"))
-def clip(
-    gradients: Sequence[Tensor], positions: Sequence[int], clipper: int, numbers: int, calls: Tensor
-) -> Tensor:
-    """Clip gradients in place, and return so many numbers, [numbers] fp64."""
-    calls += 1
-    found = _clippers.get(clipper)
-    if found is None:
-        raise DistnormError(
-            "expected the clipper that this graph was made with, found that it is gone; keep it as long as "
-            "the graph, or compile again"
-        )
-    return found.clip_given(dict(zip(positions, gradients, strict=True)))
-
-
-@clip.register_fake
-def _(
-    gradients: Sequence[Tensor], positions: Sequence[int], clipper: int, numbers: int, calls: Tensor
-) -> Tensor:
-    return torch.empty(numbers, dtype=torch.float64, device=_device_of(gradients))
-
-
-@torch.library.custom_op("distnorm::total_norm", mutates_args=("calls",))
-def total_norm(
-    tensors: Sequence[Tensor], norm_type: float, error_if_nonfinite: bool, calls: Tensor
-) -> Tensor:
-    """The total norm of the tensors, 0-d."""
-    calls += 1
-    found = _functions["total_norm_given"](tensors, norm_type, error_if_nonfinite)
-    return found.to(_dtype_of(tensors), copy=True)
-
-
-@total_norm.register_fake
-def _(tensors: Sequence[Tensor], norm_type: float, error_if_nonfinite: bool, calls: Tensor) -> Tensor:
-    return torch.empty((), dtype=_dtype_of(tensors), device=_device_of(tensors))
-
-
-@torch.library.custom_op("distnorm::clip_grad_norm_", mutates_args=("gradients", "calls"))
-def clip_grad_norm_(
-    gradients: Sequence[Tensor],
-    positions: Sequence[int],
-    parameters: Sequence[Tensor],
-    max_norm: float,
-    norm_type: float,
-    error_if_nonfinite: bool,
-    calls: Tensor,
-) -> Tensor:
-    """Clip gradients of the parameters at these positions in place, and return the norm before, 0-d."""
-    calls += 1
-    given = dict(zip(positions, gradients, strict=True))
-    found = _functions["clip_given"](parameters, given, max_norm, norm_type, error_if_nonfinite)
-    return found.to(_dtype_of(parameters), copy=True)
-
-
-@clip_grad_norm_.register_fake
-def _(
-    gradients: Sequence[Tensor], positions: Sequence[int], parameters: Sequence[Tensor], *rest: object
-) -> Tensor:
-    return torch.empty((), dtype=_dtype_of(parameters), device=_device_of(parameters))
-
-
-def _device_of(tensors: Sequence[Tensor]) -> torch.device:
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
-
-
-def _dtype_of(tensors: Sequence[Tensor]) -> torch.dtype:
-    is_double = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
-    return torch.float64 if is_double else torch.float32
+def form_of_step(step: Step) -> Form | None:
+    """What a graph has to know of a step's all-reduce; `None` if there is none, or not always one as long."""
+    if not step.groups.measures or step.config.monitor.every is not None:
+        return None
+    home = next((shard.holder.device for shard in step.meter.shards), torch.device("cpu"))
+    payload = step.groups.payload
+    return step.meter.exchange.form_in_graph(0 if payload is None else payload.length, home)
 
 
 def in_graphs(in_graph: Callable[..., R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -197,6 +121,34 @@ def gradients_of(parameters: Sequence[Any]) -> tuple[list[Tensor], list[int]] | 
     return gradients, positions
 
 
+def _traced_as_constant(function: Callable[P, R]) -> Callable[P, R]:
+    """Let `torch.compile` call a function as it traces, and keep the result, until an argument is another.
+
+    It is `torch.compiler.assume_constant_result`, which would import the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_traced_as_constant
+def _form_of_clipper(caller: str, version: str) -> Form | None:
+    return operators.form_of_clipper(caller)
+
+
+@_traced_as_constant
+def _form_of_function(norm_type: float, measures_tensors: bool, device: str, version: str) -> Form | None:
+    order, ranks = norm(norm_type), Ranks()
+    return Exchange(ranks, order).form_in_graph(0, torch.device(device), is_full=measures_tensors)
+
+
+def _as_constant(norm_type: float) -> float:
+    """A usual order as a constant of the graph, which may take a number that has changed for a variable."""
+    for usual in _USUAL_ORDERS:
+        if norm_type == usual:
+            return usual
+    return norm_type
+
+
 def trace_total_norm(
     outside: Callable[..., Tensor],
     tensors: Any,
@@ -209,8 +161,15 @@ def trace_total_norm(
     given = listed(tensors)
     if more or not are_plain(given) or not are_numbers(norm_type):
         return outside(given, norm_type, error_if_nonfinite, foreach, **more)
-    values = [tensor.detach() for tensor in given]
-    found: Tensor = total_norm(values, norm_type, error_if_nonfinite, _CALLS)
+    values, dtype = [tensor.detach() for tensor in given], _dtype_of(given)
+    name, order, raises = "total_norm_in_graph", _as_constant(norm_type), bool(error_if_nonfinite)
+    form = _form_of_function(order, True, _device_of(given), FORMS.version) if given else None
+    if form is None:
+        found: Tensor = operators.total_norm(values, name, order, raises, dtype, CALLS)
+        return found
+    vector = operators.statistic([], [], values, name, 0.0, order, raises, *form, CALLS)
+    reduced = all_reduce_in_graph(vector, form.op, form.group_name)
+    found = operators.norm(values, reduced, name, dtype, CALLS)
     return found
 
 
@@ -230,9 +189,12 @@ def trace_clip_grad_norm_(
     found = gradients_of(given) if fits else None
     if found is None or pp_mesh is not None or more:
         return outside(given, max_norm, norm_type, error_if_nonfinite, foreach, pp_mesh, **more)
+    device = _device_of([*found[0], *given])
+    order = _as_constant(norm_type)
+    form = _form_of_function(order, False, device, FORMS.version) if given else None
+    settings = (max_norm, order, bool(error_if_nonfinite))
     values = [parameter.detach() for parameter in given]
-    norm: Tensor = clip_grad_norm_(*found, values, max_norm, norm_type, error_if_nonfinite, _CALLS)
-    return norm
+    return _clipped(found, values, "clip_in_graph", settings, form, 0, _dtype_of(given))
 
 
 def trace_clip(outside: Callable[..., ClipResult], clipper: Any) -> ClipResult:
@@ -240,7 +202,36 @@ def trace_clip(outside: Callable[..., ClipResult], clipper: Any) -> ClipResult:
     found = gradients_of(clipper.parameters) if clipper.grad_place is None else None
     if found is None or clipper.config.clip.groups:
         return outside(clipper)
-    numbers = clip(*found, clipper.number_in_graphs, len(FIELDS), _CALLS)
+    key = clipper.key_in_graphs
+    form = _form_of_clipper(key, FORMS.version)
+    numbers = _clipped(found, [], key, (0.0, 0.0, False), form, len(FIELDS), torch.float64)
     result = ClipResult(*numbers[:4], *numbers[4:].bool())
     clipper.keep(result)  # for what the graph reads later
     return result
+
+
+def _clipped(
+    found: tuple[list[Tensor], list[int]],
+    parameters: list[Tensor],
+    caller: str,
+    settings: operators.Settings,
+    form: Form | None,
+    numbers: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    if form is None:
+        clipped: Tensor = operators.clip(*found, parameters, caller, *settings, numbers, dtype, CALLS)
+        return clipped
+    vector = operators.statistic(*found, parameters, caller, *settings, *form, CALLS)
+    reduced = all_reduce_in_graph(vector, form.op, form.group_name)
+    clipped = operators.scale_(*found, parameters, reduced, caller, numbers, dtype, CALLS)
+    return clipped
+
+
+def _device_of(tensors: Sequence[Tensor]) -> str:
+    return next((str(tensor.device) for tensor in tensors), "cpu")
+
+
+def _dtype_of(tensors: Sequence[Tensor]) -> torch.dtype:
+    is_double = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
+    return torch.float64 if is_double else torch.float32

@@ -13,16 +13,17 @@ from distnorm.config import Config
 from distnorm.deferred import DeferredRaise, Replays
 from distnorm.errors import DistnormError, NonFiniteGradientError
 from distnorm.measure.diagnosis import find_not_finite
-from distnorm.measure.fingerprints import FingerprintedReads, Kept
+from distnorm.measure.early_reads import early_reads
+from distnorm.measure.fingerprints import Kept
 from distnorm.measure.gradients import Given
 from distnorm.measure.meter import Meter, Reader
 from distnorm.measure.norms import norm
-from distnorm.measure.overlap import Overlap
 from distnorm.measure.reduced import without_norm
 from distnorm.monitor.snapshot import LayerSnapshot
 from distnorm.monitor.step_monitor import StepMonitor, monitor_terms
 from distnorm.payload.payload import join_payloads, split_payload
 from distnorm.plan.collectives import Ranks
+from distnorm.plan.stops import Stopped, Stops, finish
 from distnorm.policies.clipping import Clipping
 from distnorm.policies.deciding import Outcome
 from distnorm.policies.groups import PolicyGroups
@@ -30,7 +31,6 @@ from distnorm.policies.results import ClipResult, describe_steps
 from distnorm.sources import UNDECLARED, Layout
 
 _STATE_VERSION = 2
-_WAITING = ("raise_now",)
 
 
 class Step:
@@ -43,9 +43,10 @@ class Step:
         waits: the modes of ``clip.nonfinite`` that read every norm on the host.
 
     Attributes:
-        groups, decider: the policies, and what asks them.
+        groups, decider, meter: the policies, what asks them, and what measures.
         monitor: records steps; `None` where nothing is set under `monitor`.
         count, last, outcome, fingerprints: number of steps made; and what the newest gave.
+        stopped: a step that is taken in a graph, from its reading to its scaling.
         deferred: raises what the step before found, where no step waits for its norm.
         is_registered_with_join: whether torch's `Join` has the clipper, and so ends with equal histories.
 
@@ -54,7 +55,7 @@ class Step:
     """
 
     def __init__(
-        self, config: Config, ranks: Ranks, layout: Layout, waits: Collection[str] = _WAITING
+        self, config: Config, ranks: Ranks, layout: Layout, waits: Collection[str] = ("raise_now",)
     ) -> None:
         self.config, self._layout, self._waits, self._norm = config, layout, waits, norm(config.norm.type)
         self.count, self._replays, self.is_registered_with_join = 0, Replays(self._norm.order), False
@@ -62,6 +63,7 @@ class Step:
         self._noted_step: float | None = None
         self.outcome: Outcome | None = None
         self.fingerprints: Kept = {}
+        self.stopped: Stopped[Tensor] | None = None
         self.monitor = StepMonitor.of(config.monitor, ranks, self._norm)
         self._take_part(ranks)
 
@@ -70,7 +72,7 @@ class Step:
         self.groups = PolicyGroups(self.config.clip, self._norm, ranks)
         self._clipping = Clipping(self.groups, self._norm.order)
         self.decider = self._clipping.decider
-        self._meter = self._meter_of(ranks)
+        self.meter = self._meter_of(ranks)
         self.deferred = DeferredRaise(self._norm.order, self._replays)
         self._alone: Meter | None = None
 
@@ -83,10 +85,16 @@ class Step:
 
     # ---- the walk
 
-    def take(
+    def take(self, holders: Sequence[Tensor], *, scales: bool, loss_scale: float = 1.0) -> Outcome:
+        """Take a step, as `walk` does, with its all-reduce. Collective: every rank must call it."""
+        self.stopped = None
+        with kernels.Untracked():
+            return finish(self.walk(holders, scales=scales, loss_scale=loss_scale))
+
+    def walk(
         self, holders: Sequence[Tensor], *, scales: bool, loss_scale: float = 1.0, given: Given = None
-    ) -> Outcome:
-        """Take a step. Collective: every rank must call it.
+    ) -> Stops[Outcome]:
+        """A step, which stops at its all-reduce. Collective: every rank must take it.
 
         Args:
             holders: what holds the gradients of the planned shards, in their order.
@@ -104,32 +112,30 @@ class Step:
         snapshot = None if meter is self._alone else self._snapshot(number)
         payload = join_payloads(self.groups.payload, snapshot)
         meets, length = self.groups.measures or snapshot is not None, 0 if payload is None else payload.length
-        with kernels.Untracked():
-            try:
-                gradients = meter.read(holders, given, store=True, meets=meets, payload_length=length)
-                if meets:
-                    gradients, reduced = meter.reduce(gradients, payload)
-                else:
-                    gradients.raise_problems()
-                    reduced = without_norm(gradients.tensors, gradients.device)
-            except DistnormError as error:
-                self._failed(number, error, meter)
-                raise
-            finally:  # a loss belongs to one step, even if that raises
-                self.groups.loss.forget()
-            meter.ranks.place.passed()
-            of_policies, of_snapshot = split_payload(reduced.payload, self.groups.payload, snapshot)
-            # Layer statistics would name them.
-            names_them = self.monitor is not None and snapshot is None and reduced.is_known_not_finite
-            where = find_not_finite(meter.ranks, meter.shards, gradients.tensors) if names_them else ()
-            how = {"scales": scales, "defers": meter.defers and meets}
-            marks = self.deferred.marks_of(gradients) if how["defers"] else None
-            outcome = self._clipping(gradients, reduced, of_policies, **how, loss_scale=loss_scale)
-            del gradients
-            self.deferred.remember(number, meter, outcome.found, marks)
-            self.made(number, outcome)
-            if self.monitor is not None:
-                self.monitor.record(number, outcome.result, of_snapshot, where, loss_scale)
+        try:
+            gradients = meter.read(holders, given, store=True, meets=meets, payload_length=length)
+            if meets:
+                gradients, reduced = yield from meter.reduce(gradients, payload)
+            else:
+                gradients.raise_problems()
+                reduced = without_norm(gradients.tensors, gradients.device)
+        except DistnormError as error:
+            self._failed(number, error, meter)
+            raise
+        finally:  # a loss belongs to one step, even if that raises
+            self.groups.loss.forget()
+        meter.ranks.place.passed()
+        of_policies, of_snapshot = split_payload(reduced.payload, self.groups.payload, snapshot)
+        unnamed = self.monitor is not None and snapshot is None and meets and reduced.is_known_not_finite
+        where = find_not_finite(meter.ranks, meter.shards, gradients.tensors) if unnamed else ()
+        how = {"scales": scales, "defers": meter.defers and meets}
+        marks = self.deferred.marks_of(gradients) if how["defers"] else None
+        outcome = self._clipping(gradients, reduced, of_policies, **how, loss_scale=loss_scale)
+        del gradients
+        self.deferred.remember(number, meter, outcome.found, marks)
+        self.made(number, outcome)
+        if self.monitor is not None:
+            self.monitor.record(number, outcome.result, of_snapshot, where, loss_scale)
         return outcome
 
     def measure(self, holders: Sequence[Tensor]) -> ClipResult:
@@ -137,9 +143,10 @@ class Step:
         meter, payload = self._meter_now(), self.groups.payload
         with kernels.Untracked():
             gradients = meter.read(holders, store=False, payload_length=payload.length if payload else 0)
-            gradients, reduced = meter.reduce(gradients, payload, store=False)
-            found = reduced.payload if len(reduced.payload) else None
-            return self.decider.measured(reduced.total_norm, found)
+            gradients, reduced = finish(meter.reduce(gradients, payload, store=False))
+            return self.decider.measured(
+                reduced.total_norm, reduced.payload if len(reduced.payload) else None
+            )
 
     def _failed(self, number: int, error: DistnormError, meter: Meter) -> None:
         if isinstance(error, NonFiniteGradientError) and self.monitor is not None:
@@ -162,14 +169,14 @@ class Step:
     @property
     def may_skip(self) -> bool:
         """Whether a step that was not scaled here may say that the optimizer must not step."""
-        return self.groups.may_skip or self._meter.defers
+        return self.groups.may_skip or self.meter.defers
 
     # ---- planning
 
     @property
     def has_plan(self) -> bool:
         """Whether `plan` succeeded."""
-        return self._meter.plan is not None
+        return self.meter.plan is not None
 
     def check_group(self) -> None:
         """Refuse to go on after the process group was destroyed, or the world was made.
@@ -190,7 +197,7 @@ class Step:
             modules: those of the target, for `clip.overlap`.
             anew: whether other ranks may be in the middle of a step.
         """
-        meter, ranks = self._meter, self.ranks
+        meter, ranks = self.meter, self.ranks
         if anew:
             payload = join_payloads(self.groups.payload, self._snapshot(self.count + 1))
             meter.prepare_anew(read, 0 if payload is None else payload.length)
@@ -198,13 +205,7 @@ class Step:
             meter.prepare(read)
         self._alone, self._replays.is_ready = None, False
         self.groups.bind(ranks, meter.shards, meter.shares)
-        of_plan = (self._norm, meter.shards, meter.shares)
-        if self.config.clip.overlap and self._norm.kernel is not None:
-            with ranks.together():
-                self._layout.refuse_overlap()
-                meter.overlap = Overlap(*of_plan, modules)
-        elif keep := self.config.monitor.fingerprints:
-            meter.overlap = FingerprintedReads(*of_plan, self.fingerprints, keep, lambda: self.count + 1)
+        meter.overlap = early_reads(self.config, meter, modules, self.fingerprints, lambda: self.count + 1)
         if self.monitor is not None:
             self.monitor.prepare(meter.shards, meter.shares, meter.overlap)
         self._announce_snapshot()
@@ -221,9 +222,9 @@ class Step:
     def _meter_now(self) -> Meter:
         """The meter for this step: under torch's `Join`, where ranks may be out of data, one of this rank
         alone."""
-        managers = self._meter.managers
+        managers = self.meter.managers
         if managers is None or not managers.is_joining:
-            return self._meter
+            return self.meter
         has_history = self.monitor is not None or self.groups.default.looks_back
         if self.groups.payload is not None or (has_history and not self.is_registered_with_join):
             raise DistnormError(
@@ -231,9 +232,9 @@ class Step:
                 "Join([model, clipper]), and no clip.groups; found policies whose histories would part ways"
             )
         if self._alone is None:
-            shards = self._meter.shards
-            alone = self._meter_of(Ranks(alone=True))
-            self._alone = replace(alone, layout=UNDECLARED, waits=True)  # no other rank raises later
+            shards = self.meter.shards
+            alone = self._meter_of(Ranks(alone=True))  # no other rank raises later, so it waits
+            self._alone = replace(alone, layout=UNDECLARED, waits=True)
             self._alone.prepare(lambda: (shards, [(shard.name, shard.holder) for shard in shards]))
         return self._alone
 
@@ -252,11 +253,12 @@ class Step:
 
     def _announce_snapshot(self) -> None:
         """Let the overlap know whether the next step is a monitored one."""
-        if self._meter.overlap is not None:
-            self._meter.overlap.reads_before = self._snapshot(self.count + 1) is not None
+        if self.meter.overlap is not None:
+            self.meter.overlap.reads_before = self._snapshot(self.count + 1) is not None
 
     def note(self, loss: Tensor | float | None, tokens: int | None, facts: dict[str, float]) -> None:
         """Keep the next step's loss, tokens and facts; facts alone leave a loss that was given."""
+        self.stopped = None  # as it ends, it forgets its loss
         self.groups.loss.note(loss, keep=bool(facts))
         self._noted_step = facts.pop("step", self._noted_step)
         if self.monitor is not None:
@@ -264,9 +266,9 @@ class Step:
 
     def close(self) -> None:
         """See `GradClipper.close`."""
-        if self._meter.overlap is not None:
-            self._meter.overlap.close()
-            self._meter.overlap = None
+        if self.meter.overlap is not None:
+            self.meter.overlap.close()
+            self.meter.overlap = None
         if self.monitor is not None:
             self.monitor.close()
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from distnorm.plan import collectives
+from distnorm.plan.group_state import GroupState
 from distnorm.testing import RankPool
 
 HERE = Path(__file__).parent
@@ -48,4 +49,4 @@ def ranks() -> Callable[..., list[Any]]:
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process without a group knows nothing of the norms that a test before has planned."""
-    monkeypatch.setattr(collectives, "_alone", collectives.GroupState())
+    monkeypatch.setattr(collectives, "_alone", GroupState())

@@ -22,7 +22,7 @@ PACKAGE = Path(distnorm.__file__).parent
 # A file imports only what stands above its room here: a package, or a module beside the packages.
 ORDER = [
     *("errors", "config", "kernels", "sources", "plan", "measure", "payload", "policies", "monitor"),
-    *("deferred", "step", "graphs"),
+    *("deferred", "step", "operators", "graphs"),
     *("clipper", "functional", "verification", "hooks", "integrations"),
     *("trainer", "bench", "cli", "__main__", "launch"),
 ]

@@ -113,7 +113,7 @@ def real(config: Config, most_in_one_hop: int) -> dict[str, Any]:
         for step in (1, 2):  # the first agrees on partial gradients
             seen.clear()
             trainer.step(step)
-        meter = trainer.clipper._step._meter
+        meter = trainer.clipper._step.meter
         held = [(s, share) for s, share in zip(meter.shards, meter.shares, strict=True) if s.numel]
         size = getattr(torch, config.train.dtype).itemsize
         locals_of = [s.witness().numel() for s, _ in held]

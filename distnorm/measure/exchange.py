@@ -25,6 +25,7 @@ from distnorm.measure.header import FIELDS, DecodedHeader, Header, Packing
 from distnorm.measure.norms import Norm
 from distnorm.measure.reduced import ReducedStatistics, UnreadStatistics
 from distnorm.plan.collectives import Ranks
+from distnorm.plan.stops import Form, Stops, Wanted, finish
 
 with kernels.plain_operators():  # the first import may be within a FakeTensorMode
     _NOTHING = torch.empty(0, dtype=torch.float64, device="cpu")
@@ -43,7 +44,7 @@ class Payload(Protocol):
 
 
 class Exchange:
-    """Gives every rank the total norm of all ranks' statistics. A call is collective.
+    """Gives every rank the total norm of all ranks' statistics.
 
     Args:
         ranks: who takes part.
@@ -57,25 +58,25 @@ class Exchange:
 
     def unread(
         self, statistic: Tensor, header: Header, payload: Tensor | int, replicas: float | Tensor
-    ) -> ReducedStatistics | UnreadStatistics:
-        """A call, on a rank that doesn't read the result on the host."""
+    ) -> Stops[ReducedStatistics | UnreadStatistics]:
+        """`reduce`, on a rank that doesn't read the result on the host."""
         if not self._ranks.state.is_packed or not self.can_pack:
-            return self(statistic, header, payload, replicas)
+            return (yield from self.reduce(statistic, header, payload, replicas))
         if not header.has_statistic:
             statistic = torch.full_like(statistic, math.nan)
         numbers = [replicas] if self._ranks.state.compares_replicas else []
         values = payload if isinstance(payload, Tensor) else statistic[:0]
-        vector = self._packed(statistic, header, values, numbers)
+        vector = yield self._packed(statistic, header, values, numbers)
         return UnreadStatistics(vector, bool(numbers), self._packing, self._norm)
 
     def _packed(
         self, statistic: Tensor, header: Header, payload: Tensor, numbers: Sequence[float | Tensor]
-    ) -> Tensor:
-        """All-reduce ``[header, statistic, replicas if they are compared, payload ...]``."""
+    ) -> Wanted:
+        """The all-reduce of ``[header, statistic, replicas if they are compared, payload ...]``."""
         device = statistic.device
         parts = [kernels.on_device([self._packing.pack(header)], device), statistic]
         parts += [_element(number, device) for number in numbers]
-        return self._ranks.all_reduce_(_joined(parts, payload), "sum")
+        return self._ranks, _joined(parts, payload), "sum"
 
     def header_number(self, header: Header, payload: object) -> int | None:
         """The header in one number, where that and the statistic are all that is reduced; else `None`."""
@@ -86,10 +87,28 @@ class Exchange:
             self._numbered = header, self._packing.pack(header) if header.has_statistic else None
         return self._numbered[1]
 
-    def of_vector(self, vector: Tensor) -> UnreadStatistics:
-        """Reduce this rank's header and statistic, [2] fp64, which are one tensor already. Collective, as a
-        call."""
-        return UnreadStatistics(self._ranks.all_reduce_(vector, "sum"), False, self._packing, self._norm)
+    def of_vector(self, vector: Tensor) -> Stops[UnreadStatistics]:
+        """`unread` of this rank's header and statistic, [2] fp64, which are one tensor already."""
+        reduced = yield self._ranks, vector, "sum"
+        return UnreadStatistics(reduced, False, self._packing, self._norm)
+
+    def form_in_graph(
+        self, payload_length: int, preferred: torch.device, *, is_full: bool = False
+    ) -> Form | None:
+        """What a graph has to know of the all-reduce, as it is now; `None` where this rank meets nobody.
+
+        Args:
+            payload_length: of the payload.
+            preferred: where this rank has its gradients.
+            is_full: whether the group will use the full form, whatever it uses now.
+        """
+        if not self._ranks.meets_others:
+            return None
+        state, device = self._ranks.state, self._ranks.reduce_device(preferred)
+        is_full = is_full or not state.is_packed or not self.can_pack
+        fixed = len(FIELDS) + max(_WIDTH, self._norm.width) if is_full else 2
+        length = fixed + int(is_full or state.compares_replicas) + payload_length
+        return Form(length, self._norm.op, self._ranks.group_name, device)
 
     @property
     def can_pack(self) -> bool:
@@ -108,7 +127,17 @@ class Exchange:
         payload: Tensor | int = 0,
         replicas: float | Tensor = 0.0,
     ) -> ReducedStatistics:
-        """Reduce this rank's statistic, [width] fp64, or none, and its header.
+        """`reduce`, with its all-reduce. Collective."""
+        return finish(self.reduce(statistic, header, payload, replicas))
+
+    def reduce(
+        self,
+        statistic: Tensor | None,
+        header: Header,
+        payload: Tensor | int = 0,
+        replicas: float | Tensor = 0.0,
+    ) -> Stops[ReducedStatistics]:
+        """Reduce this rank's statistic, [width] fp64, or none, and its header. Stops at the all-reduce.
 
         Args:
             statistic: of what this rank counts.
@@ -121,8 +150,8 @@ class Exchange:
         device = self._ranks.reduce_device(device)
         if statistic is None and isinstance(payload, int):  # no values of the caller's
             with kernels.plain_operators():
-                return self._reduced(None, header, 0, replicas, device)
-        return self._reduced(statistic, header, payload, replicas, device)
+                return finish(self._reduced(None, header, 0, replicas, device))
+        return (yield from self._reduced(statistic, header, payload, replicas, device))
 
     def _reduced(
         self,
@@ -131,19 +160,19 @@ class Exchange:
         payload: Tensor | int,
         replicas: float | Tensor,
         device: torch.device,
-    ) -> ReducedStatistics:
+    ) -> Stops[ReducedStatistics]:
         if isinstance(payload, int):
             is_nothing = not payload and device.type == "cpu"
             payload = _NOTHING if is_nothing else torch.zeros(payload, dtype=torch.float64, device=device)
         compares = self._ranks.state.compares_replicas
         if not self._ranks.state.is_packed or not (self.can_pack or statistic is None):
-            return self._full(statistic, header, payload, replicas if compares else None)
+            return (yield from self._full(statistic, header, payload, replicas if compares else None))
         if statistic is None or not header.has_statistic:
             statistic = torch.full((1,), math.nan, dtype=torch.float64, device=device)
         numbers = [replicas] if compares else []
         if not len(payload) and kernels.on_host(statistic):
-            return self._packed_on_host(float(statistic.numpy()[0]), header, numbers)
-        vector = self._packed(statistic, header, payload, numbers)
+            return (yield from self._packed_on_host(float(statistic.numpy()[0]), header, numbers))
+        vector = yield self._packed(statistic, header, payload, numbers)
         agreed = self._packing.agreed(vector[0])
         finalised = self._norm.finalise(vector[1:2]) if self.can_pack else vector[1]
         total_norm = torch.where(agreed, finalised, math.nan)
@@ -159,13 +188,14 @@ class Exchange:
 
     def _packed_on_host(
         self, statistic: float, header: Header, numbers: list[float | Tensor]
-    ) -> ReducedStatistics:
+    ) -> Stops[ReducedStatistics]:
         """The same for a few numbers in the host's memory, in Python: fewer operators, and no wait."""
         packed = self._packing.pack(header)
         values = [packed, statistic, *map(float, numbers)]
-        if self._ranks.meets_others:
+        # Under Join a rank measures alone, and stops too, so that a graph which would reduce finds that out.
+        if self._ranks.meets_others or self._ranks.is_alone:
             vector = torch.tensor(values, dtype=torch.float64, device="cpu")
-            values = self._ranks.all_reduce_(vector, "sum").tolist()
+            values = (yield self._ranks, vector, "sum").tolist()
         headers, total, *differences = values
         agreed = self._packing.agreed_on_host(headers)
         norm = self._norm.finalise_number(total) if self.can_pack else math.nan
@@ -185,11 +215,11 @@ class Exchange:
         if nonraising:  # they don't read the result, so there is no second exchange
             return DecodedHeader.of_nonraising(nonraising, header)
         with kernels.plain_operators():
-            return self._full(None, header, nothing, None).decode()
+            return finish(self._full(None, header, nothing, None)).decode()
 
     def _full(
         self, statistic: Tensor | None, header: Header, payload: Tensor, replicas: float | Tensor | None
-    ) -> ReducedStatistics:
+    ) -> Stops[ReducedStatistics]:
         """All-reduce ``[nan, header ..., padding ..., statistic ..., replicas, payload ...]``.
 
         A NaN has an element of its own, since a maximum may lose it. The padding gives the vectors of
@@ -204,7 +234,7 @@ class Exchange:
         end = sum(map(len, parts))
         if replicas is not None:
             parts.append(_element(replicas, device))
-        vector = self._ranks.all_reduce_(_joined(parts, payload), norm.op)
+        vector = yield self._ranks, _joined(parts, payload), norm.op
         headers, statistic = vector[: len(FIELDS)], vector[end - norm.width : end]
         agreed = header.agreed(norm.op, self._ranks.size, headers)
         total_norm = torch.where(agreed & (headers[0] == 0), norm.finalise(statistic), math.nan)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distnorm import kernels
 from distnorm.plan.plan import Share
+from distnorm.plan.terms import stable_hash
 
 Stage = Literal["plan", "agree", "measure", "join"]
 """Where a rank is in a call: "plan", it has no plan for what it was given; "agree", it has found gradients
@@ -86,6 +87,35 @@ class Header:
         by_measurer = kernels.on_device(each, reduced.device)
         agreed: Tensor = (reduced[1:] == fixed + by_measurer * reduced[3]).all()
         return agreed
+
+
+class StepHeaders:
+    """Makes the headers of a plan's steps: most have that of the step before.
+
+    Args:
+        is_double: whether the functions' result is fp64.
+    """
+
+    def __init__(self, is_double: bool = False) -> None:
+        self._is_double = is_double
+        self._hashed: tuple[tuple[object, ...], int] = ((), 0)  # terms, and their hash
+        self._newest: tuple[tuple[object, ...], Header] = ((), Header("join", False))
+
+    def measuring(
+        self,
+        raises: bool,
+        refused: bool,
+        presence: int,
+        terms: Mapping[str, object],
+        replica_bits: int,
+    ) -> Header:
+        """The header of a rank that measures: see `Header`, which has the terms' hash."""
+        if self._hashed[0] != (values := tuple(terms.values())):
+            self._hashed = values, stable_hash(repr(terms))
+        key = (raises, refused, self._is_double, presence, self._hashed[1], replica_bits)
+        if self._newest[0] != key:
+            self._newest = key, Header("measure", *key)
+        return self._newest[1]
 
 
 @dataclass(frozen=True, slots=True)

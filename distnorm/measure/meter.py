@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 from typing import NoReturn
@@ -24,7 +24,7 @@ from distnorm.measure.diagnosis import SET
 from distnorm.measure.exchange import Exchange, Payload
 from distnorm.measure.fingerprints import FingerprintedReads
 from distnorm.measure.gradients import Coefficients, Given, Gradients
-from distnorm.measure.header import DecodedHeader, Header, Stage, presence_weights
+from distnorm.measure.header import DecodedHeader, Header, Stage, StepHeaders, presence_weights
 from distnorm.measure.norms import Norm
 from distnorm.measure.overlap import Overlap
 from distnorm.measure.reading import GradientReader
@@ -34,14 +34,13 @@ from distnorm.measure.unread import UnreadReduction
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.names import check_names
 from distnorm.plan.plan import Plan, Share, make_plan
-from distnorm.plan.terms import STEP, stable_hash
+from distnorm.plan.stops import Stops
+from distnorm.plan.terms import STEP
 from distnorm.sources import Layout, Managers
 from distnorm.sources.shards import GradShard, Source
 
 Reader = Callable[[], tuple[list[GradShard], list[tuple[str, Tensor]]]]
 """Gives this rank's shards, and its tensors with the names that they were given under."""
-
-NO_TERMS: Mapping[str, object] = MappingProxyType({})
 
 
 @dataclass(slots=True)
@@ -66,6 +65,7 @@ class Meter:
         raised_alone: whether in the newest step this rank raised what the others have not read.
         refusal: why the next step's gradients may not be measured, if they may not.
         step: the caller's number of the step, where it gave one.
+        given: this step's gradients, where a graph hands them over to be read, and then to be scaled.
     """
 
     ranks: Ranks
@@ -83,19 +83,19 @@ class Meter:
     raised_alone: bool = False
     refusal: DistnormError | None = None
     step: float | None = None
+    given: Given = None
     _home: torch.device = kernels.HOST  # of the first parameter
     _shards: list[GradShard] | None = None
     _describe: Callable[[], list[GradShard]] = list
-    _exchange: Exchange = field(init=False)
+    exchange: Exchange = field(init=False)
     _checks: ResultChecks = field(init=False)
     _unread: UnreadReduction = field(init=False)
     _weights: dict[int, int] = field(default_factory=dict)
     _reader: GradientReader = field(init=False)
-    _hashed: tuple[tuple[object, ...], int] = ((), 0)  # terms, and their hash
-    _newest_header: tuple[tuple[object, ...], Header] = ((), Header("join", False))
+    _headers: StepHeaders = field(default_factory=StepHeaders)
 
     def __post_init__(self) -> None:
-        self._exchange = Exchange(self.ranks, self.norm)
+        self.exchange = Exchange(self.ranks, self.norm)
 
     @property
     def shards(self) -> list[GradShard]:
@@ -111,7 +111,7 @@ class Meter:
     @property
     def shares(self) -> Sequence[Share]:
         """What this rank counts of each shard of the plan."""
-        return self.plan.shares if self.plan is not None else ()
+        return () if self.plan is None else self.plan.shares
 
     @property
     def listens(self) -> bool:
@@ -141,23 +141,22 @@ class Meter:
         given, shares = [name for name, _ in named], self.norm.replicas_share
         names = partial(check_names, self.ranks, given, self.shards, self.layout)
         plan = make_plan(self.ranks, self.shards, self.terms, replicas_share=shares, check_names=names)
-        if self.allow_empty or not self._exchange.can_pack:
-            self._exchange.use_full_form()
+        if self.allow_empty or not self.exchange.can_pack:
+            self.exchange.use_full_form()
         self.ranks.state.has_replicas |= plan.has_replicas
         if not self.listens:
             self.ranks.state.compares_replicas |= plan.has_replicas
         self._weights = dict(presence_weights(plan.shares)) if shares else {}
-        of_plan = (self.raises, self.source, self.shards, plan)
-        self._checks = ResultChecks.of(self.ranks, self.norm, *of_plan)
-        self._unread = UnreadReduction(self._exchange, self.norm, self._checks, plan.shares)
+        self._checks = ResultChecks.of(self.ranks, self.norm, self.raises, self.source, self.shards, plan)
+        self._unread = UnreadReduction(self.exchange, self.norm, self._checks, plan.shares)
         if self.source is Source.GRADIENT and (self.managers is None or not self.managers.are_of(named)):
             self.managers = Managers(named if type(self.ranks) is Ranks else ())  # simulated: asked before
         self._reader = self._reader_of(plan.shares)
-        self.plan, self._newest_header = plan, ((), Header("join", False))
+        self.plan, self._headers = plan, StepHeaders(plan.is_double)
 
     def _reader_of(self, shares: Sequence[Share]) -> GradientReader:
         reads = (self.listens, self.coefficients, self.source)
-        return GradientReader(self.ranks, self._exchange, self.norm, shares, self._weights, *reads)
+        return GradientReader(self.ranks, self.exchange, self.norm, shares, self._weights, *reads)
 
     def prepare_anew(self, read: Reader, payload_length: int = 0) -> None:
         """Make another plan, after the set of shards changed. Collective.
@@ -170,7 +169,7 @@ class Meter:
         """
         diagnosis.refuse_captured_planning()
         decoded = self._poll("plan", {SET: "changed"}, payload_length)
-        self.allow_empty |= self._exchange.can_pack and decoded.values["plan"] < self.ranks.size
+        self.allow_empty |= self.exchange.can_pack and decoded.values["plan"] < self.ranks.size
         self.prepare(read)
 
     def abort(self, error: DistnormError) -> NoReturn:
@@ -212,7 +211,7 @@ class Meter:
                 self.managers.refuse_unreduced()
             except DistnormError as error:
                 return Gradients([None] * len(self.shares), [error])
-        found = self._reader.read_fast(holders) if given is None else None
+        found, self.given = self._reader.read_fast(holders) if given is None else None, given
         return found or self._reader.read_with_care(
             self.shards, given, store=store, meets=meets, payload_length=payload_length
         )
@@ -221,11 +220,11 @@ class Meter:
         self,
         gradients: Gradients,
         payload: Payload | None = None,
-        terms: Mapping[str, object] = NO_TERMS,
+        terms: Mapping[str, object] = MappingProxyType({}),
         *,
         store: bool = True,
-    ) -> tuple[Gradients, ReducedStatistics | UnreadStatistics]:
-        """Measure gradients, in one all-reduce. Collective.
+    ) -> Stops[tuple[Gradients, ReducedStatistics | UnreadStatistics]]:
+        """Measure gradients, in one all-reduce, where it stops. Collective.
 
         Args:
             gradients, store: what `read` gave, and was given.
@@ -240,19 +239,12 @@ class Meter:
                 listens, before a gradient has changed.
         """
         assert self.plan is not None
-        diagnosis.refuse_captured_reads(self.listens, self.overlap is not None)
         here = {**terms, "plan": self.plan.ident, "raises": self.raises, STEP: self.step}
-        device = self.ranks.reduce_device(gradients.device)
-        statistic = self.overlap.take(gradients) if self.overlap is not None else None
-        if not self.listens:
-            self.raised_alone = bool(gradients.problems) and self.ranks.size > 1
-            header, unread = self._header(gradients, here, 0), self._unread
-            return gradients, unread(gradients, statistic, header, payload, device, marks=self.defers)
-        if statistic is None:
-            statistic = gradients.statistic(self.norm, self.shares, device)
-        bits, replicas = self._checks.replica_summand(gradients)
-        summand = 0 if payload is None else payload.local(gradients.tensors, device)
-        reduced = self._exchange(statistic, self._header(gradients, here, bits), summand, replicas)
+        reduced = yield from self._reduced(gradients, payload, here)
+        if self.given is not None:  # a graph may have others by now
+            gradients, self.given = self._reader.again(self.shards, gradients, self.given), None
+        if isinstance(reduced, UnreadStatistics) or not self.listens:
+            return gradients, reduced
         if type(reduced.total_norm) is not Tensor:  # a dry run has no values to read
             gradients.raise_problems()
             return gradients, reduced
@@ -261,18 +253,35 @@ class Meter:
             if decoded.agreed and decoded.values["measure"] == self.ranks.size:
                 reduced = self._checks.compare_bits(reduced, self.shards, gradients)
             elif decoded.stages == {"agree", "measure"} and decoded.all_raise:
-                found = self._reader.agree_with_others(self.shards, gradients, store=store)
-                return self.reduce(found, payload, terms, store=store)
+                gradients = self._reader.agree_with_others(self.shards, gradients, store=store)
+                return (yield from self.reduce(gradients, payload, terms, store=store))
             else:
                 self._checks.raise_disagreement(reduced, decoded, here, self.shards, gradients)
         self._checks.check_values(reduced, lambda: self.shards, gradients)
-        return gradients, reduced if reduced.agreed is True else replace(reduced, agreed=True)
+        return gradients, reduced.checked()
+
+    def _reduced(
+        self, gradients: Gradients, payload: Payload | None, here: Mapping[str, object]
+    ) -> Stops[ReducedStatistics | UnreadStatistics]:
+        diagnosis.refuse_captured_reads(self.listens, self.overlap is not None)
+        device = self.ranks.reduce_device(gradients.device)
+        statistic = self.overlap.take(gradients) if self.overlap is not None else None
+        if not self.listens:
+            self.raised_alone = bool(gradients.problems) and self.ranks.size > 1
+            header, marks = self._header(gradients, here, 0), self.defers
+            return (yield from self._unread(gradients, statistic, header, payload, device, marks=marks))
+        if statistic is None:
+            statistic = gradients.statistic(self.norm, self.shares, device)
+        bits, replicas = self._checks.replica_summand(gradients)
+        more = 0 if payload is None else payload.local(gradients.tensors, device)
+        header = self._header(gradients, here, bits)
+        return (yield from self.exchange.reduce(statistic, header, more, replicas))
 
     # ---- a rank that was given nothing
 
     def join(self, payload_length: int = 0) -> ReducedStatistics:
         """Take part in an all-reduce of the other ranks without a plan and a statistic."""
-        return self._exchange(None, Header("join", self.listens), payload_length)
+        return self.exchange(None, Header("join", self.listens), payload_length)
 
     def agree_on_nothing(self) -> None:
         """Take part where the other ranks agree on partial gradients."""
@@ -281,17 +290,11 @@ class Meter:
     # ---- agreement
 
     def _header(self, gradients: Gradients, here: Mapping[str, object], replica_bits: int) -> Header:
-        if self._hashed[0] != (terms := tuple(here.values())):
-            self._hashed = terms, stable_hash(repr(here))
         presence, refused = gradients.presence(self._weights), bool(gradients.problems)
-        key = (self.listens, refused, presence, self._hashed[1], replica_bits)
-        if self._newest_header[0] != key:  # most steps have that of the step before
-            is_double = self.plan is not None and self.plan.is_double
-            self._newest_header = key, Header("measure", self.listens, refused, is_double, *key[2:])
-        return self._newest_header[1]
+        return self._headers.measuring(self.listens, refused, presence, here, replica_bits)
 
     def _poll(self, stage: Stage, here: Mapping[str, object], payload_length: int = 0) -> DecodedHeader:
         """Exchange headers without a statistic, and raise if ranks are at different stages of a call."""
-        decoded = self._exchange(None, Header(stage, self.listens), payload_length).decode()
+        decoded = self.exchange(None, Header(stage, self.listens), payload_length).decode()
         diagnosis.raise_disagreement(self.ranks, decoded, here)
         return decoded

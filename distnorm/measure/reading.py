@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -91,6 +91,24 @@ class GradientReader:
             self._fast_path = FastPath.of(shards, self.shares, laid_out, presence)
         return gradients
 
+    def again(
+        self, shards: Sequence[GradShard], gradients: Gradients, given: Mapping[int, Tensor]
+    ) -> Gradients:
+        """What was measured, where a graph lets it be scaled: in the same memory, or in copies.
+
+        Raises:
+            UnsupportedGradientError: the copies can't be scaled.
+        """
+        found = [given.get(i) for i in range(len(gradients.tensors))]
+        if all(_are_one(*pair) for pair in zip(found, gradients.tensors, strict=True)):
+            return gradients
+        copies = Gradients(found, gradients.problems)
+        copies.marks, copies.taken = gradients.marks, gradients.taken
+        if not gradients.problems:
+            copies.lay_out(shards, self.coefficients)
+            copies.raise_problems()
+        return copies
+
     def agree_with_others(
         self, shards: Sequence[GradShard], gradients: Gradients, *, store: bool
     ) -> Gradients:
@@ -139,3 +157,10 @@ class GradientReader:
             partial = {i for batch in self._batches for i in batch.layouts}
             compare_replicas(self.ranks, shards, self.shares, complete, apart_from=partial, finite_only=True)
         self._reduce(shards, readings, store)
+
+
+def _are_one(copy: Tensor | None, tensor: Tensor | None) -> bool:
+    """Whether there is no tensor, or its memory is that which was measured."""
+    if copy is None or tensor is None:
+        return tensor is None
+    return copy.data_ptr() == tensor.data_ptr() and copy.stride() == tensor.stride()

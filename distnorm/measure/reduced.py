@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,9 +40,13 @@ class ReducedStatistics:
 
     @property
     def is_known_not_finite(self) -> bool:
-        """Whether the norm is not finite, if that can be known without a wait for a device."""
-        is_known = self.agreed is True and kernels.on_host(self.total_norm)
-        return is_known and not bool(self.total_norm.isfinite())
+        """Whether all ranks measured the same and the norm is not finite, if that can be read for free."""
+        norm = self.total_norm
+        return self.agreed is True and kernels.on_host(norm) and not bool(norm.isfinite())
+
+    def checked(self) -> ReducedStatistics:
+        """The same where this rank has found that all ranks measured alike."""
+        return self if self.agreed is True else replace(self, agreed=True)
 
 
 @dataclass(slots=True)
@@ -63,8 +66,12 @@ class UnreadStatistics:
     packing: Packing
     norm: Norm
     tolerance: float | None = None
-    is_known_not_finite: ClassVar[bool] = False
     _read: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def is_known_not_finite(self) -> bool:
+        """It can't be read for free."""
+        return False
 
     @property
     def payload(self) -> Tensor:

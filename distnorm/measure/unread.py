@@ -16,11 +16,12 @@ from distnorm.measure.norms import Norm
 from distnorm.measure.reduced import ReducedStatistics, UnreadStatistics
 from distnorm.measure.result_checks import ResultChecks
 from distnorm.plan.plan import Share
+from distnorm.plan.stops import Stops
 
 
 @dataclass(frozen=True, slots=True)
 class UnreadReduction:
-    """Reduces the gradients of one plan. A call is collective.
+    """Reduces the gradients of one plan.
 
     Args:
         exchange: meets the other ranks.
@@ -43,8 +44,8 @@ class UnreadReduction:
         device: torch.device,
         *,
         marks: bool,
-    ) -> ReducedStatistics | UnreadStatistics:
-        """Measure and reduce.
+    ) -> Stops[ReducedStatistics | UnreadStatistics]:
+        """Measure and reduce. Stops at the all-reduce.
 
         Args:
             gradients: of this step.
@@ -62,12 +63,12 @@ class UnreadReduction:
         if number is not None and statistic is None:
             vector = gradients.headed_statistic(self.norm, device, number, marks=marks)
             if vector is not None:
-                return self.exchange.of_vector(vector)
+                return (yield from self.exchange.of_vector(vector))
         if statistic is None:
             statistic = gradients.statistic(self.norm, self.shares, device, marks=marks)
         summand = 0 if payload is None else payload.local(gradients.tensors, device)
         replicas = self.checks.replica_difference(gradients, device)
-        reduced = self.exchange.unread(statistic, header, summand, replicas)
+        reduced = yield from self.exchange.unread(statistic, header, summand, replicas)
         gradients.raise_problems()
         found = self.checks.without_suspects(reduced)
         self.checks.compare_unread_pieces(found, gradients)

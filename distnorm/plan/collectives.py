@@ -99,6 +99,12 @@ class Ranks:
         return group in dist.distributed_c10d._world.pg_map
 
     @property
+    def group_name(self) -> str:
+        """By which torch's functional collectives find the group; empty where this process is alone."""
+        group = self.group
+        return "" if group is None or self.is_alone else str(group.group_name)
+
+    @property
     def meets_others(self) -> bool:
         """Whether an all-reduce is issued at all."""
         return self.size > 1 or self.is_simulated
@@ -130,11 +136,9 @@ class Ranks:
         kind = self.state.device_type or self.device().type
         if preferred.type == kind:
             return preferred
-        return (
-            torch.device("cpu")
-            if kind == "cpu"
-            else torch.device(kind, torch.accelerator.current_device_index())
-        )
+        if kind == "cpu":
+            return torch.device("cpu")
+        return torch.device(kind, torch.accelerator.current_device_index())
 
     def agree_on_device(self, devices: Sequence[torch.device]) -> None:
         """Choose where vectors are reduced: beside the gradients of any rank, if the backend can.

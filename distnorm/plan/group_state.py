@@ -10,6 +10,24 @@ _MOST_PLANS = 32  # for each group
 
 
 @dataclass
+class Forms:
+    """What graphs are guarded by that know the form of a group's vector.
+
+    Args:
+        version: another one whenever the form of some group changes.
+    """
+
+    version: str = "0"  # a number would become a variable of the graph
+
+    def change(self) -> None:
+        """Have such graphs traced again."""
+        self.version = str(int(self.version) + 1)
+
+
+FORMS = Forms()
+
+
+@dataclass
 class GroupState:
     """State of a process group that is equal on all its members, since they make every plan together.
 
@@ -27,6 +45,11 @@ class GroupState:
     has_replicas: bool = False
     compares_replicas: bool = False
     plans: OrderedDict[object, Any] = field(default_factory=OrderedDict)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in ("is_packed", "compares_replicas") and value != getattr(self, name, None):
+            FORMS.change()
+        object.__setattr__(self, name, value)
 
     def recall(self, key: object) -> Any:
         """What was planned under a key; `None` if that is not known, or no longer."""

@@ -156,9 +156,9 @@ def _planned(config: Config, ranks: DryRanks, module: nn.Module, tied: _Names) -
     planning = _together(ranks.messages)
     ranks.messages.clear()
     payload = step.groups.payload
-    step._meter.join(0 if payload is None else payload.length)
+    step.meter.join(0 if payload is None else payload.length)
     return {
-        **_numbers(step._meter.shards, step._meter.shares),
+        **_numbers(step.meter.shards, step.meter.shares),
         "planning": planning,
         "step": _together(ranks.messages),
         "planning_seconds": seconds,

@@ -112,7 +112,7 @@ def test_the_cost_of_an_announcement_does_not_grow_with_their_number():
         for seed in range(3):
             forget(found)
             if seed == 2:
-                overlap: Any = clipper._step._meter.overlap
+                overlap: Any = clipper._step.meter.overlap
                 overlap._on_gpu._bytes = Sizes(overlap._on_gpu._bytes)
             backward(found, seed)
             clipper.clip()
@@ -227,7 +227,7 @@ def test_a_column_is_met_as_surely_as_a_row():
 
 
 def made_by(clipper: distnorm.GradClipper) -> TakenParts | None:
-    overlap: Any = clipper._step._meter.overlap
+    overlap: Any = clipper._step.meter.overlap
     made: TakenParts | None = overlap._on_gpu._taken
     return made
 
@@ -304,7 +304,7 @@ def steps_of(net: nn.Module, overlap: bool) -> list[tuple[float, float, int]]:
     for step in range(4):
         net.zero_grad()
         if overlap:
-            clipper._step._meter.overlap.reads_before = True  # as before a monitored step
+            clipper._step.meter.overlap.reads_before = True  # as before a monitored step
         generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
         net(torch.randn(4, 40, generator=generator)).square().sum().backward()
         if step == 3:
@@ -318,7 +318,7 @@ def steps_of(net: nn.Module, overlap: bool) -> list[tuple[float, float, int]]:
         norm, made = float(clipper.clip().total_norm), made_by(clipper) if overlap else None
         if step == 2 and overlap and isinstance(net, DistributedDataParallel):
             squares = oracle.dense_of(gradients(list(own.parameters()))) ** 2
-            before: Any = clipper._step._meter.overlap.before
+            before: Any = clipper._step.meter.overlap.before
             assert float(before) == pytest.approx(squares, rel=1e-12)
         read = -1 if made is None else int((made._prints[:, 1] == 0).sum())
         steps.append((norm, expected, read))

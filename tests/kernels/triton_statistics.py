@@ -310,7 +310,7 @@ def test_launches_of_a_monitored_step(counted):
     model = torch.nn.ParameterList(torch.ones(3, 1 + i, device=DEVICE) for i in range(300))
     for weight in model:
         weight.grad = torch.ones_like(weight)
-    meter = distnorm.GradClipper(model)._step._meter
+    meter = distnorm.GradClipper(model)._step.meter
     held = (meter.ranks, norm(2), meter.shards, meter.shares)
     snapshot = LayerSnapshot(MonitorConfig(every=1), *held, LossFiniteness())
     counted.clear()
