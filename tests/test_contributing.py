@@ -123,3 +123,13 @@ def test_the_list_of_rooms_has_every_room_and_module():
     assert set(listed[1].split()) == rooms | modules - {"__init__", "testing"}
     assert f"{len(rooms)} rooms (folders) and {len(modules)} modules" in text
     assert rooms <= set(re.findall(r"`(\w+/)`", text))
+
+
+def test_no_file_has_the_marks_of_an_unfinished_merge():
+    kinds = (".py", ".c", ".cpp", ".js", ".md", ".sh", ".toml", ".yaml", ".txt", ".html", ".css")
+    ignored = {".git", ".venv", "site", "runs", "build", "dist", "node_modules"}
+    files = [path for path in PACKAGE.parent.rglob("*") if path.suffix in kinds]
+    read = [path for path in files if not ignored & set(path.relative_to(PACKAGE.parent).parts)]
+    assert len(read) > 300
+    marked = re.compile(r"^(<{7}|>{7}) ", re.MULTILINE)
+    assert [path for path in read if marked.search(path.read_text(encoding="utf-8"))] == []
