@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,11 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def ranks() -> Callable[..., list[Any]]:
-    """`ranks(4, body, *args)` calls the module-level function `body` on 4 ranks; see `RankPool.run`."""
-    return RankPool(max_ranks=8).run
+    """`ranks(4, body, *args)` calls the module-level function `body` on 4 ranks; see `RankPool.run`.
+
+    Several tests run at a time on every core, so that each may take as long as it likes, within a limit.
+    """
+    return partial(RankPool(max_ranks=8).run, timeout=180)
 
 
 @pytest.fixture(autouse=True)

@@ -150,7 +150,7 @@ def without_monitor(config: Config) -> Config:
 
 def test_it_says_of_every_rank_what_real_ranks_do(ranks, name: str, world: int) -> None:
     config = scaled_to(tiny(name), world)
-    found = ranks(world, real, without_monitor(config), join.MOST_IN_ONE_HOP, timeout=120)
+    found = ranks(world, real, without_monitor(config), join.MOST_IN_ONE_HOP, timeout=240)
     middle = world // 2 if config.train.parallel.pp > 1 else 0  # a stage that holds neither end
     for rank in {0, middle, world - 1}:
         assert ranks(1, previewed, config, rank, join.MOST_IN_ONE_HOP) == [found[rank]]
@@ -163,7 +163,7 @@ def test_it_says_of_every_rank_what_real_ranks_do(ranks, name: str, world: int) 
 )
 def test_it_says_what_real_ranks_do_in_two_hops(ranks, name: str, world: int) -> None:
     config = scaled_to(tiny(name), world)
-    found = ranks(world, real, config, 1, timeout=120)
+    found = ranks(world, real, config, 1, timeout=240)
     for rank in range(world):
         assert ranks(1, previewed, config, rank, 1) == [found[rank]]
 

@@ -148,7 +148,7 @@ def test_sharded_is_as_unsharded_for_every_policy(ranks: Any) -> None:
         "loss, p = inf",
         "zclip, inf",
     ]
-    found = ranks(4, play_all, cases, timeout=120)
+    found = ranks(4, play_all, cases, timeout=240)
     for position, (name, (clip, order)) in enumerate(zip(names, cases, strict=True)):
         expected = play(clip, order, sharded=False)
         for results in (rank[position] for rank in found):

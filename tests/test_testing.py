@@ -202,5 +202,5 @@ def test_preloaded_modules_are_there_in_every_rank(tmp_path: Path) -> None:
     (tmp_path / "main.py").write_text(PRELOADING)
     command = [sys.executable, "main.py"]
     environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=180)
     assert done.stdout == "[[True, False, False]]\n", done.stderr

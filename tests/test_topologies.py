@@ -214,7 +214,7 @@ RANDOM = settings(
 @given(data=st.data())
 def test_every_topology_has_the_dense_norm_on_every_rank(ranks, world, data):
     batch = data.draw(st.lists(topologies(world), min_size=3, max_size=3))
-    reports = ranks(world, measure_all, batch, timeout=60)
+    reports = ranks(world, measure_all, batch, timeout=180)
     for position, topology in enumerate(batch):
         found = check(topology, [report[position] for report in reports])
         assert not found, f"{found}\n{topology}"

@@ -98,7 +98,7 @@ def run_autotp(stages: list[int]) -> list[tuple[float, float, float]]:
 @pytest.mark.parametrize("world", [2, 4])
 def test_tensor_parallelism_by_autotp(engine_ranks, table, world):
     stages = [0, 1, 2, 3]
-    for outcomes in engine_ranks(world, run_autotp, stages, timeout=90):
+    for outcomes in engine_ranks(world, run_autotp, stages, timeout=180):
         for stage, (measured, exact, off) in zip(stages, outcomes, strict=True):
             assert measured == pytest.approx(exact, rel=1e-5), stage
             assert off < 1e-5, stage

@@ -95,7 +95,7 @@ def documented() -> dict[tuple[int, str, str, bool], str]:
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_norm_and_update_are_the_dense_oracles(engine_ranks, table, world, stage):
-    everybody = engine_ranks(world, run_cells, stage, timeout=120)
+    everybody = engine_ranks(world, run_cells, stage, timeout=240)
     found, cells = everybody[0], cells_of(stage, world)
     for (dtype, offload, accumulation, _), outcome in zip(cells, found, strict=True):
         cell = f"{world} ranks  stage {stage}  {dtype}  {'offload' if offload else '-':7}  x{accumulation}"

@@ -66,7 +66,7 @@ def layer_errors_of(stage: int, dtype: str, folder: Path) -> dict[str, float]:
 
 def test_layer_rows_are_the_dense_oracles_whatever_the_loss_scale(engine_ranks, tmp_path):
     for cell, errors in zip(
-        CELLS, engine_ranks(2, layer_errors, CELLS, tmp_path, timeout=120)[0], strict=True
+        CELLS, engine_ranks(2, layer_errors, CELLS, tmp_path, timeout=240)[0], strict=True
     ):
         assert errors and max(errors.values()) <= 1, (cell, errors)
 
@@ -93,7 +93,7 @@ def stopped(cells: Cells, folder: Path, nonfinite: str) -> list[list[Any]]:
 
 
 def test_stop_after_raises_when_the_engine_has_put_the_step_behind_it(engine_ranks, tmp_path):
-    everybody = engine_ranks(2, stopped, CELLS, tmp_path, "skip", timeout=120)
+    everybody = engine_ranks(2, stopped, CELLS, tmp_path, "skip", timeout=240)
     assert everybody[0] == everybody[1]
     for (stage, dtype), seen in zip(CELLS, everybody[0], strict=True):
         assert [(moved, count, skipped) for _, moved, count, skipped in seen] == [
@@ -117,7 +117,7 @@ def test_stop_after_raises_when_the_engine_has_put_the_step_behind_it(engine_ran
 def test_a_step_that_raises_is_an_alert_that_names_a_parameter_and_the_next_step_has_its_row(
     engine_ranks, tmp_path
 ):
-    everybody = engine_ranks(2, stopped, CELLS, tmp_path, "raise", timeout=120)
+    everybody = engine_ranks(2, stopped, CELLS, tmp_path, "raise", timeout=240)
     for (stage, dtype), seen in zip(CELLS, everybody[0], strict=True):
         assert [(moved, count, skipped) for _, moved, count, skipped in seen] == [
             (True, 1, 0),

@@ -150,7 +150,7 @@ def run_pipeline(stage: int, dtype: str, micros: int) -> dict[str, Any]:
     [(2, 0, "fp32"), (4, 0, "fp32"), (4, 1, "fp32"), (4, 1, "bf16"), (4, 0, "bf16")],
 )
 def test_a_pipeline_with_tied_layers(engine_ranks, table, world, stage, dtype):
-    for facts in engine_ranks(world, run_pipeline, stage, dtype, 3, timeout=90):
+    for facts in engine_ranks(world, run_pipeline, stage, dtype, 3, timeout=180):
         for measured, reported, norm_error, update_error in facts["steps"]:
             assert reported == measured
             assert norm_error <= 1 and update_error <= 1, facts
@@ -180,7 +180,7 @@ def run_broken_pipeline(stage: int, dtype: str) -> list[tuple[str, float, float]
 
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "fp32"), (1, "bf16")])
 def test_a_nan_in_a_pipeline_is_raised_on_every_stage(engine_ranks, stage, dtype):
-    for seen in engine_ranks(4, run_broken_pipeline, stage, dtype, timeout=90):
+    for seen in engine_ranks(4, run_broken_pipeline, stage, dtype, timeout=180):
         assert not seen[0][0] and "found nan" in seen[1][0] and not seen[2][0]
         assert math.isnan(seen[1][1]) and seen[1][2] == 0
         assert seen[2][2] == pytest.approx(0.1, rel=1e-4 if dtype == "fp32" else 0.05)
@@ -285,7 +285,7 @@ def expert_parameters(engine: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("world", [2, 4])
 def test_experts_are_counted_once_each(engine_ranks, table, world):
     cells = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (2, "bf16")]
-    everybody = engine_ranks(world, run_experts, cells, timeout=90)
+    everybody = engine_ranks(world, run_experts, cells, timeout=180)
     for (stage, dtype), (norm_error, update_error, norm, alone) in zip(cells, everybody[0], strict=True):
         table.append(
             f"{world} ranks  4 experts, ep 2  ZeRO {stage}  {dtype}  norm {norm:.6f} (alone {alone:.6f})  "
@@ -430,7 +430,7 @@ def tensor_parameters(engine: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("world", [2, 4])
 def test_tensor_parallelism_by_an_mpu(engine_ranks, table, world):
     cells = [(0, False), (1, False), (2, False), (2, True), (3, False)]
-    for outcomes in engine_ranks(world, run_mpu, cells, timeout=90):
+    for outcomes in engine_ranks(world, run_mpu, cells, timeout=180):
         for cell, (measured, exact, off) in zip(cells, outcomes, strict=True):
             assert measured == pytest.approx(exact, rel=1e-5), cell
             assert off < 1e-5, cell

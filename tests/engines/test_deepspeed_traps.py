@@ -77,7 +77,7 @@ def spikes_are_skipped(stage: int) -> list[Any]:
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_spike_is_no_step(engine_ranks, stage):
     expected = [(False, True, True), (True, False, True), (False, True, True)]
-    assert engine_ranks(2, spikes_are_skipped, stage, timeout=120) == [expected] * 2
+    assert engine_ranks(2, spikes_are_skipped, stage, timeout=240) == [expected] * 2
 
 
 def perform(plays: Sequence[Play]) -> list[list[Seen]]:
@@ -120,7 +120,7 @@ def perform_one(play: Play) -> list[Seen]:
 
 def played(engine_ranks: Any, plays: Sequence[Play], world: int = 2) -> list[list[Seen]]:
     """What rank 0 saw; all ranks report the same bits."""
-    everybody = engine_ranks(world, perform, list(plays), timeout=120)
+    everybody = engine_ranks(world, perform, list(plays), timeout=240)
     for others in everybody[1:]:
         for mine, theirs in zip(everybody[0], others, strict=True):
             assert [repr(s.reported) for s in mine] == [repr(s.reported) for s in theirs]
@@ -298,7 +298,7 @@ def count_all(cells: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:
 
 def test_one_all_reduce_for_the_norm_of_three_groups(engine_ranks, table):
     cells = [(stage, dtype) for stage in (1, 2, 3) for dtype in ("fp32", "fp16")]
-    for cell, (alone, hooked) in zip(cells, engine_ranks(2, count_all, cells, timeout=120)[0], strict=True):
+    for cell, (alone, hooked) in zip(cells, engine_ranks(2, count_all, cells, timeout=240)[0], strict=True):
         table.append(
             f"stage {cell[0]}  {cell[1]}  all-reduces in a step of three groups: {alone} -> {hooked}"
         )
@@ -345,7 +345,7 @@ def remove_and_compare(cells: Sequence[tuple[int, str]]) -> list[Any]:
 
 
 def test_remove_restores_every_attribute_and_the_notice_names_the_key(engine_ranks):
-    everybody = engine_ranks(2, remove_and_compare, ALL, timeout=120)
+    everybody = engine_ranks(2, remove_and_compare, ALL, timeout=240)
     for cell, (same, differed, lines, moved) in zip(ALL, everybody[0], strict=True):
         assert same and differed, cell
         assert len(lines) == 1 and "gradient_clipping = 0.5" in lines[0], (cell, lines)

@@ -250,7 +250,7 @@ def test_replicas_are_compared_in_every_step(ranks, by):
         math.sqrt(sum(torch.randn(6, 5, generator=g).double().square().sum().item() for _ in range(3)))
         for g in (torch.Generator().manual_seed(seed) for seed in range(4))
     ]
-    for results in ranks(2, replicas_that_differ, by, timeout=120):
+    for results in ranks(2, replicas_that_differ, by, timeout=240):
         for seed, result in enumerate(results):
             is_bad = by > 1e-3 and seed >= 2
             assert result["is_finite"] != is_bad and result["skipped"] == is_bad

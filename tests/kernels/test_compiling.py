@@ -44,7 +44,7 @@ def hasty(monkeypatch, tmp_path_factory):
 def ask(**environment: str) -> list[str]:
     """The lines that a new process prints."""
     process = start(**environment)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     return out.splitlines()
 
@@ -118,7 +118,7 @@ def test_its_name_tells_source_compiler_and_cpu(monkeypatch, tmp_path):
 def test_processes_that_start_together(tmp_path):
     compiler, runs = counting_compiler(tmp_path)
     both = [start(CC=compiler, DISTNORM_CACHE=str(tmp_path / "cache")) for _ in range(2)]
-    assert [process.communicate(timeout=120)[0] for process in both] == ["compiled\n"] * 2
+    assert [process.communicate(timeout=240)[0] for process in both] == ["compiled\n"] * 2
     assert runs.exists()
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
@@ -340,7 +340,7 @@ with child.scratch() as folder:
 
 def test_a_fork_that_ends_leaves_the_compiler_alone():
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORK], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-W", "ignore", "-c", FORK], capture_output=True, text=True, timeout=180, check=False
     )
     assert done.stdout == "[(0, '')]\n", done.stderr
 

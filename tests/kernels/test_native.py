@@ -178,7 +178,7 @@ assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_process_forked_after_threads_were_used():
-    subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=60)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=180)
 
 
 # ---- the addresses

@@ -48,7 +48,7 @@ def test_an_alias_in_a_config_is_not_followed(folder: Path) -> None:
         "import sys; from distnorm.monitor.report.command import main; main([sys.argv[1]] * 2, sys.argv[2])"
     )
     command = [sys.executable, "-c", code, str(folder), str(folder / "page.html")]
-    subprocess.run(command, check=True, timeout=60)
+    subprocess.run(command, check=True, timeout=180)
     assert "No run has a config.yaml that can be read" in (folder / "page.html").read_text()
 
 

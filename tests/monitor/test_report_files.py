@@ -254,7 +254,7 @@ def test_the_commands_need_neither_torch_nor_numpy(folder: Path) -> None:
         [sys.executable, "-c", inspect.cleandoc(code), str(folder)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
     )
     assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
 

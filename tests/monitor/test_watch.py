@@ -204,7 +204,7 @@ def test_help_comes_without_torch_and_serving_too(folder: Path) -> None:
         print([name for name in ("torch", "numpy", "pandas") if name in sys.modules])
     """
     command = [sys.executable, "-c", inspect.cleandoc(code), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.stdout.splitlines() == ["[]", "[]"], done.stderr
 
 

@@ -41,7 +41,7 @@ def train_but(fault: str, config: Config) -> Any:
 @pytest.mark.parametrize("fault", ["stops", "is killed"])
 def test_who_did_not_come_is_named_in_time(fault: str, ranks: Callable[..., Any], tmp_path: Path) -> None:
     config = shipped("tp2", tmp_path, "train.steps=5", f"train.timeout={TIMEOUT}")
-    one, _ = ranks(2, train_but, fault, config, expect_errors=True, collective_timeout=TIMEOUT, timeout=60)
+    one, _ = ranks(2, train_but, fault, config, expect_errors=True, collective_timeout=TIMEOUT, timeout=180)
     assert one.type_name == "LostRankError", one
     assert "rank 1 did not come to step 2's gradient: it was last at step 1's row" in one.message
     waited = re.search(rf"waited (\d+) s, train.timeout is {TIMEOUT} s", one.message)

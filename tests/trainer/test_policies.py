@@ -57,7 +57,7 @@ def configured(topology: str, folder: Path, policies: Sequence[str], *overrides:
 
 
 def start(ranks: Callable[..., list[Any]], configs: Sequence[Config]) -> None:
-    ranks(rank_count(configs[0]), train_all, configs, timeout=120)
+    ranks(rank_count(configs[0]), train_all, configs, timeout=240)
 
 
 def test_one_process_and_many_ranks_decide_alike(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:

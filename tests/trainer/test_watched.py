@@ -124,10 +124,10 @@ def test_rows_of_layers_are_those_of_one_dense_process(
 
 def test_nothing_is_reported_of_a_clean_run(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     small = "train.model={dim: 16, layers: 2, heads: 2, context: 8, tie_embeddings: true}"
-    watched = ("monitor.every=5", "monitor.replicas=true", "train.steps=200", small)
+    watched = ("monitor.every=5", "monitor.replicas=true", "train.steps=100", small)
     ranks(2, train, shipped("tp2", tmp_path, *watched))
-    assert len(rows(tmp_path)) == 200
-    assert {row["step"] for row in lines(tmp_path / "layers.jsonl")} == set(range(5, 201, 5))
+    assert len(rows(tmp_path)) == 100
+    assert {row["step"] for row in lines(tmp_path / "layers.jsonl")} == set(range(5, 101, 5))
     assert lines(tmp_path / "alerts.jsonl") == []
 
 
