@@ -249,3 +249,24 @@ def replaced_local_tensor() -> tuple[float, float]:
 
 def test_a_dtensor_with_other_strides_is_looked_at(ranks):
     assert ranks(1, replaced_local_tensor) == [(pytest.approx(3 * 8**0.5), pytest.approx(5 * 8**0.5))]
+
+
+def norms_of_mixed_classes() -> list[tuple[float, float]]:
+    """Of each seed the norm by a careful reading, and that of the same gradients by their addresses."""
+    mesh, norms = init_device_mesh("cpu", (1,)), []
+    for seed in range(20):
+        found = parameters(*((97 + 31 * i,) for i in range(6)))
+        for i in range(0, 6, 2):  # every other one is a DTensor
+            found[i] = nn.Parameter(distribute_tensor(found[i].detach(), mesh, [Shard(0)]))
+        generator = torch.Generator().manual_seed(seed)
+        for p in found:
+            gradient = torch.randn(p.shape, generator=generator)
+            p.grad = distribute_tensor(gradient, mesh, [Shard(0)]) if isinstance(p, DTensor) else gradient
+        clipper = distnorm.GradClipper(found)
+        norms.append((clipper.measure().total_norm.item(), clipper.measure().total_norm.item()))
+    return norms
+
+
+def test_gradients_of_two_classes_have_the_bits_of_a_careful_reading(ranks):
+    for careful, fast in ranks(1, norms_of_mixed_classes)[0]:
+        assert careful == fast

@@ -73,7 +73,7 @@ class FoundGradients(Gradients):
         if not self._read:
             tensors: list[Tensor | None] = [None] * self._path.count
             local = (tensor for found in self._held for tensor in found.tensors())
-            for i, tensor in zip(self._path.positions.tolist(), local, strict=True):
+            for i, tensor in zip(self._path.positions_by_class, local, strict=True):
                 tensors[i] = tensor
             self._tensors, self._read = tensors, True
         return self._tensors
@@ -163,7 +163,8 @@ class FastPath:
 
     Attributes:
         presence: the sum of the weights of those that had a gradient.
-        positions: of these among all shards, in the order of the table.
+        positions: of these among all shards, ascending: the order of the table, and of a careful reading.
+        positions_by_class: the same, one class behind the other, as they are found.
         each_position: the same, each alone.
         count: of all shards.
     """
@@ -179,6 +180,9 @@ class FastPath:
     ) -> None:
         self._classes, self._absent, self._gates, self.presence = classes, absent, gates, presence
         self.count = len(shares)
+        self.positions_by_class = list(present)
+        self._order = np.argsort(np.array(self.positions_by_class, dtype=np.int64))
+        present = dict(sorted(present.items()))
         self.positions = np.array(list(present), dtype=np.int64)
         self.each_position = [(i,) for i in present]
         self._places = np.full(len(shares), -1, dtype=np.int64)
@@ -253,7 +257,9 @@ class FastPath:
             if found is None:
                 return None
             held.append(found)
-        addresses = held[0].addresses if len(held) == 1 else np.concatenate([f.addresses for f in held])
+        addresses = held[0].addresses
+        if len(held) > 1:
+            addresses = np.concatenate([found.addresses for found in held])[self._order]
         if self._tables is None or addresses.tobytes() != self._tables.addresses:
             tables = self._tables_at(addresses)
             if tables is None:

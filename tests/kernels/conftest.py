@@ -1,6 +1,4 @@
-"""Triton's interpreter patches its language at every call. To find what there is to patch only once
-takes a quarter of these tests' time away.
-"""
+"""Triton's interpreter patches its language at every call; here it finds only once what there is to patch."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ print("compiled" if native.library() else "eager")
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch, tmp_path_factory):
-    """A compiler that doesn't optimise, which takes a second and not five."""
+    """A compiler that doesn't optimise, which takes less time."""
     compiler = fake_compiler(
         tmp_path_factory.mktemp("hasty") / "cc", f'exec {os.environ.get("CC", "cc")} "$@" -O0'
     )
