@@ -59,17 +59,19 @@ begin = {"fp64": INT, "bf16": INT, "fp16": INT}
 signs = sampling._SIGNS - (1 << 64)
 ptx(statistics.samples, rows=ROWS, runs=ROWS, **begin, out=FP64, SIGNS=signs)
 for dtype, widest in WIDEST.items():
+    # How elements are read, and what is done with them, do not depend on each other: no need of all pairs.
+    statistics_of_dtype = [int(k) for k in Kernel if dtype is FIRST or k is Kernel.SQUARES]
     reading = [
         ptx(gpu_code.partials, rows=ROWS, first=INT, out=FP64, DTYPE=dtype, KERNEL=k, BLOCK=gpu.BLOCK)
-        for k in map(int, Kernel)
+        for k in statistics_of_dtype
     ]
     reading += [
         summary(statistics.summary_parts, k, rows=ROWS, first=INT, total=INT, out=FP64, DTYPE=dtype)
-        for k in map(int, Kernel)
+        for k in statistics_of_dtype
     ]
     records = {"parts": FP64, "prints": ROWS}
     of_dtype(gpu_taken_code.compare, dtype, runs=ROWS, prints=ROWS, changed=ROWS, step=INT, most=INT)
-    for kernel in map(int, Kernel):
+    for kernel in statistics_of_dtype:
         options = {"DTYPE": dtype, "KERNEL": kernel, "BLOCK": gpu.BLOCK}
         reading.append(ptx(gpu_taken_code.take, rows=ROWS, first=INT, **records, step=INT, **options))
         records_of = {"out": FP64, **records, "changed": ROWS, "step": INT}

@@ -41,6 +41,14 @@ def hasty(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("CC", compiler)
 
 
+@pytest.fixture
+def recipe(tmp_path_factory):
+    """Of a file of one line, for what is the same for all sources."""
+    source = tmp_path_factory.mktemp("source") / "native.c"
+    source.write_text("int distnorm_dtypes(void) { return 15; }\n", encoding="utf-8")
+    return replace(native._RECIPE, source=source)
+
+
 def ask(**environment: str) -> list[str]:
     """The lines that a new process prints."""
     process = start(**environment)
@@ -71,11 +79,13 @@ def counting_compiler(folder: Path) -> tuple[str, Path]:
     return fake_compiler(folder / "cc", f'echo run >> {runs}\nexec {os.environ.get("CC", "cc")} "$@"'), runs
 
 
-def test_it_is_compiled_once_and_kept(tmp_path):
+def test_it_is_compiled_once_and_kept(monkeypatch, tmp_path):
     compiler, runs = counting_compiler(tmp_path)
     cache = tmp_path / "some" / "cache"
-    for _ in range(2):
-        assert ask(CC=compiler, DISTNORM_CACHE=str(cache)) == ["compiled"]
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("DISTNORM_CACHE", str(cache))
+    assert ask() == ["compiled"]
+    assert compiling.load(native._RECIPE, compiles=False).distnorm_dtypes(), "in another process"
     assert runs.read_text() == "run\n"
     (kept,) = cache.iterdir()
     assert (kept.suffix, stat.S_IMODE(kept.stat().st_mode)) == (".so", 0o700)
@@ -90,28 +100,28 @@ def test_it_is_compiled_once_and_kept(tmp_path):
         ({"HOME": "c"}, "c/.cache/distnorm"),
     ],
 )
-def test_where_it_is_kept(monkeypatch, tmp_path, environment, folder):
+def test_where_it_is_kept(monkeypatch, tmp_path, environment, folder, recipe):
     for name in ("DISTNORM_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, str(tmp_path / value))
-    compiling.load(native._RECIPE)
+    compiling.load(recipe)
     assert [path.suffix for path in (tmp_path / folder).iterdir()] == [".so"]
 
 
-def test_its_name_tells_source_compiler_and_cpu(monkeypatch, tmp_path):
+def test_its_name_tells_source_compiler_and_cpu(monkeypatch, tmp_path, recipe):
     monkeypatch.setenv("DISTNORM_CACHE", str(tmp_path / "cache"))
-    compiling.load(native._RECIPE)
-    other = tmp_path / native._RECIPE.source.name
-    other.write_bytes(native._RECIPE.source.read_bytes() + b"\n")
-    compiling.load(replace(native._RECIPE, source=other))
+    compiling.load(recipe)
+    other = tmp_path / recipe.source.name
+    other.write_bytes(recipe.source.read_bytes() + b"\n")
+    compiling.load(replace(recipe, source=other))
     with monkeypatch.context() as context:
         context.setenv("CC", counting_compiler(tmp_path)[0])
-        compiling.load(native._RECIPE)
+        compiling.load(recipe)
     with monkeypatch.context() as context:
         context.setattr(compiling, "_cpu_features", lambda: "flags: fewer")
-        compiling.load(native._RECIPE)
-    compiling.load(native._RECIPE)
+        compiling.load(recipe)
+    compiling.load(recipe)
     assert len(list((tmp_path / "cache").iterdir())) == 4
 
 
@@ -172,18 +182,19 @@ def test_no_compiler(monkeypatch, tmp_path, answer):
     assert by == "eager" and f"no compiler '{tmp_path}/none'" in log
 
 
-def test_a_compiler_that_never_ends(monkeypatch, tmp_path):
+def test_a_compiler_that_never_ends(monkeypatch, tmp_path, recipe):
     monkeypatch.setenv("CC", fake_compiler(tmp_path / "cc", "exec sleep 100"))
     monkeypatch.setenv("DISTNORM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(compiling, "_TIMEOUT", 0.2)
     began = time.monotonic()
     with pytest.raises(compiling.CompileError, match=r"took more than 0\.2 s"):
-        compiling.load(native._RECIPE)
+        compiling.load(recipe)
     assert time.monotonic() - began < 10
 
 
-def test_it_can_be_switched_off(tmp_path):
-    assert ask(DISTNORM_NATIVE="0", DISTNORM_CACHE=str(tmp_path / "cache")) == ["eager"]
+def test_it_can_be_switched_off(monkeypatch, tmp_path, answer):
+    monkeypatch.setenv("DISTNORM_NATIVE", "0")
+    assert answer() == ("eager", [])
     assert not (tmp_path / "cache").exists()
 
 
@@ -214,37 +225,38 @@ def put(path: Path, content: bytes, mode: int = 0o700) -> int:
     return path.stat().st_ino
 
 
-def test_what_others_may_write_to_is_neither_loaded_nor_written(monkeypatch, tmp_path):
+def test_what_others_may_write_to_is_neither_loaded_nor_written(monkeypatch, tmp_path, recipe):
     cache = tmp_path / "cache"
     monkeypatch.setenv("DISTNORM_CACHE", str(cache))
-    compiling.load(native._RECIPE)
+    compiling.load(recipe)
     (kept,) = cache.iterdir()
     before = put(kept, kept.read_bytes(), 0o777)
-    compiling.load(native._RECIPE)
+    compiling.load(recipe)
     assert kept.stat().st_ino != before  # the directory is ours: compiled anew, and put in its place
     before = put(kept, b"another's")
     cache.chmod(0o777)
-    assert compiling.load(native._RECIPE).distnorm_dtypes()
+    assert compiling.load(recipe).distnorm_dtypes()
     assert kept.stat().st_ino == before
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
-def test_a_file_of_another_user_is_not_loaded(monkeypatch, tmp_path):
+def test_a_file_of_another_user_is_not_loaded(monkeypatch, tmp_path, recipe):
     monkeypatch.setenv("DISTNORM_CACHE", str(tmp_path))
-    compiling.load(native._RECIPE)
+    compiling.load(recipe)
     (kept,) = tmp_path.glob("*.so")
     os.chown(kept, 12345, -1)
     before = kept.stat().st_ino
-    compiling.load(native._RECIPE)
+    compiling.load(recipe)
     assert kept.stat().st_ino != before
 
 
-def test_a_file_that_is_cut_short_is_compiled_anew(tmp_path):
-    assert ask(DISTNORM_CACHE=str(tmp_path)) == ["compiled"]
+def test_a_file_that_is_cut_short_is_compiled_anew(monkeypatch, tmp_path, recipe):
+    monkeypatch.setenv("DISTNORM_CACHE", str(tmp_path))
+    compiling.load(recipe)
     (kept,) = tmp_path.glob("*.so")
     size = kept.stat().st_size
     put(kept, kept.read_bytes()[:100])
-    assert ask(DISTNORM_CACHE=str(tmp_path)) == ["compiled"]
+    assert compiling.load(recipe).distnorm_dtypes() == 15
     assert kept.stat().st_size == size
 
 
@@ -307,12 +319,12 @@ def test_neither_a_compiler_nor_its_files_outlive_the_process(tmp_path, end):
     assert {path.name for path in tmp_path.iterdir()} == {"pids", "cache", "c++"}
 
 
-def test_nothing_is_begun_in_a_process_that_ends(monkeypatch, tmp_path):
+def test_nothing_is_begun_in_a_process_that_ends(monkeypatch, tmp_path, recipe):
     monkeypatch.setattr(child, "_ending", [os.getpid()])
     monkeypatch.setenv("DISTNORM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(compiling.CompileError, match="the process is ending"):
-        compiling.load(native._RECIPE)
+        compiling.load(recipe)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -345,26 +357,26 @@ def test_a_fork_that_ends_leaves_the_compiler_alone():
     assert done.stdout == "[(0, '')]\n", done.stderr
 
 
-def test_a_lock_is_no_link_to_another_s_file(monkeypatch, tmp_path):
+def test_a_lock_is_no_link_to_another_s_file(monkeypatch, tmp_path, recipe):
     precious = tmp_path / "precious"
     precious.write_text("kept")
     cache = tmp_path / "cache"
     cache.mkdir(mode=0o700)
     monkeypatch.setenv("DISTNORM_CACHE", str(cache))
-    lock = cache / f"{native._RECIPE.source.stem}.lock"
+    lock = cache / f"{recipe.source.stem}.lock"
     lock.symlink_to(precious)
-    compiling.load_in_turn(native._RECIPE, compiling.ctypes.CDLL)
+    compiling.load_in_turn(recipe, compiling.ctypes.CDLL)
     assert precious.read_text() == "kept" and lock.is_symlink()
     lock.unlink()
     lock.write_text("nothing is written to it")
-    compiling.load_in_turn(native._RECIPE, compiling.ctypes.CDLL)
+    compiling.load_in_turn(recipe, compiling.ctypes.CDLL)
     assert lock.read_text() == "nothing is written to it"
 
 
-def test_no_lock_is_made_where_others_can_write(monkeypatch, tmp_path):
+def test_no_lock_is_made_where_others_can_write(monkeypatch, tmp_path, recipe):
     cache = tmp_path / "cache"
     cache.mkdir()
     cache.chmod(0o777)
     monkeypatch.setenv("DISTNORM_CACHE", str(cache))
-    assert compiling.load_in_turn(native._RECIPE, compiling.ctypes.CDLL).distnorm_dtypes()
+    assert compiling.load_in_turn(recipe, compiling.ctypes.CDLL).distnorm_dtypes()
     assert list(cache.iterdir()) == []
