@@ -23,16 +23,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--form",
         choices=("full", "quick", "rest"),
         default="full",
-        help="quick: the tests that need neither frameworks nor a browser; rest: those that do; full: all",
+        help="quick: tests that need neither frameworks nor a browser, nor much time; rest: the others",
     )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """What another form of the suite runs isn't even imported."""
     form = config.getoption("form")
-    is_quick = not any(path in (collection_path, *collection_path.parents) for path in NOT_QUICK)
-    left_out = not is_quick if form == "quick" else is_quick and collection_path.is_file()
-    return True if form != "full" and left_out else None
+    if form == "quick":
+        return _needs_more(collection_path) or None
+    if form == "rest" and collection_path.suffix == ".py" and not _needs_more(collection_path):
+        return "mark.slow" not in collection_path.read_text(encoding="utf-8") or None
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (form := config.getoption("form")) == "full":
+        return
+    of_form: dict[bool, list[pytest.Item]] = {True: [], False: []}
+    for item in items:
+        is_quick = not _needs_more(item.path) and item.get_closest_marker("slow") is None
+        of_form[is_quick == (form == "quick")].append(item)
+    config.hook.pytest_deselected(items=of_form[False])
+    items[:] = of_form[True]
+
+
+def _needs_more(path: Path) -> bool:
+    """Whether it is in a folder or file of tests that need a framework or a browser."""
+    return any(one in (path, *path.parents) for one in NOT_QUICK)
 
 
 def pytest_collection_finish() -> None:

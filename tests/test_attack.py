@@ -33,6 +33,7 @@ preload("benchmarks.attack")
         ("fsdp2 x tp", 4, "walker", False),
     ],
 )
+@pytest.mark.slow
 def test_no_change_between_steps_makes_one_wrong(ranks, topology, world, way, overlap):
     told, findings = run(Campaign("tests", topology, world, way, overlap, 25), ranks)
     assert findings == []

@@ -74,6 +74,7 @@ def count_on_fsdp_over_tp(call: str, options: dict[str, Any]) -> dict[str, Any]:
     ],
     ids=["skip", "plain beside DTensor", "inf", "p=20", "measure", "function"],
 )
+@pytest.mark.slow
 def test_one_collective_and_no_host_read_where_torch_raises(ranks, call, options):
     for seen in ranks(4, count_on_fsdp_over_tp, call, options, timeout=TIMEOUT):
         assert "mesh" in seen["torch"] or "mixed torch.Tensor and DTensor" in seen["torch"]

@@ -141,6 +141,7 @@ def goes_with(policy: str, order: float) -> bool:
     ("policy", "order"),
     [(policy, order) for policy in POLICIES for order in (2.0, 3.0, math.inf) if goes_with(policy, order)],
 )
+@pytest.mark.slow
 def test_a_model_of_fake_tensors(policy, order):
     config = config_of(policy, type=order)
     real = distnorm.GradClipper(filled(made(), 1), config)
@@ -274,6 +275,7 @@ def dry_steps(paths: list[Path], fakes: bool) -> list[str]:
 
 
 @pytest.mark.parametrize("fakes", [False, True], ids=["tensors", "fake tensors"])
+@pytest.mark.slow
 def test_every_shipped_topology_on_the_fake_process_group(ranks, fakes):
     (wrong,) = ranks(1, dry_steps, CONFIGS, fakes, timeout=TIMEOUT)
     assert not wrong, "\n".join(wrong)
@@ -414,6 +416,7 @@ LAYOUTS: dict[str, Any] = {
 
 @pytest.mark.parametrize("order", [2.0, 3.0, math.inf])
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.slow
 def test_64_local_tensor_ranks_give_the_dense_norm(layout, order):
     held = [
         (shape, torch.arange(64).view(mesh), placements, arrived)

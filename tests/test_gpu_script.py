@@ -32,6 +32,7 @@ def run(*arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_dry_run_checks_every_part_and_measures_nothing():
     code, told = run("benchmarks/gpu.py", "--dry")
     assert code == 0, told
@@ -43,6 +44,7 @@ def test_a_dry_run_checks_every_part_and_measures_nothing():
     assert not re.search(r"\d ?(ms|GB/s)\b(?! by)", told), "no figure"
 
 
+@pytest.mark.slow
 def test_one_part_that_fails_does_not_cost_the_others():
     code = """import gpu, sys
 def bandwidth(session): "It fails."; raise AssertionError("planted")
@@ -54,6 +56,7 @@ sys.exit(gpu.main())"""
     assert "steps are equal, bit for bit" in told and "failed: bandwidth\n" in told
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_is_found():
     code = """import sys; sys.argv.append("--dry")
 import gpu
@@ -67,6 +70,7 @@ sys.exit(gpu.main())"""
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+@pytest.mark.slow
 def test_without_a_gpu_it_refuses_to_report():
     status, told = run("benchmarks/gpu.py")
     assert status == 2 and "no report is written" in told

@@ -148,6 +148,7 @@ def refused_in_a_graph() -> list[tuple[Any, bool]]:
     return found
 
 
+@pytest.mark.slow
 def test_what_ranks_disagree_about_is_raised_by_all_of_them_and_changes_nothing(ranks):
     kinds = ["", "NonFiniteGradientError", "ReplicaError", "ReplicaError", "DisagreementError", ""]
     for found in ranks(2, refused_in_a_graph, timeout=4 * TIMEOUT):

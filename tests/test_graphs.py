@@ -228,11 +228,13 @@ def left_outside() -> list[float]:
     return found
 
 
+@pytest.mark.slow
 def test_partial_gradients_are_reduced_outside_of_the_graph(ranks):
     for found in ranks(2, left_outside, timeout=4 * TIMEOUT):
         assert found == pytest.approx([4.0, 4.0])  # 8 ones, and twos that two summands of one make
 
 
+@pytest.mark.slow
 def test_groups_and_modules_leave_the_graph_and_are_right():
     net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
     config = {
@@ -359,6 +361,7 @@ def test_parameters_can_be_measured_and_no_graph_leads_through_the_norm(backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.slow
 def test_expanded_gradients_and_odd_arguments_leave_the_graph(backend):
     weight = nn.Parameter(torch.ones(3, 3))
     clipper = distnorm.GradClipper([weight], {"clip": {"max_norm": 1.0}})

@@ -182,6 +182,7 @@ def test_pictures_are_used_and_described() -> None:
 
 
 @drawn
+@pytest.mark.slow
 def test_pictures_are_what_the_scripts_draw(tmp_path: Path) -> None:
     from docs.pictures import make
 
@@ -230,6 +231,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @drawn
 @pytest.mark.skipif(browser.find() is None, reason="needs Chromium")
+@pytest.mark.slow
 def test_the_site_is_searched_from_a_folder_without_a_network(site: Path, tmp_path: Path) -> None:
     page = browser.Browser(str(browser.find()), tmp_path)
     try:
@@ -244,6 +246,7 @@ def test_the_site_is_searched_from_a_folder_without_a_network(site: Path, tmp_pa
 
 
 @drawn
+@pytest.mark.slow
 def test_no_page_needs_the_network(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > 20

@@ -56,6 +56,7 @@ def start(host: str, address: str, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_two_hosts_have_the_bits_of_one(
     hosts: list[str], ranks: Callable[..., list[Any]], tmp_path: Path
 ) -> None:

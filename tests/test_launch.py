@@ -101,6 +101,7 @@ def endpoint() -> str:
         return f"localhost:{free.getsockname()[1]}"
 
 
+@pytest.mark.slow
 def test_what_can_be_refused_before_is_one_line(tmp_path):
     config = tmp_path / "x.yaml"
     config.write_text("clip: {max_nrom: 1}")
@@ -114,6 +115,7 @@ def test_what_can_be_refused_before_is_one_line(tmp_path):
         assert err.startswith("distnorm: error: ") and expected in err
 
 
+@pytest.mark.slow
 def test_a_rank_s_end_is_one_line_more_than_its_own(tmp_path):
     script = tmp_path / "script.py"
     ends = ("raise SystemExit('sorry')", "import os; os.kill(os.getpid(), 9)")
@@ -128,6 +130,7 @@ def test_a_rank_s_end_is_one_line_more_than_its_own(tmp_path):
         assert own == said[0] and said[1] in last
 
 
+@pytest.mark.slow
 def test_what_was_awaited_where_and_how_long(endpoint):
     nodes = {"NNODES": "2", "NPROC_PER_NODE": "1", "RDZV_TIMEOUT": "2"}
     said = {
@@ -143,6 +146,7 @@ def test_what_was_awaited_where_and_how_long(endpoint):
         assert waited and 2 <= int(waited[1]) < 15 and where in err and said[where] in err
 
 
+@pytest.mark.slow
 def test_two_nodes_meet_and_form_one_group(tmp_path, endpoint):
     script = tmp_path / "sum ranks.py"
     script.write_text(SCRIPT)

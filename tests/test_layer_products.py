@@ -137,6 +137,7 @@ def settle_all(folder: Path) -> list[Any]:
 SETTLED = 18
 
 
+@pytest.mark.slow
 def test_spectral_norms_come_close_to_those_of_an_svd(ranks: Any, tmp_path: Path) -> None:
     found = ranks(4, settle_all, tmp_path, timeout=300)[0]
     alone = settle("single", tmp_path)
@@ -262,6 +263,7 @@ def check(rows: list[Any], every: int = EVERY) -> None:
         assert numbers({key: row.get(key) for key in exact}) == near(exact)
 
 
+@pytest.mark.slow
 def test_every_topology_finds_what_one_process_does(ranks: Any, tmp_path: Path) -> None:
     found = ranks(4, train_all, tmp_path, timeout=300)
     for position, topology in enumerate(GRID):

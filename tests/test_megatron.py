@@ -211,6 +211,7 @@ OTHERS = [name for name in LIES if name not in TIED]
         ("whole", (2, 2, 2, 2), ["norm as cut", "copy not shared"]),
     ],
 )
+@pytest.mark.slow
 def test_each_lie_is_named_on_all_ranks(ranks, kind, sizes, names):
     for told in ranks(sizes[0] * sizes[1] * sizes[2], lies, sizes, kind, names):
         assert list(told) == names

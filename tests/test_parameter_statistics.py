@@ -84,6 +84,7 @@ def dense_stats(gradients: list[np.ndarray], weights: list[np.ndarray], order: f
 @pytest.mark.parametrize("world", [1, 4, 8])
 @FEW
 @given(data=st.data())
+@pytest.mark.slow
 def test_every_parameter_of_every_topology(ranks, world, data):
     drawn = data.draw(st.lists(topologies(world), min_size=2, max_size=2))
     order = data.draw(st.sampled_from([2.0, 1.0, 1.5, math.inf]))

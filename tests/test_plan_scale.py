@@ -96,6 +96,7 @@ def counted(world: Table, rank: int) -> Shares:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
+@pytest.mark.slow
 def test_a_simulated_rank_plans_what_a_real_one_does(
     ranks, size: int, most_in_one_hop: int, data: st.DataObject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +123,7 @@ def test_a_meshs_simulated_ranks_cover_it() -> None:
 
 
 @pytest.mark.parametrize("case", ["FSDP", "DDP"])
+@pytest.mark.slow
 def test_the_most_loaded_of_16384_ranks_plans_1000_shards_in_64_megabytes(case: str) -> None:
     row = planning.in_a_process(case, 16384)
     assert row["rows"] >= 16384

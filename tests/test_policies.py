@@ -71,6 +71,7 @@ def bad_value_on_one_rank(order: float, value: float, nonfinite: str) -> tuple[H
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("order", [2.0, 20.0, math.inf])
 @pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+@pytest.mark.slow
 def test_one_rank_s_bad_value_is_seen_by_all(ranks, order, value, nonfinite):
     for said, after in ranks(4, bad_value_on_one_rank, order, value, nonfinite, timeout=TIMEOUT):
         if nonfinite == "raise":

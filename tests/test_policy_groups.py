@@ -134,6 +134,7 @@ def flat(results: Mapping[str, Any]) -> dict[str, Any]:
     return {**rest, **{f"{name} {k}": value for name, of in groups.items() for k, value in of.items()}}
 
 
+@pytest.mark.slow
 def test_sharded_is_as_unsharded_for_every_policy(ranks: Any) -> None:
     lean = {key: value for key, value in POLICIES["groups"].items() if key != "groups"}
     no_agc = [group for group in POLICIES["groups"]["groups"] if group["params"] != ["tok.*"]]
@@ -293,6 +294,7 @@ def refused_all() -> list[Heard]:
     return [refused(clip, order) for clip, order, _ in MISTAKES]
 
 
+@pytest.mark.slow
 def test_mistakes_are_refused_on_every_rank(ranks: Any) -> None:
     for said in ranks(2, refused_all, timeout=TIMEOUT):
         for (kind, message), (_, _, fact) in zip(said, MISTAKES, strict=True):
@@ -325,6 +327,7 @@ def costs() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_one_all_reduce_a_step_and_no_host_read(ranks: Any) -> None:
     parameters, units, loss = len(MODEL), 6 + 4 + 1 + 1 + 3 + 1 + 1, 2
     extra = {"per_tensor": parameters, "rms": parameters, "adagc": parameters, "agc": 2 * units, "loss": loss}

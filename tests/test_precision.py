@@ -186,6 +186,7 @@ def test_sizes_around_those_of_a_block(sizes):
 
 
 @pytest.mark.parametrize("kernels", ["native"], indirect=True)
+@pytest.mark.slow
 def test_more_than_two_to_the_31_elements():
     """The only elements that are not zero are the first and those behind 2**31: 4.3 GB of bf16."""
     tensor = torch.zeros((1 << 31) + 8, dtype=torch.bfloat16)
@@ -199,6 +200,7 @@ def test_more_than_two_to_the_31_elements():
 
 
 @pytest.mark.parametrize("kernels", ["eager"], indirect=True)
+@pytest.mark.slow
 def test_an_expanded_view_of_more_than_two_to_the_31_elements():
     assert total(torch.tensor([0.5]).expand((1 << 31) + 4, 1)) == np.float32(math.sqrt((2.0**31 + 4) / 4))
 

@@ -110,6 +110,7 @@ def test_a_config_runs_no_code(tmp_path):
     assert not mark.exists()
 
 
+@pytest.mark.slow
 def test_the_config_in_a_run_s_folder_runs_no_code(tmp_path):
     from distnorm.trainer import rundir
 

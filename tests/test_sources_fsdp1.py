@@ -58,6 +58,7 @@ def train_one_step(strategy: str, orig: bool, exact: float) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.slow
 def test_every_strategy_has_the_dense_norm_and_takes_the_dense_step(ranks, world):
     gradients = models.dense_gradients(range(world))
     exact, elements = models.dense_norm(gradients), sum(g.numel() for g in gradients.values())

@@ -90,6 +90,7 @@ def costs_of_steps(folder: Path) -> list[Any]:
     return seen
 
 
+@pytest.mark.slow
 def test_every_step_has_one_collective_and_no_host_read(
     ranks: Callable[..., list[Any]], tmp_path: Path
 ) -> None:
@@ -170,6 +171,7 @@ def runs_with_faults(folder: Path) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 def test_a_planted_fault_gives_an_alert_within_one_interval(
     ranks: Callable[..., list[Any]], tmp_path: Path
 ) -> None:
@@ -322,6 +324,7 @@ for _ in range(3):
 """
 
 
+@pytest.mark.slow
 def test_the_last_row_is_written_at_the_interpreters_end(tmp_path: Path) -> None:
     command = [sys.executable, "-c", UNFLUSHED, str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)

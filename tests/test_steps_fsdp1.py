@@ -57,6 +57,7 @@ def after_a_nan(strategy: str, orig: bool) -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow
 def test_every_mode_of_a_step_that_is_not_finite(ranks):
     expected = {
         "raise": "raised True, counted 0, unchanged, then True",

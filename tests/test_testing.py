@@ -111,6 +111,7 @@ def test_tensors_are_returned_by_value(ranks):
     assert all(torch.equal(result, torch.full((3,), 6.0, dtype=torch.bfloat16)) for result in results)
 
 
+@pytest.mark.slow
 def test_meshes_of_alternating_sizes_leave_nothing_behind(ranks):
     expected = float(sum(i * i for i in range(16)))
     for size, axes in ((4, (2, 2)), (2, (1, 2)), (4, (1, 4)), (3, (1, 3)), (4, (4, 1))):
@@ -198,6 +199,7 @@ def test_dense_norm_at_the_edges_of_the_range():
     )
 
 
+@pytest.mark.slow
 def test_preloaded_modules_are_there_in_every_rank(tmp_path: Path) -> None:
     (tmp_path / "main.py").write_text(PRELOADING)
     command = [sys.executable, "main.py"]

@@ -209,7 +209,7 @@ RANDOM = settings(
 )
 
 
-@pytest.mark.parametrize("world", range(1, 9))
+@pytest.mark.parametrize("world", [1, 2, 3, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 8))])
 @RANDOM
 @given(data=st.data())
 def test_every_topology_has_the_dense_norm_on_every_rank(ranks, world, data):

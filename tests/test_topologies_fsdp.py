@@ -170,6 +170,7 @@ def train(model: Model) -> list[tuple[float, ...]]:
     phases=[Phase.generate],
 )
 @given(model=models())
+@pytest.mark.slow
 def test_every_model_under_fsdp_and_tensor_parallel_has_the_dense_norm(ranks, model):
     reports = ranks(model.world, train, model, timeout=180)
     assert len({repr(report) for report in reports}) == 1, (reports, model)

@@ -82,6 +82,7 @@ def dense_units(whole: np.ndarray) -> list[float]:
 @pytest.mark.parametrize("world", [1, 4, 6])
 @FEW
 @given(data=st.data())
+@pytest.mark.slow
 def test_every_unit_of_every_topology(ranks, world, data):
     drawn = data.draw(st.lists(topologies(world), min_size=2, max_size=2))
     order = data.draw(st.sampled_from([2.0, math.inf]))  # units have 2-norms, whatever the order

@@ -57,6 +57,7 @@ def works(kind: str) -> list[tuple[float, float, float | None]]:
     ("kind", "size", "read", "here", "alone"),
     [("copied", 2, 48, 96, 96), ("fsdp", 2, 48, 48, None), ("hsdp", 4, 24, 48, None)],
 )
+@pytest.mark.slow
 def test_bytes_that_are_needed(
     ranks: Any, kind: str, size: int, read: int, here: int, alone: int | None
 ) -> None:

@@ -44,6 +44,7 @@ def bench(*names: str, **options: Any) -> tuple[int, str]:
     return code, printed.getvalue()
 
 
+@pytest.mark.slow
 def test_every_workload_on_two_ranks(ranks: Any, tmp_path: Path) -> None:
     file = tmp_path / "samples.json"
     (code, printed), (other_code, nothing) = ranks(2, timed, (), str(file), None)
@@ -99,6 +100,7 @@ def test_one_large_tensor_in_one_process() -> None:
         ("pp2_fsdp2", True),
     ],
 )
+@pytest.mark.slow
 def test_a_configs_topology(ranks: Any, tmp_path: Path, name: str, tied: bool) -> None:
     """torch's norm counts an embedding that two pipeline stages share twice; that is told apart."""
     file, config = tmp_path / "samples.json", tmp_path / "config.yaml"

@@ -11,6 +11,7 @@ from tests.kernels.test_triton import run
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="there is no Triton here")
 
 
+@pytest.mark.slow
 def test_in_the_interpreter():
     files = ("tests/kernels/gpu_steps.py", "tests/kernels/gpu_overlap_steps.py")
     found = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, TRITON_INTERPRET="1")

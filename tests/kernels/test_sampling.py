@@ -63,6 +63,7 @@ def test_elements_that_trade_places_show(distance):
 
 @needs_compiler
 @pytest.mark.parametrize("size", [LARGEST_WHOLE, LARGEST_WHOLE + 4, LARGEST_WHOLE + 900_000])
+@pytest.mark.slow
 def test_large_tensors_are_read_in_part(size):
     """Whole at up to 16 MiB; else the ends, and 1/16 of what is between, in every KiB."""
     tensor = torch.randn(size // 4)

@@ -46,6 +46,7 @@ def cases(name: str, **environment: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["triton_cases", "triton_statistics"])
+@pytest.mark.slow
 def test_in_the_interpreter(name):
     cases(name, TRITON_INTERPRET="1")
 
@@ -57,6 +58,7 @@ def test_on_the_gpu(name):
 
 
 @pytest.mark.parametrize("arguments", [("80", "one"), ("90",)], ids=" ".join)
+@pytest.mark.slow
 def test_they_compile_for_a_gpu(arguments, tmp_path):
     run("tests/kernels/compile_kernels.py", *arguments, TRITON_CACHE_DIR=str(tmp_path))
 
@@ -91,6 +93,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.slow
 def test_scaling_is_routed_and_seen_by_autograd():
     assert run("-c", ROUTE, TRITON_INTERPRET="1", DISTNORM_NATIVE="0") == "True\n"
 

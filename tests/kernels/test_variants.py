@@ -51,6 +51,7 @@ def drive(folder: Path, compiler: str, *flags: str, emulator: tuple[str, ...] = 
 
 
 @on_x86
+@pytest.mark.slow
 def test_every_variant_gives_the_same_bits(hook, monkeypatch, tmp_path):
     """The library is found, and the variant chosen, as in a wheel."""
     able = torch.backends.cpu.get_cpu_capability()

@@ -21,6 +21,7 @@ def library():
     return found
 
 
+@pytest.mark.slow
 def test_dicts_hold_just_the_same_objects():
     library()
     first, second, third = object(), object(), object()
@@ -62,6 +63,7 @@ def test_gradients_are_found_by_attributes_until_it_is_there(monkeypatch):
     assert by_it.addresses.tolist() == by_attributes.addresses.tolist()
 
 
+@pytest.mark.slow
 def test_it_is_not_compiled_for_a_few_gradients():
     """Ten seconds are too much for a model whose gradients attributes find in no time."""
     code = """

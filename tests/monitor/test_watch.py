@@ -219,6 +219,7 @@ def until(browser: Browser, script: str) -> None:
     browser.settle()
 
 
+@pytest.mark.slow
 def test_the_page_of_a_long_run_holds_no_more_than_a_screen_shows(browser: Browser, folder: Path) -> None:
     rows = [metric_row(step, 1.0 + step % 7) for step in range(1, 5001)]
     rows[2345] = metric_row(2346, 99.0)
@@ -242,6 +243,7 @@ def test_the_page_of_a_long_run_holds_no_more_than_a_screen_shows(browser: Brows
         browser.call("Page.navigate", url="about:blank")
 
 
+@pytest.mark.slow
 def test_the_page_follows_a_run_and_asks_nobody_else(browser: Browser, tmp_path: Path) -> None:
     run = write_run(tmp_path / "<b>run<script>", 120, 12, 4)
     file, notes = run / "metrics.jsonl", run / "notes.md"

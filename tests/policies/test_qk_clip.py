@@ -59,6 +59,7 @@ def sharded() -> Any:
     return costs, {layer: gamma.tolist() for layer, gamma in gammas.items()}, whole
 
 
+@pytest.mark.slow
 def test_heads_and_weights_may_be_anywhere(ranks: Any) -> None:
     # Even heads are on ranks 0 and 2, odd ones on 1 and 3, each 1 lower than on the rank before.
     tops = {"0": [50.0, 199.0, 100.0, -4.0], "1": [400.0, 0.0, math.inf, 149.0]}

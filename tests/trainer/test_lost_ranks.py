@@ -39,6 +39,7 @@ def train_but(fault: str, config: Config) -> Any:
 
 
 @pytest.mark.parametrize("fault", ["stops", "is killed"])
+@pytest.mark.slow
 def test_who_did_not_come_is_named_in_time(fault: str, ranks: Callable[..., Any], tmp_path: Path) -> None:
     config = shipped("tp2", tmp_path, "train.steps=5", f"train.timeout={TIMEOUT}")
     one, _ = ranks(2, train_but, fault, config, expect_errors=True, collective_timeout=TIMEOUT, timeout=180)

@@ -60,6 +60,7 @@ def start(ranks: Callable[..., list[Any]], configs: Sequence[Config]) -> None:
     ranks(rank_count(configs[0]), train_all, configs, timeout=240)
 
 
+@pytest.mark.slow
 def test_one_process_and_many_ranks_decide_alike(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     train_all(configured("single", tmp_path / "one", list(POLICIES), STEPS))
     on_eight = ["groups", "zclip", "adagc"]
@@ -91,6 +92,7 @@ ALL_AT_ONCE = (
 )
 
 
+@pytest.mark.slow
 def test_another_topology_goes_on_bit_for_bit(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     first = (*SMALL, *ALL_AT_ONCE, "train.steps=10", "train.checkpoint.every=10")
     resume = f"train.checkpoint.resume_from={tmp_path / 'first'}"

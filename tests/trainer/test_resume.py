@@ -43,6 +43,7 @@ def test_resumed_run_has_the_bits_of_an_uninterrupted_one(four_steps: list[Any],
 
 
 @pytest.mark.parametrize("name", ["ddp4", "fsdp2_tp2", "pp2_tp2_sp", "fsdp1_hybrid2x2"])
+@pytest.mark.slow
 def test_resumed_run_equals_an_uninterrupted_one(
     name: str, ranks: Callable[..., list[Any]], four_steps: list[Any], tmp_path: Path
 ) -> None:
@@ -64,6 +65,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
         ("pp2_tied", "fsdp1_hybrid2x2"),
     ],
 )
+@pytest.mark.slow
 def test_another_topology_goes_on(
     first: str, second: str, ranks: Callable[..., list[Any]], four_steps: list[Any], tmp_path: Path
 ) -> None:

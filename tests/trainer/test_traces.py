@@ -45,6 +45,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_shipped_topology_trains_as_one_process(
     name: str, ranks: Callable[..., list[Any]], single: Callable[..., list[Any]], tmp_path: Path
 ) -> None:
@@ -66,6 +67,7 @@ def test_shipped_topology_trains_as_one_process(
 
 
 @pytest.mark.parametrize("name", ["pp2_tied", "tp2", "tp2_sp", "pp2_tp2_sp", "fsdp2_tp2"])
+@pytest.mark.slow
 def test_untied_embeddings_train_as_one_process(
     name: str, ranks: Callable[..., list[Any]], single: Callable[..., list[Any]], tmp_path: Path
 ) -> None:
@@ -76,6 +78,7 @@ def test_untied_embeddings_train_as_one_process(
 
 
 @pytest.mark.parametrize("override", ["train.optimizer.name=sgd", "train.optimizer.fused=false"])
+@pytest.mark.slow
 def test_optimizers_on_two_meshes_train_as_one_process(
     override: str, ranks: Callable[..., list[Any]], single: Callable[..., list[Any]], tmp_path: Path
 ) -> None:
@@ -94,6 +97,7 @@ def test_more_microbatches_change_nothing(
         assert found == pytest.approx(expected, rel=RTOL, abs=0)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     config = shipped("fsdp2_tp2", tmp_path, "train.dtype=bfloat16")
     ranks(4, train, config)
@@ -127,6 +131,7 @@ def test_shipped_configs_differ_in_the_topology_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["single", "fsdp2_tp2", "pp2_tied", "fsdp1_hybrid2x2"])
+@pytest.mark.slow
 def test_verify_passes_and_writes_nothing(name: str, ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     config = shipped(name, tmp_path / "run")
     assert ranks(rank_count(config), verify.main, config) == [0] * rank_count(config)

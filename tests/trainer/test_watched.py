@@ -94,6 +94,7 @@ LAYERS: Mapping[str, Callable[[str], Sequence[str]]] = {
         ("replicate2_tp2", "module"),
     ],
 )
+@pytest.mark.slow
 def test_rows_of_layers_are_those_of_one_dense_process(
     name: str, by: str, ranks: Callable[..., list[Any]], tmp_path: Path
 ) -> None:
@@ -122,6 +123,7 @@ def test_rows_of_layers_are_those_of_one_dense_process(
 # ---- a clean run
 
 
+@pytest.mark.slow
 def test_nothing_is_reported_of_a_clean_run(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
     small = "train.model={dim: 16, layers: 2, heads: 2, context: 8, tie_embeddings: true}"
     watched = ("monitor.every=5", "monitor.replicas=true", "train.steps=100", small)
@@ -197,6 +199,7 @@ def test_sinks_that_fail_leave_the_run_going(
     assert sorted(failed) == ["jsonl", "prometheus", "wandb"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_readable_files(tmp_path: Path) -> None:
     run, config = tmp_path / "run", tmp_path / "config.yaml"
     config.write_text(shipped("single", run, "monitor.every=1", "train.steps=100000").to_yaml())

@@ -82,6 +82,7 @@ def later_unreduced(kind: str, dtype: str, nonfinite: str) -> dict[str, list[Hea
         ("distributed", "bfloat16", "zero"),
     ],
 )
+@pytest.mark.slow
 def test_one_unreduced_tensor_among_many_is_found_in_any_step(ranks, kind, dtype, nonfinite):
     """Norms alone are equal where each rank has another sign, order or row; and many tensors of a low
     precision together have room for one that is wrong."""

@@ -21,6 +21,7 @@ def config(name: str) -> str:
     return str(CONFIGS / f"{name}.yaml")
 
 
+@pytest.mark.slow
 def test_two_ranks_against_one_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d"]
     command += ["--rdzv-endpoint=localhost:0", "--nproc-per-node", "2", "-m", "distnorm"]

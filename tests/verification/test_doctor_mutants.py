@@ -12,6 +12,7 @@ preload("benchmarks.mutants")
 
 
 @pytest.mark.parametrize(("model", "most"), [("TP", 4), ("FSDP2", 4), ("DDP", 3), ("EP", 5)])
+@pytest.mark.slow
 def test_a_spoilt_collective_is_found_named_and_explained(ranks: Ranks, model: str, most: int) -> None:
     outcomes = run_model(ranks, model, most=most)
     assert len({outcome.mutation.how for outcome in outcomes}) >= 2

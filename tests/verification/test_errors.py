@@ -48,6 +48,7 @@ def one_rank_errs(fault: str) -> str:
         ("none", "found none on any"),
     ],
 )
+@pytest.mark.slow
 def test_an_error_on_one_rank_is_raised_on_all(ranks: Ranks, fault: str, said: str) -> None:
     texts = ranks(3, one_rank_errs, fault)
     assert len(set(texts)) == 1

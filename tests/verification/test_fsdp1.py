@@ -30,6 +30,7 @@ def verified(strategy: str, orig: bool, fault: str = "") -> distnorm.VerifyRepor
 
 
 @pytest.mark.parametrize(("world", "cells"), [(2, PLAIN), (3, PLAIN), (4, PLAIN + HYBRID)])
+@pytest.mark.slow
 def test_every_strategy_is_the_dense_oracles(ranks: Ranks, world: int, cells: list[Any]) -> None:
     exact = models.dense_gradients(range(world))
     for cell, *reports in zip(cells, *ranks(world, models.each, verified, cells), strict=True):
