@@ -48,7 +48,7 @@ class Browser:
         os.close(write)
         self._rest = b""
         self._number = 0
-        self._session = ""
+        self._session = self._target = ""
         self.complaints: list[str] = []
         self.requests: list[str] = []
         self.traced: list[dict[str, Any]] = []
@@ -63,8 +63,10 @@ class Browser:
     def open(self, page: Path | str, scheme: str = "light", width: int = 1280, ready: str = DRAWN) -> None:
         """Load a page in a new tab, a file without a network, and wait until it has drawn its figures."""
         self._session = ""
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        before, self._target = self._target, self.call("Target.createTarget", url="about:blank")["targetId"]
+        if before:  # else all pages that were ever opened would go on at once
+            self.call("Target.closeTarget", targetId=before)
+        self._session = self.call("Target.attachToTarget", targetId=self._target, flatten=True)["sessionId"]
         self.complaints, self.requests = [], []
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
