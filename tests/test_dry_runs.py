@@ -147,7 +147,7 @@ def test_a_model_of_fake_tensors(policy, order):
     real = distnorm.GradClipper(filled(made(), 1), config)
     real.note(loss=1.0)
     expected = real.clip(), real.measure()
-    for nonfinite in NONFINITE if order == 2 else ("raise",):
+    for nonfinite in NONFINITE if order == 2 and policy in ("constant", "groups") else ("raise",):
         with FakeTensorMode():
             net = made()
             for parameter in net.parameters():

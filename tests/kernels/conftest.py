@@ -1,4 +1,4 @@
-"""Triton's interpreter patches its language at every call; here it finds only once what there is to patch."""
+"""Triton's interpreter searches for what to patch, and patches it, at every call; here it does both once."""
 
 from __future__ import annotations
 
@@ -20,3 +20,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     if hasattr(interpreter, "_patch_builtin") and hasattr(interpreter, "_patch_attr"):
         interpreter._patch_builtin = _patch
+
+    _patched: set[str] = set()  # what functions of these modules see, and nothing undoes
+
+    def _call(self: Any, *arguments: Any, **named: Any) -> Any:
+        if self.fn.__module__ not in _patched:
+            interpreter._patch_lang(self.fn)
+            _patched.add(self.fn.__module__)
+        return self.rewrite()(*arguments, **named)
+
+    if hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "InterpretedFunction"):
+        interpreter.InterpretedFunction.__call__ = _call
