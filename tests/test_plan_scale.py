@@ -86,9 +86,7 @@ def counted(world: Table, rank: int) -> Shares:
     return shares
 
 
-@pytest.mark.parametrize(
-    ("size", "most_in_one_hop"), [(2, 16), (4, 16), (8, 16), (3, 1), (5, 1), (8, 1)]
-)
+@pytest.mark.parametrize(("size", "most_in_one_hop"), [(2, 16), (4, 16), (8, 16), (3, 1), (5, 1), (8, 1)])
 @settings(
     max_examples=3,
     deadline=None,
