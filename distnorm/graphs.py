@@ -229,7 +229,7 @@ def _clipped(
 
 
 def _device_of(tensors: Sequence[Tensor]) -> str:
-    return next((str(tensor.device) for tensor in tensors), "cpu")
+    return str(tensors[0].device) if tensors else "cpu"
 
 
 def _dtype_of(tensors: Sequence[Tensor]) -> torch.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 from distnorm.plan import collectives
 from distnorm.plan.group_state import GroupState
 from distnorm.testing import RankPool
+from tests.old_torch import limit_of_this_torch
 
 HERE = Path(__file__).parent
 NOT_QUICK = [HERE / name for name in ("engines", "integrations", "monitor/test_report_page.py")]
@@ -46,6 +47,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         of_form[is_quick == (form == "quick")].append(item)
     config.hook.pytest_deselected(items=of_form[False])
     items[:] = of_form[True]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, None, None]:
+    try:
+        yield
+    except Exception as error:
+        if (reason := limit_of_this_torch(error)) is not None:
+            pytest.skip(reason)
+        raise
 
 
 def _needs_more(path: Path) -> bool:

@@ -25,6 +25,8 @@ MAKERS: dict[str, Callable[[Any], Optimizer]] = {
     "SGD": lambda p: SGD(p, lr=0.5, momentum=0.9, fused=True),
     "Adagrad": lambda p: Adagrad(p, lr=0.1, fused=True),
 }
+if not hasattr(MAKERS["Adagrad"]([nn.Parameter(torch.ones(1))]), "_step_supports_amp_scaling"):
+    del MAKERS["Adagrad"]  # an older torch's takes no factor
 
 
 def config(apply: str = "auto", nonfinite: str = "raise", max_norm: float = MAX_NORM) -> dict[str, Any]:

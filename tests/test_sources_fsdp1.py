@@ -198,7 +198,7 @@ def test_mixed_precision(ranks):
 
 
 def measure_offloaded(strategy: str, orig: bool, exact: list[float]) -> list[float]:
-    torch.Tensor.pin_memory = lambda self, *_: self  # a CPU has nothing to pin, and nothing to wait for
+    torch.Tensor.pin_memory = lambda self, *_, **__: self  # a CPU has nothing to pin, and nothing to wait for
     torch.cpu.Stream.synchronize = lambda self: None
     model = models.wrapped(strategy, orig, cpu_offload=CPUOffload(offload_params=True))
     found: list[float] = []

@@ -125,7 +125,7 @@ def checksum(tensor: Tensor) -> Tensor:
     with mode_of([tensor]):
         weights = torch.arange(1, 2 * size, 2, dtype=torch.int64, device=bits.device)
         total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for block in torch.split(bits, size):
+    for block in torch.split(bits, size) if bits.numel() else ():
         held = block.to(torch.int64)
         total = total * 0x5DEECE66D + (held * weights[: held.numel()]).sum()
     return total

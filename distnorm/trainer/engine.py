@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from distnorm.errors import RunError
 from distnorm.trainer.job import Job
 from distnorm.trainer.model import TIED_NAMES, VOCABULARY, Transformer, mean_loss
 from distnorm.trainer.topology import FSDP1_PREFIX, parallelize
@@ -128,6 +130,11 @@ class Engine:
             group=topology.axis("pp").get_group(),
         )
         # scale_grads divides the sum over micro-batches by their number: each loss is a mean over its own.
+        if "scale_grads" not in inspect.signature(Schedule1F1B).parameters:
+            raise RunError(
+                "train.parallel.pp: expected a torch whose pipelines divide by the number of micro-batches, "
+                f"2.7 or newer, found {torch.__version__}"
+            )
         return Schedule1F1B(pipeline_stage, microbatches, loss_fn=mean_loss, scale_grads=True)
 
 
