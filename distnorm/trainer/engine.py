@@ -13,7 +13,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from distnorm.errors import RunError
+from distnorm import RunError
 from distnorm.trainer.job import Job
 from distnorm.trainer.model import TIED_NAMES, VOCABULARY, Transformer, mean_loss
 from distnorm.trainer.topology import FSDP1_PREFIX, parallelize
