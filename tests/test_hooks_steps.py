@@ -16,10 +16,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD, AdamW, Optimizer
 
 import distnorm
+from distnorm.hooks import amp
 from tests.counting import collectives_and_reads
 
 MAX_NORM = 0.01
 HISTORY = {"clip": {"max_norm": MAX_NORM, "policy": {"name": "percentile", "p": 10}}}
+SCALERS_STEP = GradScaler.step
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +34,9 @@ def _removed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return handles[-1]
 
     monkeypatch.setattr(distnorm, "attach", attach_for_a_while)
+    # What a test before has attached lives as long as the exception that ended it.
+    monkeypatch.setattr(amp, "_participants", [])
+    monkeypatch.setattr(GradScaler, "step", SCALERS_STEP)
     yield
     for handle in handles:
         handle.remove()
