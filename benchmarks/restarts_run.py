@@ -43,7 +43,10 @@ class Tally:
     Args:
         kills: by what the run was doing: "start", "step" or "save".
         starts: of ranks together.
-        slowest: seconds that a rank took to end by itself after another was killed.
+        slowest: seconds that a rank took at most to end by itself after another was killed.
+        starved: seconds of these in which it waited for a core.
+        awake: seconds that a rank took at most, but for those in which it waited for a core.
+        unnamed: ranks that ended in a traceback, in place of a line that says who was lost.
         wrong: what must not be.
         runs: that were brought to their end, and compared.
         typical: seconds that the newest run took which nobody killed.
@@ -53,6 +56,9 @@ class Tally:
     topologies: Counter[str] = field(default_factory=Counter)
     starts: int = 0
     slowest: float = 0.0
+    starved: float = 0.0
+    awake: float = 0.0
+    unnamed: int = 0
     alone: int = 0
     largest: float = 0.0
     wrong: list[str] = field(default_factory=list)
