@@ -165,12 +165,13 @@ def command(*arguments: str) -> int:
 def _fork(run: Callable[[], int], output: Path) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)  # also for one that never runs
     process = os.fork()
     if process:
+        os.close(descriptor)
         return process
     code = 1
     try:
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         code = run()

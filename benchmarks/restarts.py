@@ -182,6 +182,7 @@ def report(tally: Tally, seconds: float, seed: int) -> str:
         f"- **{sum(tally.kills.values())} kills** (`kill -9`): {kills}; {tally.starts} starts, {tally.runs}",
         "  runs brought to their end.",
         f"- Topologies, and how often a run began or went on with each: {topologies}.",
+        f"- {tally.agents} runs were torchrun's, with `--max-restarts 4` and 3 kills of a rank each.",
         f"- {tally.alone} kills took one rank of several; the last of the others ended by itself at most",
         f"  {tally.slowest:.1f} s later, {tally.starved:.1f} s of which it had work and waited for a core;",
         f"  without such waits at most {tally.awake:.1f} s later. {tally.unnamed} of the others ended in a",
@@ -222,13 +223,19 @@ def main() -> None:
             )
             story += 1
             print(f"{sum(tally.kills.values())} kills, {tally.wrong or 'nothing wrong'}", flush=True)
+            _write(tally, began, asked)
         for number in range(asked.torchrun):
             (place / f"agent{number}").mkdir()
             by_torchrun(place / f"agent{number}", expected, tally, dice)
-    text = report(tally, time.monotonic() - began, asked.seed)
-    print(text)
+            _write(tally, began, asked)
+    print(report(tally, time.monotonic() - began, asked.seed))
+
+
+def _write(tally: Tally, began: float, asked: argparse.Namespace) -> None:
+    """Write the report as far as it is, so that a run which is ended leaves one."""
     if asked.write or asked.kills >= 200:
-        (ROOT / "benchmarks" / f"{date.today()}-restarts.md").write_text(text)
+        page = ROOT / "benchmarks" / f"{date.today()}-restarts.md"
+        page.write_text(report(tally, time.monotonic() - began, asked.seed))
 
 
 if __name__ == "__main__":

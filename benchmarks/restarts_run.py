@@ -49,6 +49,7 @@ class Tally:
         unnamed: ranks that ended in a traceback, in place of a line that says who was lost.
         wrong: what must not be.
         runs: that were brought to their end, and compared.
+        agents: runs of torchrun among them.
         typical: seconds that the newest run took which nobody killed.
     """
 
@@ -63,6 +64,7 @@ class Tally:
     largest: float = 0.0
     wrong: list[str] = field(default_factory=list)
     runs: int = 0
+    agents: int = 0
     typical: float = 2.0
 
 
@@ -134,6 +136,7 @@ def by_torchrun(place: Path, expected: dict[int, dict[str, Any]], tally: Tally, 
         for k in KEYS[:3]
     )
     tally.runs += 1
+    tally.agents += 1
     if not same:
         tally.wrong.append("torchrun: other rows")
 

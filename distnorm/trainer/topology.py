@@ -86,10 +86,11 @@ def make_topology(config: Config, world: World) -> Topology:
         return Topology(config, init_device_mesh(world.device.type, degrees, mesh_dim_names=AXES))
     # A mesh would give its groups torch's default timeout, whatever that of all ranks' group is.
     ranks = torch.arange(world.size).view(degrees)
-    groups = [
-        _group_of(ranks.movedim(dim, -1).reshape(-1, degree).tolist(), config.train.timeout)
-        for dim, degree in enumerate(degrees)
-    ]
+    groups = []
+    for dim, degree in enumerate(degrees):
+        group = _group_of(ranks.movedim(dim, -1).reshape(-1, degree).tolist(), config.train.timeout)
+        assert group is not None  # every rank is in one
+        groups.append(group)
     mesh = DeviceMesh.from_group(groups, world.device.type, ranks, mesh_dim_names=AXES)
     return Topology(config, mesh)
 
@@ -99,6 +100,7 @@ def _group_of(groups: list[list[int]], timeout: int | None) -> dist.ProcessGroup
     if len(groups[0]) == dist.get_world_size():
         return dist.group.WORLD
     seconds = None if timeout is None else timedelta(seconds=timeout)
+    mine: dist.ProcessGroup | None
     mine, _ = dist.new_subgroups_by_enumeration(groups, seconds)  # type: ignore[no-untyped-call]
     return mine
 
