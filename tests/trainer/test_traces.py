@@ -50,7 +50,7 @@ def test_shipped_topology_trains_as_one_process(
 ) -> None:
     # The pipeline of four stages is the only one that needs four layers.
     layers = (FOUR_LAYERS,) if "pp4" in name else ()
-    config = shipped(name, tmp_path, "train.timeout=240", *layers)  # with it the mesh has groups of our own
+    config = shipped(name, tmp_path, *layers)
     results = ranks(rank_count(config), train, config, timeout=240)
     assert [code for code, _ in results] == [0] * len(results)
     assert all(printed == "" for _, printed in results[1:])
