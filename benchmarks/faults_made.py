@@ -16,9 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint import state_dict_saver
 
 import distnorm
 from benchmarks.forked import command
+from distnorm.step import Step
 from distnorm.trainer.torch_trainer import TorchTrainer
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +29,7 @@ TIMEOUT = 10  # seconds
 ADDRESSES = ("10.83.9.1", "10.83.9.2")
 NOBODY = 65534
 
-Action = Callable[[TorchTrainer], None]
+Action = Callable[[Any], None]
 Body = Callable[[int, Path], int]
 
 
@@ -60,18 +62,24 @@ def mark(folder: Path) -> None:
     (folder / "moment").write_text(repr(time.monotonic()))
 
 
-def trainer(*sets: str, bad: tuple[str, ...] = (), action: Action | None = None) -> Body:
+def trainer(
+    *sets: str,
+    bad: tuple[str, ...] = (),
+    action: Action | None = None,
+    before: tuple[Any, str] = (TorchTrainer, "step"),
+) -> Body:
     """A body that runs the reference trainer on DDP.
 
     Args:
         sets: configuration of all ranks.
         bad: that of the bad rank alone.
-        action: what the bad rank does as the step begins.
+        action: what the bad rank does, with the trainer as the step begins.
+        before: what it does it before instead: what holds a function, and that one's name.
     """
 
     def body(rank: int, folder: Path) -> int:
         if action is not None and rank == BAD:
-            _at_step(action, folder)
+            _at_call(*before, action, folder)
         keys = [
             *("clip.max_norm=0.25", "train.steps=6", "train.device=cpu", f"train.timeout={TIMEOUT}"),
             *("train.model={dim: 16, layers: 1, heads: 2, context: 8}", "train.data.batch_size=6"),
@@ -84,16 +92,16 @@ def trainer(*sets: str, bad: tuple[str, ...] = (), action: Action | None = None)
     return body
 
 
-def _at_step(action: Action, folder: Path) -> None:
-    step_of = TorchTrainer.step
+def _at_call(owner: Any, name: str, action: Action, folder: Path) -> None:
+    function = getattr(owner, name)
 
-    def step(self: TorchTrainer, number: int) -> Any:
-        if number == AT:
+    def acts_first(*given: Any, **named: Any) -> Any:
+        if owner is not TorchTrainer or given[1] == AT:
             mark(folder)
-            action(self)
-        return step_of(self, number)
+            action(given[0] if given else None)
+        return function(*given, **named)
 
-    TorchTrainer.step = step  # type: ignore[method-assign]
+    setattr(owner, name, acts_first)
 
 
 def own_loop(kind: str, *, notes: bool = False, ddp: bool = False) -> Body:
@@ -249,6 +257,17 @@ FAULTS = [
     Fault("killed, own loop", "the process ends before `clip()` of step 3", own_loop("exit")),
     Fault("stopped", "SIGSTOP as step 3 begins", trainer(action=_stop)),
     Fault("stopped, own loop", "it sleeps before `clip()` of step 3", own_loop("sleep")),
+    Fault(
+        *("stopped, group", "SIGSTOP before the process group is made"),
+        trainer(action=_stop, before=(dist, "init_process_group")),
+    ),
+    Fault(
+        *("stopped, plan", "SIGSTOP before `GradClipper` plans"), trainer(action=_stop, before=(Step, "plan"))
+    ),
+    Fault(
+        *("stopped, checkpoint", "SIGSTOP before tensors are saved"),
+        trainer(_EVERY, action=_stop, before=(state_dict_saver, "save")),
+    ),
     Fault("slow", "step 3 begins 6 s late", trainer(action=_late(0.6 * TIMEOUT)), harmless=True),
     Fault("too slow", "step 3 begins 30 s late", trainer(action=_late(3.0 * TIMEOUT))),
     Fault(

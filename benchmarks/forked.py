@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -37,11 +38,13 @@ class Ended:
         code: exit code, or minus the signal; `None` if it had to be killed at the deadline.
         at: when, by `time.monotonic`, which is the same clock in all processes.
         said: what it printed.
+        starved: seconds that its main thread had work, and waited for a core.
     """
 
     code: int | None
     at: float
     said: str
+    starved: float = 0.0
 
 
 @dataclass(slots=True)
@@ -60,18 +63,22 @@ class Ranks:
     store: int
     began: float
     ended: dict[int, Ended] = field(default_factory=dict)
+    starved: dict[int, float] = field(default_factory=dict)
 
     def look(self) -> None:
-        """Take note of ranks that have ended."""
+        """Take note of ranks that have ended, and of how long those that run had to wait for a core."""
         for rank, process in self.processes.items():
             if rank not in self.ended:
+                with suppress(OSError):  # a kernel that doesn't count it
+                    waited = Path(f"/proc/{process}/schedstat").read_text().split()[1]
+                    self.starved[rank] = int(waited) / 1e9
                 found, status = os.waitpid(process, os.WNOHANG)
                 if found:
                     self._note(rank, os.waitstatus_to_exitcode(status))
 
     def _note(self, rank: int, code: int | None) -> None:
         said = (self.folder / f"rank{rank}.txt").read_text(errors="replace")
-        self.ended[rank] = Ended(code, time.monotonic(), said)
+        self.ended[rank] = Ended(code, time.monotonic(), said, self.starved.get(rank, 0.0))
 
     def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
         """Send a signal to a rank that has not ended."""
@@ -158,12 +165,13 @@ def command(*arguments: str) -> int:
 def _fork(run: Callable[[], int], output: Path) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)  # also for one that never runs
     process = os.fork()
     if process:
+        os.close(descriptor)
         return process
     code = 1
     try:
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         code = run()

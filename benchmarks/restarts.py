@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.forked import Ended
 from benchmarks.restarts_run import (
     ANSWER,
     EVERY,
@@ -122,19 +123,31 @@ class Story:
         self._tally.kills[doing(self._folder)] += 1
         whole = self._dice.random() < 0.5 or len(ranks.processes) == 1
         victims = list(ranks.processes) if whole else [self._dice.choice(list(ranks.processes))]
+        ranks.look()
         for rank in victims:
             ranks.kill(rank, signal.SIGKILL)
-        killed = time.monotonic()
-        ended = ranks.finish(killed + TIMEOUT + 60)
-        if not whole:
-            self._tally.alone += 1
-            took = max(one.at for rank, one in ended.items() if rank not in victims) - killed
-            self._tally.slowest = max(self._tally.slowest, took)
-            if took > TIMEOUT + ANSWER or any(one.code is None for one in ended.values()):
-                self._tally.wrong.append(f"kill {number}: the others ended {took:.0f} s later")
+        killed, starved = time.monotonic(), dict(ranks.starved)
+        ended = ranks.finish(killed + 2 * TIMEOUT + 60)
+        for rank, one in ended.items():
+            if rank not in victims:
+                self._left_alone(one, one.at - killed, one.starved - starved.get(rank, 0.0))
+        self._tally.alone += not whole
         if newest(self._folder) < before:
             self._tally.wrong.append(f"checkpoint {before} was there, and {newest(self._folder)} is now")
         return False
+
+    def _left_alone(self, one: Ended, took: float, starved: float) -> None:
+        """Check how a rank ended after another was killed, but for the time in which it waited for a core."""
+        if took > self._tally.slowest:
+            self._tally.slowest, self._tally.starved = took, starved
+        self._tally.awake = max(self._tally.awake, took - starved)
+        if "Traceback" in one.said:
+            self._tally.unnamed += 1
+        if took - starved > TIMEOUT + ANSWER or one.code is None:
+            self._tally.wrong.append(
+                f"a rank ended {took:.0f} s after another was killed, {starved:.0f} s of which it waited for "
+                f"a core: {one.said[-300:]}"
+            )
 
     def _keep(self) -> None:
         done = newest(self._folder) if self._folder.exists() else 0
@@ -169,12 +182,15 @@ def report(tally: Tally, seconds: float, seed: int) -> str:
         f"- **{sum(tally.kills.values())} kills** (`kill -9`): {kills}; {tally.starts} starts, {tally.runs}",
         "  runs brought to their end.",
         f"- Topologies, and how often a run began or went on with each: {topologies}.",
+        f"- {tally.agents} runs were torchrun's, with `--max-restarts 4` and 3 kills of a rank each.",
         f"- {tally.alone} kills took one rank of several; the last of the others ended by itself at most",
-        f"  {tally.slowest:.1f} s later.",
+        f"  {tally.slowest:.1f} s later, {tally.starved:.1f} s of which it had work and waited for a core;",
+        f"  without such waits at most {tally.awake:.1f} s later. {tally.unnamed} of the others ended in a",
+        "  traceback.",
         f"- Rows: {', '.join(KEYS)} of all steps equal the undisturbed run's within {TOLERANCE:g}; the",
         f"  largest relative difference is {tally.largest:.1e}.\n",
         "What must not be (another trace, a checkpoint that was lost, a start that failed, a rank that waits",
-        f"beyond its timeout and {ANSWER} s):\n",
+        f"beyond its timeout and {ANSWER} s, but for the time in which it waited for a core):\n",
         *([f"- {one}" for one in tally.wrong] or ["Nothing."]),
     ]
     return "\n".join(lines) + "\n"
@@ -207,13 +223,19 @@ def main() -> None:
             )
             story += 1
             print(f"{sum(tally.kills.values())} kills, {tally.wrong or 'nothing wrong'}", flush=True)
+            _write(tally, began, asked)
         for number in range(asked.torchrun):
             (place / f"agent{number}").mkdir()
             by_torchrun(place / f"agent{number}", expected, tally, dice)
-    text = report(tally, time.monotonic() - began, asked.seed)
-    print(text)
+            _write(tally, began, asked)
+    print(report(tally, time.monotonic() - began, asked.seed))
+
+
+def _write(tally: Tally, began: float, asked: argparse.Namespace) -> None:
+    """Write the report as far as it is, so that a run which is ended leaves one."""
     if asked.write or asked.kills >= 200:
-        (ROOT / "benchmarks" / f"{date.today()}-restarts.md").write_text(text)
+        page = ROOT / "benchmarks" / f"{date.today()}-restarts.md"
+        page.write_text(report(tally, time.monotonic() - began, asked.seed))
 
 
 if __name__ == "__main__":

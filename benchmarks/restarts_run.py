@@ -43,9 +43,13 @@ class Tally:
     Args:
         kills: by what the run was doing: "start", "step" or "save".
         starts: of ranks together.
-        slowest: seconds that a rank took to end by itself after another was killed.
+        slowest: seconds that a rank took at most to end by itself after another was killed.
+        starved: seconds of these in which it waited for a core.
+        awake: seconds that a rank took at most, but for those in which it waited for a core.
+        unnamed: ranks that ended in a traceback, in place of a line that says who was lost.
         wrong: what must not be.
         runs: that were brought to their end, and compared.
+        agents: runs of torchrun among them.
         typical: seconds that the newest run took which nobody killed.
     """
 
@@ -53,10 +57,14 @@ class Tally:
     topologies: Counter[str] = field(default_factory=Counter)
     starts: int = 0
     slowest: float = 0.0
+    starved: float = 0.0
+    awake: float = 0.0
+    unnamed: int = 0
     alone: int = 0
     largest: float = 0.0
     wrong: list[str] = field(default_factory=list)
     runs: int = 0
+    agents: int = 0
     typical: float = 2.0
 
 
@@ -128,6 +136,7 @@ def by_torchrun(place: Path, expected: dict[int, dict[str, Any]], tally: Tally, 
         for k in KEYS[:3]
     )
     tally.runs += 1
+    tally.agents += 1
     if not same:
         tally.wrong.append("torchrun: other rows")
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,6 +20,7 @@ from distnorm.trainer.deepspeed_settings import engine_settings
 from distnorm.trainer.job import Job
 from distnorm.trainer.model import Transformer, mean_loss
 from distnorm.trainer.optimizer import make_optimizer
+from distnorm.trainer.progress import Part
 from distnorm.trainer.topology import Topology
 from distnorm.trainer.world import World
 
@@ -44,6 +47,7 @@ class DeepSpeedTrainer:
             config=settings,
             dist_init_required=False,
         )
+        _limit_groups(config.train.timeout)
         self._handle = attach(self.deepspeed, config=config)
         self.clipper = self._handle.clipper
 
@@ -54,6 +58,7 @@ class DeepSpeedTrainer:
             This rank's share of the loss, 0-d fp64: summed over all ranks it is the mean over all tokens;
             and what was measured and clipped.
         """
+        self.job.progress.at(step, Part.GRADIENT)
         inputs, targets = self.job.batch(step)
         if self.pipelined:
             loss = self.deepspeed.train_batch(self._microbatches(inputs, targets))
@@ -79,6 +84,13 @@ class DeepSpeedTrainer:
     def _microbatches(self, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         count = self.deepspeed.gradient_accumulation_steps()
         return iter(zip(inputs.chunk(count), targets.chunk(count), strict=True))
+
+
+def _limit_groups(timeout: int | None) -> None:
+    """Let the groups that the engine has made wait as long as that of all ranks, not for torch's default."""
+    if timeout is not None:
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
 
 
 def _import_deepspeed(world: World) -> ModuleType:

@@ -19,12 +19,24 @@ _PATIENCE = 5.0  # seconds for the store to answer
 
 
 class Part(IntEnum):
-    """Of a step, in the order in which a rank comes to them."""
+    """Of a start (step 0) or a step, in the order in which a rank comes to them."""
 
-    GRADIENT = 0
-    NORM = 1
-    ROW = 2
-    CHECKPOINT = 3
+    START = 0
+    MODEL = 1
+    LOAD = 2
+    FOLDER = 3
+    GRADIENT = 4
+    NORM = 5
+    ROW = 6
+    CHECKPOINT = 7
+
+
+_OF_A_START = {
+    Part.START: "the start",
+    Part.MODEL: "the start's model",
+    Part.LOAD: "the start's checkpoint",
+    Part.FOLDER: "the start's folder",
+}
 
 
 class Progress:
@@ -37,7 +49,7 @@ class Progress:
 
     def __init__(self, timeout: int | None) -> None:
         self._timeout = timeout
-        self._here = (0, Part.GRADIENT)
+        self._here, self._since = (0, Part.START), time.monotonic()
         self._store: Any = None  # a torch.distributed.Store
         if timeout is not None and dist.is_initialized():
             store = dist.distributed_c10d._get_default_store()
@@ -45,51 +57,53 @@ class Progress:
 
     def at(self, step: int, part: Part) -> None:
         """This rank is about to meet the others in this part of the step."""
-        self._here = (step, part)
+        self._here, self._since = (step, part), time.monotonic()
         if self._store is not None:
             self._store.set(str(dist.get_rank()), f"{step} {int(part)}")
 
     @contextmanager
     def naming(self) -> Iterator[None]:
         """Raise what torch says of a rank that is lost as a `LostRankError`, which says where it was last."""
-        began = time.monotonic()
         try:
             yield
-        except LostRankError as error:  # which knows less: only what rank was at which norm
-            self._raise(error, time.monotonic() - began)
+        except LostRankError as error:  # which knows what rank was at which norm, and nothing of the rest
+            self._raise(error)
             raise
         except DistnormError:
             raise
         except RuntimeError as error:
             if _LOST.search(str(error)):
-                self._raise(error, time.monotonic() - began)
+                self._raise(error)
             raise
 
-    def _raise(self, error: RuntimeError, waited: float) -> None:
-        if self._store is not None:
-            reason = _first_line(error.__cause__ or error)
-            missing = getattr(error, "missing", ())
-            raise LostRankError(f"{self._finding(waited)} ({reason})", missing) from error
+    def _raise(self, error: RuntimeError) -> None:
+        if self._store is None:
+            return
+        waited = time.monotonic() - self._since
+        reason, missing = _first_line(error.__cause__ or error), getattr(error, "missing", ())
+        found = self._finding()
+        if found is None and missing:
+            return  # the error itself knows more
+        here = f"rank {dist.get_rank()} waited {waited:.0f} s, train.timeout is {self._timeout} s"
+        found = found or (
+            f"every rank had begun {_place(*self._here)}, and one of them, or the network, was lost in it"
+        )
+        raise LostRankError(f"{found}; {here} ({reason})", missing) from error
 
-    def _finding(self, waited: float) -> str:
-        step, part = self._here
-        place = f"step {step}'s {part.name.lower()}"
+    def _finding(self) -> str | None:
+        """Which ranks are elsewhere; `None` if all of them had come here."""
+        place = _place(*self._here)
         behind, ahead = [], []
         last_of = self._everybody()
         for rank, last in last_of.items():
-            where = "never seen" if last is None else f"last at step {last[0]}'s {last[1].name.lower()}"
+            where = "never seen" if last is None else f"last at {_place(*last)}"
             if rank != dist.get_rank() and (last is None or last < self._here):
                 behind.append(f"rank {rank} did not come to {place}: it was {where}")
             elif last is not None and last > self._here:
                 ahead.append(f"rank {rank} had left {place} behind: it was {where}")
-        behind = behind or ahead
         if not last_of:
-            behind = [f"a rank was lost at {place}, and the store that would say which"]
-        found = (
-            "; ".join(behind)
-            or f"every rank had begun {place}, and one of them, or the network, was lost in it"
-        )
-        return f"{found}; rank {dist.get_rank()} waited {waited:.0f} s, train.timeout is {self._timeout} s"
+            return f"a rank was lost at {place}, and the store that would say which"
+        return "; ".join(behind or ahead) or None
 
     def _everybody(self) -> dict[int, tuple[int, Part] | None]:
         """Where each rank was last; empty if the store, which may be lost too, doesn't answer."""
@@ -112,6 +126,10 @@ class Progress:
         except RuntimeError:  # it never said anything, or the store is lost too
             return None
         return int(step), Part(int(part))
+
+
+def _place(step: int, part: Part) -> str:
+    return _OF_A_START.get(part, f"step {step}'s {part.name.lower()}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from distnorm.trainer.console import open_console
 from distnorm.trainer.interrupt import Interrupt
 from distnorm.trainer.job import Job, Trainer, make_job
 from distnorm.trainer.model import build_model, parameter_count
-from distnorm.trainer.progress import Part
+from distnorm.trainer.progress import Part, Progress
 from distnorm.trainer.rundir import Existing, Start, claim, find_start, set_aside, write_config
 from distnorm.trainer.torch_trainer import TorchTrainer
 from distnorm.trainer.world import World, open_world
@@ -39,9 +39,12 @@ def main(config: Config, existing: Existing = "refuse") -> int:
         DistnormError: on every rank, before anything is overwritten.
     """
     with open_world(config) as world:
-        start = find_start(config, world, existing)
-        trainer = build(_watched(config), world)
-        done = trainer.load(start.checkpoint) if start.checkpoint is not None else 0
+        with (progress := Progress(config.train.timeout)).naming():
+            start = find_start(config, world, existing)
+            progress.at(0, Part.MODEL)
+            trainer = build(_watched(config), world)
+            progress.at(0, Part.LOAD)
+            done = trainer.load(start.checkpoint) if start.checkpoint is not None else 0
         with ExitStack() as held:
             code = _train(trainer, config, start, done, held)
         if code == 0:
@@ -70,7 +73,10 @@ def _train(trainer: Trainer, config: Config, start: Start, done: int, held: Exit
     _say(world, _headline(trainer.job, done))
     if done >= steps:  # a finished run's folder stays as it is
         return 0
-    if earlier := world.together("train.output_dir", lambda: _claim_folder(config, world, start, held)):
+    with trainer.job.progress.naming():
+        trainer.job.progress.at(0, Part.FOLDER)
+        earlier = world.together("train.output_dir", lambda: _claim_folder(config, world, start, held))
+    if earlier:
         _say(world, f"the rows of the run that was there are kept in {earlier}")
     console = open_console(config.monitor.console, done, steps, quiet=world.rank != 0)
     assert clipper.monitor is not None

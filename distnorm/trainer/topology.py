@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -72,20 +74,35 @@ class Topology:
         assert self.mesh is not None
         columns = self.mesh.mesh.flatten(start_dim=1)
         pairs = [[int(first), int(last)] for first, last in zip(columns[0], columns[-1], strict=True)]
-        mine: dist.ProcessGroup | None
-        mine, _ = dist.new_subgroups_by_enumeration(pairs)  # type: ignore[no-untyped-call]
-        return mine
+        return _group_of(pairs, self.config.train.timeout)
 
 
 def make_topology(config: Config, world: World) -> Topology:
     """Lay the mesh over the ranks. Collective."""
-    parallel = config.train.parallel
     if not dist.is_initialized():
         return Topology(config, None)
-    mesh = init_device_mesh(
-        world.device.type, tuple(int(getattr(parallel, axis)) for axis in AXES), mesh_dim_names=AXES
-    )
+    degrees = tuple(int(getattr(config.train.parallel, axis)) for axis in AXES)
+    if config.train.timeout is None:
+        return Topology(config, init_device_mesh(world.device.type, degrees, mesh_dim_names=AXES))
+    # A mesh would give its groups torch's default timeout, whatever that of all ranks' group is.
+    ranks = torch.arange(world.size).view(degrees)
+    groups = []
+    for dim, degree in enumerate(degrees):
+        group = _group_of(ranks.movedim(dim, -1).reshape(-1, degree).tolist(), config.train.timeout)
+        assert group is not None  # every rank is in one
+        groups.append(group)
+    mesh = DeviceMesh.from_group(groups, world.device.type, ranks, mesh_dim_names=AXES)
     return Topology(config, mesh)
+
+
+def _group_of(groups: list[list[int]], timeout: int | None) -> dist.ProcessGroup | None:
+    """This rank's among groups that have no rank in common; `None` if it is in none. Collective."""
+    if len(groups[0]) == dist.get_world_size():
+        return dist.group.WORLD
+    seconds = None if timeout is None else timedelta(seconds=timeout)
+    mine: dist.ProcessGroup | None
+    mine, _ = dist.new_subgroups_by_enumeration(groups, seconds)  # type: ignore[no-untyped-call]
+    return mine
 
 
 def parallelize(model: Transformer, topology: Topology) -> nn.Module:

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from distnorm import Config, DistnormError, RunError
+from distnorm import Config, DistnormError, LostRankError, RunError
+from distnorm.trainer.progress import Part, Progress
 
 T = TypeVar("T")
 
@@ -105,20 +106,33 @@ def open_world(config: Config) -> Iterator[World]:
     device = _device(config.train.device)
     ours = "WORLD_SIZE" in os.environ and not dist.is_initialized()
     if ours:
-        seconds = config.train.timeout
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            timeout=None if seconds is None else timedelta(seconds=seconds),
-        )
+        _make_group(device, size, config.train.timeout)
     try:
         world = World(dist.get_rank() if dist.is_initialized() else 0, size, device)
-        _check_configs(config, world)
+        with (progress := Progress(config.train.timeout)).naming():
+            progress.at(0, Part.START)
+            _check_configs(config, world)
         yield world
     finally:
         if ours and dist.is_initialized():
             # gloo's threads need the interpreter's lock to let go of tensors; at its end they would abort.
             time.sleep(_LET_GO)
             dist.destroy_process_group()
+
+
+def _make_group(device: torch.device, size: int, timeout: int | None) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    began = time.monotonic()
+    try:
+        dist.init_process_group(backend, timeout=None if timeout is None else timedelta(seconds=timeout))
+    except RuntimeError as error:
+        if timeout is None:
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise LostRankError(
+            f"expected {size} ranks to make a process group, found that not all came; this one waited "
+            f"{time.monotonic() - began:.0f} s, train.timeout is {timeout} s ({reason})"
+        ) from error
 
 
 def _check_configs(config: Config, world: World) -> None:

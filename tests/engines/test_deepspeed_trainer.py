@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from distnorm import Config, RunError
 from distnorm.trainer import verify
@@ -75,8 +77,19 @@ def test_untied_embeddings_in_a_pipeline_train_as_one_process(
         assert found == pytest.approx(expected, rel=RTOL, abs=0)
 
 
-def test_bfloat16_trains(engine_ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
-    engine_ranks(2, train, shipped("zero2", tmp_path, "train.dtype=bfloat16"), timeout=300)
+def train_and_say_timeouts(config: Config) -> list[float]:
+    """The seconds that each group waits, those that the engine has made among them."""
+    train(config)
+    backends = [group._get_backend(torch.device("cpu")) for group in dist.distributed_c10d._world.pg_map]
+    return [backend.options._timeout.total_seconds() for backend in backends]
+
+
+def test_bfloat16_trains_with_one_timeout_for_all_groups(
+    engine_ranks: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    config = shipped("zero2", tmp_path, "train.dtype=bfloat16", "train.timeout=250")
+    for timeouts in engine_ranks(2, train_and_say_timeouts, config, timeout=300):
+        assert len(timeouts) > 1 and set(timeouts) == {250.0}
     losses = [row["loss"] for row in rows(tmp_path)]
     assert losses[-1] < losses[0]
 

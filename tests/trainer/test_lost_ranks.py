@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from distnorm import Config
 from distnorm.trainer.checkpoint import FileSystemWriter
+from distnorm.trainer.topology import AXES, make_topology
 from distnorm.trainer.torch_trainer import TorchTrainer
+from distnorm.trainer.world import World
 
 from .tiny import contents, rows, shipped, train
 
@@ -48,6 +51,40 @@ def test_who_did_not_come_is_named_in_time(fault: str, ranks: Callable[..., Any]
     waited = re.search(rf"waited (\d+) s, train.timeout is {TIMEOUT} s", one.message)
     assert waited and int(waited[1]) < TIMEOUT + 10
     assert [row["step"] for row in rows(tmp_path)] == [1]
+
+
+def train_unless_second(config: Config) -> Any:
+    if dist.get_rank() == 1:
+        os._exit(7)
+    return train(config)
+
+
+def test_who_did_not_come_to_the_start_is_named(ranks: Callable[..., Any], tmp_path: Path) -> None:
+    config = shipped("tp2", tmp_path, f"train.timeout={TIMEOUT}")
+    one, _ = ranks(2, train_unless_second, config, expect_errors=True)
+    assert one.type_name == "LostRankError", one
+    assert "rank 1 did not come to the start: it was never seen" in one.message
+
+
+def timeouts(configs: list[Config]) -> list[float]:
+    """The seconds that each group of a topology waits; of pipelines also that of the first and last stage."""
+    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    found = []
+    for config in configs:
+        topology = make_topology(config, world)
+        groups = [topology.axis(axis).get_group() for axis in AXES]
+        if topology.degree("pp") > 1:
+            groups.append(topology.end_stages_group())
+        backends = [group._get_backend(torch.device("cpu")) for group in groups]
+        found += [backend.options._timeout.total_seconds() for backend in backends]
+    return found
+
+
+def test_every_group_of_a_topology_has_the_timeout(ranks: Callable[..., Any], tmp_path: Path) -> None:
+    names = ("fsdp2_tp2", "hsdp2x2", "ddp4", "pp2_tp2", "pp2_fsdp2")
+    configs = [shipped(name, tmp_path, f"train.timeout={TIMEOUT}") for name in names]
+    found = ranks(4, timeouts, configs, collective_timeout=TIMEOUT)
+    assert found == [[TIMEOUT] * (3 * len(AXES) + 2 * (len(AXES) + 1))] * 4
 
 
 def train_killed_in_a_save(config: Config, part: str) -> Any:
