@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import prod
 
 from distnorm.verification.doctor.holdings import FlatRun, Index, Runs
@@ -46,8 +46,7 @@ def whole_block(shape: tuple[int, ...]) -> Block:
 def is_run(blocks: Sequence[Block]) -> bool:
     """Whether blocks follow each other along the first dim, and are all of the others."""
     return all(
-        bool(one) and one[0][1] == other[0][0] and one[1:] == other[1:]
-        for one, other in zip(blocks, blocks[1:], strict=False)
+        bool(one) and one[0][1] == other[0][0] and one[1:] == other[1:] for one, other in pairwise(blocks)
     )
 
 
@@ -95,8 +94,8 @@ def overlap(index: Index, block: Block, shape: tuple[int, ...]) -> Overlap | Non
         stop = min(first + prod(shape_of(block)), index.stop)
         if start >= stop:
             return None
-        common = (FlatRun(start - at, stop - at) for at in (0, first, index.start))
-        return Overlap(*common, (stop - start,))
+        in_block, in_piece = (FlatRun(start - at, stop - at) for at in (first, index.start))
+        return Overlap(FlatRun(start, stop), in_block, in_piece, (stop - start,))
     dims = [_overlap(runs, *limits) for runs, limits in zip(index, block, strict=True)]
     if not all(whole for whole, _, _ in dims):
         return None

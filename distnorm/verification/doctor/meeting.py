@@ -241,7 +241,8 @@ def give(held: Sequence[Held], reference: Reference, key: Any) -> Tensor:
         return reference.block(*rest)
     if kind == "part":
         part, *which = rest
-        return reference.parts[part][tuple(which)]
+        name, of = which
+        return reference.parts[part][name, of]
     position, index, block = rest
     mine = held[position]
     tensor = mine.gradient if kind == "gradient" else mine.before

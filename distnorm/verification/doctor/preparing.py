@@ -56,7 +56,7 @@ class Prepared:
 
     Args:
         reference: the other side.
-        digests: of the reference's pieces of what this rank holds; `None` where they are known after the step.
+        digests: of the reference's pieces of pieces held here; `None` where they are known after the step.
         shapes: the shapes of its trace.
         watched: what was seen of its run, on the first rank.
         shaken: what was seen of its runs with other last bits, likewise.

@@ -94,8 +94,8 @@ class Reference:
     def alike(self, values: Values | None, names: Iterable[str]) -> set[str]:
         """The parameters of which another run has a gradient too, of the same kind."""
         found = set()
-        for name in names if values is not None else ():
-            known, gradient = self.known[name], values and values.gradients.get(name)
+        for name in () if values is None else names:
+            known, gradient = self.known[name], None if values is None else values.gradients.get(name)
             if gradient is not None and (gradient.dtype, tuple(gradient.shape)) == (
                 known.gradient,
                 known.shape,
@@ -132,8 +132,8 @@ def pull_blocks(
         assert values is not None
         return values.block(*key)
 
-    for want, block in pull(ranks, wants, give, in_turns=True):
-        yield want.key, block
+    for want, tensor in pull(ranks, wants, give, in_turns=True):
+        yield want.key, tensor
 
 
 def copied_blocks(

@@ -193,8 +193,8 @@ class Examination:
         large = [name for name in names if is_large(reference.known[name].shape)]
         if large:
             self._prepared.notes.append(
-                "parameters of more than a million elements are explained by the block of each piece in which "
-                "it differs most"
+                "parameters of more than a million elements are explained by the block of each piece in "
+                "which it differs most"
             )
         again = [n for n in large if explained[n].explanations[0].mistake in _IN_ANY_PLACE][:_WHOLE_EXAMINED]
         explained |= self._diagnosed(held, cases, by_name, again, True)

@@ -18,7 +18,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Shaken:
     """Weights of which about each is changed by one or two units in the last place, until `restore`.
 
-    Zeros, subnormal and non-finite numbers stay. Nothing is copied: the bits that are flipped are drawn again.
+    Zeros, subnormal and non-finite numbers stay. Nothing is copied: bits that are flipped are drawn again.
 
     Args:
         parameters: the weights.
