@@ -16,14 +16,9 @@ ELEMENTS = 1 << 18
 """Elements of a block at most."""
 
 
-def cut(shape: tuple[int, ...], most: int = ELEMENTS) -> Iterator[Block]:
-    """Cut a shape into blocks, in the order of memory.
-
-    Args:
-        shape: of the whole parameter.
-        most: elements of a block at most.
-    """
-    size = prod(shape)
+def cut(shape: tuple[int, ...]) -> Iterator[Block]:
+    """Cut the shape of a whole parameter into blocks, in the order of memory."""
+    size, most = prod(shape), ELEMENTS
     whole = tuple((0, length) for length in shape)
     if size <= most:
         yield from (whole,) if size else ()
@@ -34,7 +29,7 @@ def cut(shape: tuple[int, ...], most: int = ELEMENTS) -> Iterator[Block]:
             yield ((start, min(start + rows, shape[0])), *whole[1:])
         return
     for row in range(shape[0]):
-        for rest in cut(shape[1:], most):
+        for rest in cut(shape[1:]):
             yield ((row, row + 1), *rest)
 
 
