@@ -12,6 +12,7 @@ run of that takes by itself, gradients and all, is measured before too, in the s
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import platform
 import time
@@ -69,9 +70,13 @@ def _resident(field: str) -> int:
 
 
 class _Peak:
-    """Peaks of resident memory beyond what was there when this was made, each since the one before."""
+    """Peaks of resident memory beyond what was there when this was made, each since the one before.
+
+    What the C library has kept of freed memory is given back first: it would be used again, unseen.
+    """
 
     def __init__(self) -> None:
+        ctypes.CDLL(None).malloc_trim(0)
         self.before = _resident("VmRSS")
         self.next()
 
@@ -106,9 +111,10 @@ def body(layers: int, is_spoilt: bool) -> Cost:
     step()
     model.zero_grad()
     of_step = peak.next()
+    peak = _Peak()
     if whole is not None:
         reference().zero_grad()
-    of_reference = peak.next() if whole is not None else 0
+    of_reference = peak.next()
     shard = sum(p.to_local().nbytes for p in model.parameters())  # type: ignore[attr-defined]
     dist.barrier()
     began, cpu, peak = time.perf_counter(), time.process_time(), _Peak()
