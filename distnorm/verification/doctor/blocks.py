@@ -89,8 +89,8 @@ def overlap(index: Index, block: Block, shape: tuple[int, ...]) -> Overlap | Non
         stop = min(first + prod(shape_of(block)), index.stop)
         if start >= stop:
             return None
-        in_block, in_piece = (FlatRun(start - at, stop - at) for at in (first, index.start))
-        return Overlap(FlatRun(start, stop), in_block, in_piece, (stop - start,))
+        flat = [FlatRun(start - at, stop - at) for at in (0, first, index.start)]
+        return Overlap(flat[0], flat[1], flat[2], (stop - start,))
     dims = [_overlap(runs, *limits) for runs, limits in zip(index, block, strict=True)]
     if not all(whole for whole, _, _ in dims):
         return None

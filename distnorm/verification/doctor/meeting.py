@@ -240,9 +240,9 @@ def give(held: Sequence[Held], reference: Reference, key: Any) -> Tensor:
     if kind == "expected":
         return reference.block(*rest)
     if kind == "part":
-        part, *which = rest
-        name, of = which
-        return reference.parts[part][name, of]
+        part, name, block = rest
+        found: Tensor = reference.parts[part][name, block]
+        return found
     position, index, block = rest
     mine = held[position]
     tensor = mine.gradient if kind == "gradient" else mine.before
