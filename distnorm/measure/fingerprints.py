@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,22 @@ from distnorm.sources.shards import GradShard
 
 Kept = dict[int, dict[str, int | Tensor]]
 """By step and name. On a GPU a fingerprint is a 0-d tensor, which nobody has waited for."""
+
+_ODD = 0x2545F4914F6CDD1D  # so that multiplying by it loses no bit of 64
+
+
+def by_name(prints: Iterable[tuple[str, int | Tensor]]) -> dict[str, int | Tensor]:
+    """Fingerprints by name, those of several tensors of one name, as tied ones are, in one number: a change
+    of any one of them changes it."""
+    found: dict[str, int | Tensor] = {}
+    for name, print_ in prints:
+        found[name] = print_ if name not in found else _joined(found[name], print_)
+    return found
+
+
+def _joined(first: int | Tensor, second: int | Tensor) -> int | Tensor:
+    both = first * _ODD + second  # a tensor's wraps at 64 bits by itself
+    return both if isinstance(both, Tensor) else (both + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 class FingerprintedReads:
@@ -61,17 +77,17 @@ class FingerprintedReads:
             kernel = self._norm.kernel
             found = kernels.printed_statistic(table.part(starts, numels), kernel or kernels.Kernel.SQUARES)
             if found is not None:
-                self._remember({self._names[i]: n for i, n in zip(places, found[1].tolist(), strict=True)})
+                self._remember(zip(map(self._names.__getitem__, places), found[1].tolist(), strict=True))
                 return None if kernel is None else found[0]
-        prints: dict[str, int | Tensor] = {}
+        prints: list[tuple[str, int | Tensor]] = []
         for name, (start, count), tensor in zip(self._names, self._counted, gradients.tensors, strict=True):
             if tensor is not None:
-                prints[name] = kernels.checksum(tensor.reshape(-1)[start : start + count])
+                prints.append((name, kernels.checksum(tensor.reshape(-1)[start : start + count])))
         self._remember(prints)
         return None
 
-    def _remember(self, prints: dict[str, int | Tensor]) -> None:
+    def _remember(self, prints: Iterable[tuple[str, int | Tensor]]) -> None:
         self._kept.pop(number := self._number(), None)
-        self._kept[number] = prints
+        self._kept[number] = by_name(prints)
         while len(self._kept) > self._keep:
             del self._kept[next(iter(self._kept))]

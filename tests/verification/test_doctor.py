@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import distnorm
 from distnorm import DistnormError, DoctorReport
 from distnorm.testing import preload
+from distnorm.verification.doctor import blocks, examining
 from distnorm.verification.doctor.mistakes import Mistake
 from tests.verification.topologies import Block, Ranks, tokens_of
 
@@ -73,6 +74,7 @@ def test_right_gradients_are_right() -> None:
     assert report.verdicts[0].name == "tok.weight"
 
 
+@pytest.mark.parametrize("most", [None, 24])
 @pytest.mark.parametrize(
     ("spoil", "mistake", "text"),
     [
@@ -95,8 +97,15 @@ def test_right_gradients_are_right() -> None:
         ),
     ],
 )
-def test_a_spoilt_gradient_is_named(spoil: Any, mistake: Mistake, text: str) -> None:
+def test_a_spoilt_gradient_is_named(
+    spoil: Any, mistake: Mistake, text: str, most: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one block, or in blocks of three rows, of which the worst is looked at first."""
+    if most is not None:
+        monkeypatch.setattr(blocks, "ELEMENTS", most)
+        monkeypatch.setattr(examining, "WHOLE", most)
     report = alone(spoil)
+    assert any("the block of each piece" in note for note in report.notes) == (most is not None)
     assert not report.ok and [v.name for v in report.wrong] == ["up.weight"]
     assert found(report, "up.weight") == {mistake}
     assert text in str(report)
@@ -222,6 +231,18 @@ def test_a_dump_is_a_reference(tmp_path: Any) -> None:
         alone(reference=tmp_path)
 
 
+def test_a_reference_that_changes_its_weights_is_refused() -> None:
+    whole = Block()
+
+    def run() -> Block:
+        whole(tokens_of()).square().mean().backward()
+        torch.optim.SGD(whole.parameters(), lr=0.1).step()
+        return whole
+
+    with pytest.raises(DistnormError, match="expected a run that leaves its weights as they are"):
+        alone(reference=run)
+
+
 def test_the_report_is_json_and_a_page() -> None:
     report = alone(times(3))
     facts = json.loads(report.to_json())
@@ -300,7 +321,9 @@ def test_ddp_is_right_and_what_it_forgets_is_named(ranks: Ranks) -> None:
     assert report.cause is not None and report.cause.explanation.mistake is Mistake.BATCH
 
 
-def fsdp(fault: str) -> DoctorReport:
+def fsdp(fault: str, most: int | None = None) -> DoctorReport:
+    if most is not None:
+        blocks.ELEMENTS = examining.WHOLE = most
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp_shard",))
     model = Block()
     fully_shard(model, mesh=mesh)
@@ -332,7 +355,10 @@ def test_fsdp2_is_right_and_what_it_forgets_is_named(ranks: Ranks) -> None:
     assert (
         explanation.axes == ("dp_shard",) and "part 0 of 2 of the batch alone on rank 0" in explanation.text
     )
-    report = same(ranks(2, fsdp, "swapped"))
+    report = same(ranks(2, fsdp, "own tokens", 24))  # blocks of three rows, of eight that a rank holds
+    (explanation,) = next(v for v in report.wrong if v.name == "up.weight").explanations
+    assert explanation.mistake is Mistake.UNREDUCED and explanation.axes == ("dp_shard",)
+    report = same(ranks(2, fsdp, "swapped", 24))
     assert [v.name for v in report.wrong] == ["up.weight"]
     assert found(report, "up.weight") == {Mistake.SWAPPED}
     assert "in place of [0:8, 0:8] it is [8:16, 0:8], the piece of rank 1" in str(report)

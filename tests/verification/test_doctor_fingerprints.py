@@ -129,6 +129,36 @@ def test_every_bit_of_a_gradient_shows(
         bits[3, 5] ^= flip
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_both_of_two_tied_tensors_on_one_rank_count(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are replicas of one name, each of which is counted in half: a flip in either half shows."""
+    if not native:
+        monkeypatch.setattr("distnorm.kernels.printed_statistic", lambda table, kernel: None)
+    first, second = (nn.Parameter(torch.ones(4, 3)) for _ in range(2))
+    for parameter in (first, second):
+        parameter.grad = torch.arange(12.0).view(4, 3)
+    target, tied = [("in", first), ("out", second)], [("in", "out")]
+    clipper = GradClipper(target, {"monitor": {"fingerprints": 1}}, tied=tied)
+    prints = Fingerprints(target, tied=tied)
+
+    def taken() -> list[int]:
+        clipper.measure()
+        prints.record(0)
+        return [*next(iter(clipper.fingerprints.values())).values(), *prints._steps[0].values()]
+
+    before = taken()
+    assert len(before) == 2
+    for element in range(12):
+        for parameter in (first, second):
+            assert parameter.grad is not None
+            parameter.grad.view(torch.int32).view(-1)[element] ^= 1
+        assert all(now != then for now, then in zip(taken(), before, strict=True)), element
+        for parameter in (first, second):
+            assert parameter.grad is not None
+            parameter.grad.view(torch.int32).view(-1)[element] ^= 1
+    assert taken() == before
+
+
 def on_suspicion(flips: bool) -> Any:
     """Two ranks, each with experts of its own and one shared norm, whose second rank computes wrongly."""
     rank = dist.get_rank()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from distnorm.errors import DistnormError, RunError, UnsupportedGradientError
 from distnorm.plan.collectives import Ranks
@@ -18,9 +24,10 @@ from distnorm.sources import checked_tied, named_tensors, read_once
 from distnorm.sources.layout import Layout
 from distnorm.sources.targets import canonical_names
 from distnorm.verification.doctor.batch import row_digests
-from distnorm.verification.doctor.holdings import FlatRun, Held, read_holdings, show
-from distnorm.verification.doctor.reference import Expected, Known, Reference
-from distnorm.verification.pieces import is_dtensor
+from distnorm.verification.doctor.blocks import Block, block_around, is_run, overlap, shape_of
+from distnorm.verification.doctor.holdings import FlatRun, Held, Weight, count, read_holdings, select, show
+from distnorm.verification.doctor.reference import Blocks, Known
+from distnorm.verification.pieces import digest, is_dtensor
 
 _FACTS = "doctor.json"
 _FORMAT = 1
@@ -76,7 +83,7 @@ def dump(
 
 
 def _refuse_flat(held: Sequence[Held]) -> None:
-    flat = [h.holding.name for h in held if isinstance(h.holding.index, FlatRun) and h.holding.weight]
+    flat = [h.holding.name for h in held if isinstance(h.holding.index, FlatRun) and count(h.holding.index)]
     if flat:
         raise UnsupportedGradientError(
             f"parameter '{flat[0]}': expected pieces that are blocks of its dims, found FSDP1's flat run; "
@@ -125,8 +132,8 @@ def _summary(everyone: Sequence[tuple[list[str], list[dict[str, Any]]]], moved: 
     return {"format": _FORMAT, "rows": [row for rows in once for row in rows], "parameters": parameters}
 
 
-class Dumped(Reference):
-    """A dump as the reference: each rank reads the parameters that it judges.
+class Dumped:
+    """A dump as the reference: each rank reads the pieces of weights and the blocks of gradients it needs.
 
     Args:
         folder: where `dump` wrote it.
@@ -140,7 +147,7 @@ class Dumped(Reference):
             facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
             if facts["format"] != _FORMAT:
                 raise RunError(f"{folder}: expected a dump of format {_FORMAT}, found {facts['format']}")
-            self._facts: dict[str, Any] = facts["parameters"]
+            parameters: dict[str, Any] = facts["parameters"]
             self.rows: list[str] = facts["rows"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(
@@ -148,33 +155,85 @@ class Dumped(Reference):
             ) from error
         self._folder = folder
         self.notes: list[str] = []
-        if any(fact["tolerance"] is None for fact in self._facts.values()):
+        if any(fact["tolerance"] is None for fact in parameters.values()):
             self.notes.append("tolerances are those of the dtype's roundings: the dump has none of its own")
-        self.known = {name: _known(place, fact) for place, (name, fact) in enumerate(self._facts.items())}
+        self.known = {name: _known(place, fact) for place, (name, fact) in enumerate(parameters.items())}
 
-    def fetch(self, ranks: Ranks, names: Sequence[str]) -> dict[str, Expected]:
-        state: dict[str, Tensor] = {}
-        for name in names:
-            if name in self.known:
-                known = self.known[name]
-                state[f"weight/{name}"] = torch.empty(known.shape, dtype=known.dtype, device="cpu")
-                if self._facts[name]["has_gradient"]:
-                    state[f"gradient/{name}"] = torch.empty(known.shape, dtype=known.dtype, device="cpu")
-        with ranks.together():
-            try:
-                if state:
-                    state_dict_loader.load(state, checkpoint_id=str(self._folder), no_dist=True)
-            except Exception as error:  # of many kinds, by what is missing
-                raise DistnormError(f"{self._folder}: expected a whole dump, found {error!r}") from error
-        return {
-            name: Expected(state[f"weight/{name}"], state.get(f"gradient/{name}"))
-            for name in names
-            if name in self.known
+    def digests(self, pieces: Sequence[Weight]) -> dict[Weight, str | None]:
+        """The digests of pieces of the weights; `None` where the dump has no such piece. Local."""
+        found: dict[Weight, str | None] = {}
+        for piece in pieces:
+            known, common = self.known.get(piece.name), None
+            if known is not None and piece.global_shape in (known.shape, (prod(known.shape),)):
+                around = block_around(piece.index, known.shape)
+                common = overlap(piece.index, around, known.shape)
+            found[piece] = None
+            if known is not None and common is not None:
+                (held,) = self._read({("weight/" + piece.name, around): known.dtype}).values()
+                found[piece] = digest(select(held, common.in_block).to(piece.dtype).reshape(piece.shape))
+        return found
+
+    def blocks(self, wanted: Sequence[tuple[str, Block]]) -> Blocks:
+        """Blocks of the gradients. Local."""
+        found: Blocks = {}
+        for name, theirs in groupby(wanted, key=lambda block: block[0]):
+            dtype = self.known[name].gradient
+            assert dtype is not None
+            each = [block for _, block in theirs]
+            # What is stored is read anew for each block that is asked for, so neighbours are one.
+            for some in [each] if is_run(each) else [[block] for block in each]:
+                around = ((some[0][0][0], some[-1][0][1]), *some[0][1:]) if some[0] else ()
+                (held,) = self._read({("gradient/" + name, around): dtype}).values()
+                for block in some:
+                    first = block[0][0] - around[0][0] if block else 0
+                    found[name, block] = held.narrow(0, first, shape_of(block)[0]) if block else held
+        return found
+
+    def _read(self, asked: Mapping[tuple[str, Block], torch.dtype]) -> dict[tuple[str, Block], Tensor]:
+        found = {
+            (key, block): torch.empty(shape_of(block), dtype=dtype, device="cpu")
+            for (key, block), dtype in asked.items()
         }
+        try:
+            state_dict_loader.load(
+                {}, checkpoint_id=str(self._folder), planner=_BlockPlanner(found), no_dist=True
+            )
+        except Exception as error:  # of many kinds, by what is missing
+            raise DistnormError(f"{self._folder}: expected a whole dump, found {error!r}") from error
+        return found
+
+
+class _BlockPlanner(DefaultLoadPlanner):
+    """Loads blocks of tensors, in place."""
+
+    def __init__(self, blocks: Mapping[tuple[str, Block], Tensor]) -> None:
+        super().__init__()
+        self._blocks = blocks
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        items: list[ReadItem] = []
+        for key, block in self._blocks:
+            offsets, sizes = torch.Size([start for start, _ in block]), torch.Size(shape_of(block))
+            chunk = ChunkStorageMetadata(offsets=offsets, sizes=sizes)
+            stored = self.metadata.state_dict_metadata[key]
+            assert isinstance(stored, TensorStorageMetadata)
+            items += create_read_items_for_chunk_list(key, stored, [chunk])
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        assert index.offset is not None
+        start = tuple(index.offset)
+        return next(
+            tensor
+            for (key, block), tensor in self._blocks.items()
+            if key == index.fqn and tuple(low for low, _ in block) == start
+        )
 
 
 def _known(place: int, fact: Mapping[str, Any]) -> Known:
     dtype: torch.dtype = getattr(torch, fact["dtype"])
     moved = fact["tolerance"]
     tolerance = _ROUNDINGS * torch.finfo(dtype).eps if moved is None else float(moved)
-    return Known(tuple(fact["shape"]), dtype, bool(fact["trains"]), place, tolerance)
+    gradient = dtype if fact["has_gradient"] else None
+    return Known(tuple(fact["shape"]), dtype, bool(fact["trains"]), place, tolerance, gradient)

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from distnorm import kernels
 from distnorm.clipper import GradClipper
 from distnorm.errors import DistnormError, NonFiniteGradientError, ReplicaError
+from distnorm.measure.fingerprints import by_name
 from distnorm.plan.collectives import Ranks
 from distnorm.plan.terms import stable_hash
 from distnorm.sources import Source, Tied, named_tensors, read_once, shards_of
@@ -92,13 +93,12 @@ class Fingerprints:
         with kernels.plain_operators(), torch.no_grad():
             named = named_tensors(self._target)
             shards = shards_of(named, Source.GRADIENT, target=self._target, layout=Layout.of(tied=self._tied))
-            read = {shard.name: shard.read() for shard in shards}
-            local = {
-                name: found.tensor if isinstance(found, PartialGrad) else found
-                for name, found in read.items()
-                if found is not None
-            }
-            return dict(zip(local, fingerprints_of(list(local.values())), strict=True))
+            names, local = [], []
+            for shard in shards:
+                if (found := shard.read()) is not None:
+                    names.append(shard.name)
+                    local.append(found.tensor if isinstance(found, PartialGrad) else found)
+            return {n: int(p) for n, p in by_name(zip(names, fingerprints_of(local), strict=True)).items()}
 
 
 def replay(

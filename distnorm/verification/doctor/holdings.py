@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from distnorm import kernels
+from distnorm.errors import DistnormError
 from distnorm.sources import Source, Target, named_tensors, shards_of
 from distnorm.sources.layout import Layout
 from distnorm.sources.shards import GradShard, PartialGrad
@@ -31,6 +33,17 @@ Index = tuple[Runs, ...] | FlatRun
 
 
 @dataclass(frozen=True, slots=True)
+class Weight:
+    """A rank's piece of a weight: of which parameter, which elements, and as what it is held."""
+
+    name: str
+    global_shape: tuple[int, ...]
+    index: Index
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
 class Holding:
     """One rank's piece of one parameter, without its values.
 
@@ -40,15 +53,16 @@ class Holding:
         name: the parameter's name in the whole model.
         global_shape: shape of the whole parameter.
         index: which elements of the parameter the weight is.
-        weight: digest of the weight's dtype, shape and bits; empty where it has no elements.
-        shape: shape of the local weight.
+        has_other_weight: whether the weight's bits are not the reference's.
         dtype: dtype of the weight.
         trains: whether the parameter requires a gradient.
         gradient: digest of the gradient; `None` where there is none.
+        gradient_dtype: its dtype.
         gradient_index: which elements the gradient is: more than the weight's where it is not cut as that.
         partial: this rank's coordinates on the axes over which the gradient says itself that it is partial.
         op: how those partial gradients are put together, ``"sum"`` or ``"avg"``.
         stale: whether the gradient has the bits that it had before this step.
+        has_before: whether it is known what the gradient was before this step.
     """
 
     rank: int
@@ -56,15 +70,16 @@ class Holding:
     name: str
     global_shape: tuple[int, ...]
     index: Index
-    weight: str
-    shape: tuple[int, ...]
+    has_other_weight: bool
     dtype: torch.dtype
     trains: bool
     gradient: str | None
+    gradient_dtype: torch.dtype | None
     gradient_index: Index
     partial: tuple[tuple[int, int], ...]
     op: str
     stale: bool
+    has_before: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +88,33 @@ class Held:
 
     Args:
         holding: the description that travels.
-        weight: the local weight.
         gradient: the local gradient; `None` where there is none.
         before: a copy of the gradient as it was before this step; `None` where there was none, or zeros.
     """
 
     holding: Holding
-    weight: Tensor
     gradient: Tensor | None
     before: Tensor | None
 
 
+def weights_held(target: Target, layout: Layout) -> list[Weight]:
+    """The pieces of weights that this rank holds, those without elements left out. Local."""
+    with kernels.plain_operators(), torch.no_grad():
+        shards = shards_of(named_tensors(target), Source.GRADIENT, target=target, layout=layout)
+        return [_weight_of(shard) for shard in shards if shard.numel]
+
+
+def _weight_of(shard: GradShard) -> Weight:
+    weight = shard.witness()
+    return Weight(shard.name, shard.global_shape, index_of(shard), tuple(weight.shape), weight.dtype)
+
+
 def read_holdings(
-    rank: int, target: Target, layout: Layout, before: dict[str, Tensor] | None = None
+    rank: int,
+    target: Target,
+    layout: Layout,
+    before: Mapping[str, Tensor] = MappingProxyType({}),
+    digests: Mapping[Weight, str | None] | None = None,
 ) -> list[Held]:
     """Describe all that this rank holds. Local.
 
@@ -94,13 +123,15 @@ def read_holdings(
         target: the model, or its parts.
         layout: what the caller says of names, pieces and gradients.
         before: copies of the gradients as they were before the step, by name.
+        digests: of the reference's pieces of the weights; `None` where weights aren't compared.
 
     Raises:
         UnsupportedGradientError: a gradient can't be read.
+        DistnormError: weights are cut otherwise than those that have digests.
     """
     with kernels.plain_operators(), torch.no_grad():
         shards = shards_of(named_tensors(target), Source.GRADIENT, target=target, layout=layout)
-        return [_held(rank, i, shard, before or {}) for i, shard in enumerate(shards)]
+        return [_held(rank, i, shard, before, digests) for i, shard in enumerate(shards)]
 
 
 def remember_gradients(target: Target, layout: Layout) -> dict[str, Tensor]:
@@ -119,7 +150,13 @@ def remember_gradients(target: Target, layout: Layout) -> dict[str, Tensor]:
     return found
 
 
-def _held(rank: int, position: int, shard: GradShard, before: dict[str, Tensor]) -> Held:
+def _held(
+    rank: int,
+    position: int,
+    shard: GradShard,
+    before: Mapping[str, Tensor],
+    digests: Mapping[Weight, str | None] | None,
+) -> Held:
     reading = shard.read()
     whole, op = shard, "sum"
     partial: tuple[tuple[int, int], ...] = ()
@@ -127,7 +164,7 @@ def _held(rank: int, position: int, shard: GradShard, before: dict[str, Tensor])
         partial = tuple((axis, shard.axis_index(axis)) for axis in reading.axes)
         op, whole = reading.op, _uncut(shard, reading.wide)
         reading = reading.tensor
-    weight, old = shard.witness(), before.get(shard.name)
+    old = before.get(shard.name)
     same = old is not None and reading is not None and torch.equal(old, reading)
     if old is not None and (reading is None or old.shape != reading.shape):
         old = None
@@ -137,17 +174,28 @@ def _held(rank: int, position: int, shard: GradShard, before: dict[str, Tensor])
         shard.name,
         shard.global_shape,
         index_of(shard),
-        digest(weight) if shard.numel else "",
-        tuple(weight.shape),
-        weight.dtype,
+        digests is not None and shard.numel > 0 and _is_other(shard, digests),
+        shard.witness().dtype,
         shard.holder.requires_grad,
         None if reading is None else digest(reading),
+        None if reading is None else reading.dtype,
         index_of(whole),
         partial,
         op,
         same,
+        old is not None,
     )
-    return Held(holding, weight, None if reading is None else reading.detach(), old)
+    return Held(holding, None if reading is None else reading.detach(), old)
+
+
+def _is_other(shard: GradShard, digests: Mapping[Weight, str | None]) -> bool:
+    piece = _weight_of(shard)
+    if piece not in digests:
+        raise DistnormError(
+            f"parameter '{shard.name}': expected the piece {show(piece.index)} of {piece.dtype} to be there "
+            "before the step too, found another one then; make the model as it is used first"
+        )
+    return digests[piece] is not None and digests[piece] != digest(shard.witness())
 
 
 def _uncut(shard: GradShard, wide: Sequence[int]) -> GradShard:

@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from distnorm.errors import DistnormError
 from distnorm.plan.collectives import Ranks
 from distnorm.sources import Tied, named_tensors
+from distnorm.verification.doctor.holdings import Weight
 from distnorm.verification.doctor.recording import Shapes
-from distnorm.verification.doctor.reference import Known, Live, Reference, Values
+from distnorm.verification.doctor.reference import (
+    Known,
+    Reference,
+    Values,
+    copied_blocks,
+    relative_differences,
+    unlike_parts,
+    weight_digests,
+)
 from distnorm.verification.doctor.running import (
     SHAKES,
+    Run,
     Watched,
     places_of,
-    relative_differences,
     run_part,
     run_whole,
     shapes_of,
     takes_parts,
     values_of,
 )
+
+if TYPE_CHECKING:
+    from distnorm.verification.doctor.dumping import Dumped
 
 _MARGIN = 4.0
 """Times the difference that the last bits of the weights make. That is one rounding of each weight; another
@@ -33,82 +46,109 @@ _ROUNDINGS = 32.0
 """Units in the last place, where nothing was shaken."""
 
 
+_PARTS_ELEMENTS = 1 << 24
+"""Elements of the parts' gradients that are kept in any case; more only up to as many as the model has."""
+
+
 @dataclass(slots=True)
 class Prepared:
     """A reference, as far as it is ready.
 
     Args:
         reference: the other side.
+        digests: of the reference's pieces of pieces held here; `None` where they are known after the step.
         shapes: the shapes of its trace.
         watched: what was seen of its run, on the first rank.
         shaken: what was seen of its runs with other last bits, likewise.
         notes: what has to be said of it.
+        run: runs it.
+        model: what the caller runs, in place of that.
+        dump: where it was written, in place of both.
+        tied: groups of names that are one parameter.
     """
 
     reference: Reference
+    digests: Mapping[Weight, str | None] | None = None
     shapes: Shapes = field(default_factory=dict)
     watched: Watched | None = None
     shaken: Sequence[Watched] = ()
     notes: list[str] = field(default_factory=list)
     run: Callable[..., Any] | None = None
     model: Any = None
+    dump: Dumped | None = None
     tied: Tied = ()
-    values: Values | None = None
 
-    def finish(self, ranks: Ranks) -> None:
-        """Read what is there only after the step: a model that the caller ran. Collective."""
-        if self.model is None:
-            return
-        with ranks.together():
-            values = values_of(self.model, self.tied) if ranks.rank == 0 else None
-            places = {} if values is None else {name: i for i, name in enumerate(values.weights)}
-        self.reference = _live(ranks, values, places, {})
+    def finish(self, ranks: Ranks, pieces: Sequence[Weight]) -> None:
+        """Read what is there only after the step: a model that the caller ran, or a dump. Collective.
 
-    def run_parts(self, ranks: Ranks, parts: int, names: set[str]) -> None:
-        """Have the reference run over parts of its batch. Collective."""
+        Args:
+            ranks: who takes part.
+            pieces: of the weights that this rank holds.
+        """
+        if self.dump is not None:
+            with ranks.together():
+                self.digests = self.dump.digests(pieces)
+            with ranks.together():
+                self.reference.gradients = self.dump.blocks(list(self.reference.mine(ranks.rank)))
+        elif self.model is not None:
+            with ranks.together():
+                values = values_of(self.model, self.tied) if ranks.rank == 0 else None
+                places = {} if values is None else {name: i for i, name in enumerate(values.weights)}
+            self.reference = _reference(ranks, values, places)
+            self.digests = weight_digests(ranks, pieces, values)
+            self.reference.gradients = copied_blocks(ranks, self.reference, values)
+
+    def run_parts(self, ranks: Ranks, parts: int, names: Sequence[str]) -> None:
+        """Have the reference run over parts of its batch. Collective.
+
+        Args:
+            ranks: who takes part.
+            parts: how many.
+            names: of which parameters the gradients are kept, the most wanted first; alike on every rank.
+        """
         run = self.run
-        if not isinstance(self.reference, Live) or parts < 2 or run is None or not takes_parts(run):
+        if parts < 2 or run is None or not takes_parts(run):
             return
-        found: list[Mapping[str, torch.Tensor | None]] = []
+        kept = self._affordable(parts, names)
         note = None
-        with ranks.together():
-            if ranks.rank == 0 and self.values is not None:
+        for part in range(parts):
+            values = None
+            if ranks.rank == 0:
                 try:
-                    found = [run_part(run, self.tied, part, parts, names) for part in range(parts)]
-                    note = self._unlike_parts(found, names)
+                    values = run_part(run, self.tied, part, parts)
                 except Exception as error:  # such as of a batch that has no such part; the rest is reported
                     note = f"the reference's parts are not used: it raised {error!r}"
-        note = ranks.gather(note)[0]
+            has = None if values is None else self.reference.alike(values, kept)
+            note, has = ranks.gather((note, has))[0]
+            if note is not None:
+                break
+            assert has is not None
+            self.reference.part_names.append(has)
+            self.reference.parts.append(copied_blocks(ranks, self.reference, values, has))
+        note = note or unlike_parts(ranks, self.reference, kept)
         if note is not None:
             self.notes.append(note)
-            found = []
-        self.reference = Live(self.reference.known, self.values, found)
+            self.reference.parts, self.reference.part_names = [], []
 
-    def _unlike_parts(
-        self, found: Sequence[Mapping[str, torch.Tensor | None]], names: set[str]
-    ) -> str | None:
-        assert self.values is not None
-        for name in sorted(names):
-            whole = self.values.gradients.get(name)
-            parts = [gradient for part in found if (gradient := part.get(name)) is not None]
-            if whole is None or not parts:
-                continue
-            total = torch.stack([part.double() for part in parts]).sum(0)
-            apart = float((total - whole.double()).norm())
-            if apart > 4 * self.reference.known[name].tolerance * float(whole.double().norm()):
-                return (
-                    f"the reference's parts are not used: those of '{name}' don't add up to its gradient; "
-                    "each must be normalised by the whole batch's tokens, and be given an equal slice of it"
-                )
-        return None
+    def _affordable(self, parts: int, names: Sequence[str]) -> list[str]:
+        known, kept, held = self.reference.known, [], 0
+        most = max(_PARTS_ELEMENTS, sum(prod(one.shape) for one in known.values()))
+        for name in names:
+            held += parts * prod(known[name].shape) if name in known else 0
+            if name in known and held <= most:
+                kept.append(name)
+        return kept
 
 
-def prepare(ranks: Ranks, examined: Any, reference: Any, tied: Tied, trace: bool) -> Prepared:
+def prepare(
+    ranks: Ranks, examined: Any, pieces: Sequence[Weight], reference: Any, tied: Tied, trace: bool
+) -> Prepared:
     """Run a callable reference, or see what else it is. Collective.
 
     Args:
         ranks: who takes part.
         examined: the model under examination.
+        pieces: of its weights that this rank holds.
         reference: as for `distnorm.doctor`.
         tied: groups of names that are one parameter.
         trace: whether the reference's tensors at module boundaries are kept.
@@ -117,36 +157,53 @@ def prepare(ranks: Ranks, examined: Any, reference: Any, tied: Tied, trace: bool
         from distnorm.verification.doctor.dumping import Dumped
 
         with ranks.together():
-            dumped = Dumped(Path(reference))
-        prepared = Prepared(dumped, notes=list(dumped.notes))
+            dump = Dumped(Path(reference))
+        prepared = Prepared(Reference(dump.known, ranks.size), notes=list(dump.notes), dump=dump)
         if ranks.rank == 0:
-            prepared.watched = Watched(rows=list(dumped.rows))
+            prepared.watched = Watched(rows=list(dump.rows))
         return prepared
     if isinstance(reference, torch.nn.Module | Sequence) or not callable(reference):
         with ranks.together():
             if ranks.rank == 0 and reference is not None:
                 _refuse_the_same(examined, reference)
         note = "tolerances are those of the dtype's roundings: only a callable reference can be shaken"
-        return Prepared(Live({}, None), model=reference, tied=tied, notes=[note])
-    values, watched = None, None
-    tolerances: dict[str, float] = {}
-    shaken: list[Watched] = []
-    places: dict[str, int] = {}
+        return Prepared(Reference({}, ranks.size), model=reference, tied=tied, notes=[note])
+    return _run(ranks, examined, pieces, reference, tied, trace)
+
+
+def _run(
+    ranks: Ranks, examined: Any, pieces: Sequence[Weight], run: Run, tied: Tied, trace: bool
+) -> Prepared:
+    """Run a callable reference: as it is, and with other last bits."""
+    values, watched, known = None, None, {}
     with ranks.together():
         if ranks.rank == 0:
-            values, watched, target = run_whole(reference, tied, trace)
+            values, watched, target = run_whole(run, tied, trace)
             _refuse_the_same(examined, target)
-            places = places_of(target, tied, watched)
-            for seed in range(SHAKES):
-                other, seen, _ = run_whole(reference, tied, trace, seed + 1)
+            known = known_of(values, places_of(target, tied, watched))
+            del target  # a function may make a new one each time
+    reference = Reference(ranks.gather(known)[0], ranks.size)
+    digests = weight_digests(ranks, pieces, values)
+    reference.gradients = copied_blocks(ranks, reference, values)
+    values = None
+    moved: dict[str, float] = {}
+    shaken: list[Watched] = []
+    for seed in range(SHAKES):
+        with ranks.together():
+            if ranks.rank == 0:
+                assert watched is not None
+                values, seen, _ = run_whole(run, tied, trace, seed + 1)
                 shaken.append(seen)
                 _refuse_other_rows(watched, seen)
-                for name, moved in relative_differences(values, other).items():
-                    tolerances[name] = max(moved, tolerances.get(name, 0.0))
-            _refuse_chance(tolerances)
-    live = _live(ranks, values, places, tolerances)
+        for name, difference in relative_differences(ranks, reference, values).items():
+            moved[name] = max(difference, moved.get(name, 0.0))
+        values = None
+    with ranks.together():
+        if ranks.rank == 0:
+            _refuse_chance(moved)
+    reference.known = with_tolerances(reference.known, moved)
     shapes = ranks.gather(shapes_of(watched) if watched is not None else {})[0] if trace else {}
-    return Prepared(live, shapes, watched, shaken, run=reference, tied=tied, values=values)
+    return Prepared(reference, digests, shapes, watched, shaken, run=run, tied=tied)
 
 
 def _refuse_the_same(examined: Any, reference: Any) -> None:
@@ -177,26 +234,44 @@ def _refuse_chance(moved: Mapping[str, float]) -> None:
         )
 
 
-def _live(ranks: Ranks, values: Values | None, places: Mapping[str, int], moved: Mapping[str, float]) -> Live:
-    known = {} if values is None else known_of(values, places, moved)
-    return Live(ranks.gather(known)[0], values)
+def _reference(ranks: Ranks, values: Values | None, places: Mapping[str, int]) -> Reference:
+    return Reference(ranks.gather({} if values is None else known_of(values, places))[0], ranks.size)
 
 
-def known_of(values: Values, places: Mapping[str, int], moved: Mapping[str, float]) -> dict[str, Known]:
-    """What every rank gets to know of a reference's parameters.
+def known_of(values: Values, places: Mapping[str, int]) -> dict[str, Known]:
+    """What every rank gets to know of a reference's parameters, with tolerances by the dtype alone.
 
     Args:
         values: the whole model's.
         places: each parameter's place in the order of the forward.
-        moved: by how much the last bits of the weights change each gradient; empty where that is unknown.
     """
-    typical = sorted(moved.values())[len(moved) // 2] if moved else 0.0
     known = {}
     for name, weight in values.weights.items():
         gradient = values.gradients[name]
         eps = torch.finfo((weight if gradient is None else gradient).dtype).eps
-        roundings = _MARGIN * (max(moved.get(name, 0.0), typical) + eps) if moved else _ROUNDINGS * eps
         known[name] = Known(
-            tuple(weight.shape), weight.dtype, values.trains[name], places.get(name, 1 << 20), roundings
+            tuple(weight.shape),
+            weight.dtype,
+            values.trains[name],
+            places.get(name, 1 << 20),
+            _ROUNDINGS * eps,
+            None if gradient is None else gradient.dtype,
         )
     return known
+
+
+def with_tolerances(known: Mapping[str, Known], moved: Mapping[str, float]) -> dict[str, Known]:
+    """Parameters with the tolerances that follow from what was shaken.
+
+    Args:
+        known: the parameters.
+        moved: by how much the last bits of the weights change each gradient; empty where that is unknown.
+    """
+    if not moved:
+        return dict(known)
+    typical = sorted(moved.values())[len(moved) // 2]
+    found = {}
+    for name, one in known.items():
+        roundings = max(moved.get(name, 0.0), typical) + torch.finfo(one.gradient or one.dtype).eps
+        found[name] = replace(one, tolerance=_MARGIN * roundings)
+    return found

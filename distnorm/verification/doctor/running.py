@@ -17,6 +17,7 @@ from distnorm.sources import Tied, checked_tied, named_tensors
 from distnorm.sources.targets import canonical_names
 from distnorm.verification.doctor.batch import row_digests
 from distnorm.verification.doctor.reference import Values
+from distnorm.verification.doctor.shaking import Shaken, refuse_written
 from distnorm.verification.doctor.tracing import WEIGHTS, Boundary, Tracer, refuse_compiled
 
 Run = Callable[..., Any]
@@ -60,7 +61,7 @@ def run_whole(run: Run, tied: Tied, trace: bool, shake: int | None = None) -> tu
         shake: seed of the changes of the weights' last bits; `None` for none. They are taken back.
 
     Returns:
-        Copies of weights and gradients, what was seen, and what the reference returned.
+        Weights and gradients, what was seen, and what the reference returned.
 
     Raises:
         DistnormError: it returned nothing with parameters, or ran no module.
@@ -77,11 +78,10 @@ def run_whole(run: Run, tied: Tied, trace: bool, shake: int | None = None) -> tu
     return values, watched, target
 
 
-def run_part(run: Run, tied: Tied, part: int, parts: int, names: set[str]) -> dict[str, Tensor | None]:
-    """The gradients that one part of the batch gives, for some parameters."""
+def run_part(run: Run, tied: Tied, part: int, parts: int) -> Values:
+    """The gradients that one part of the batch gives."""
     with torch.random.fork_rng(), _watching(Watched(), False, None):
-        gradients = _taken(run(part, parts), tied).gradients
-    return {name: gradients.get(name) for name in names}
+        return _taken(run(part, parts), tied)
 
 
 def _taken(target: Any, tied: Tied) -> Values:
@@ -94,7 +94,7 @@ def _taken(target: Any, tied: Tied) -> Values:
 
 
 def values_of(target: Any, tied: Tied) -> Values:
-    """Copy weights and gradients of a whole model.
+    """Weights and gradients of a whole model, no copies of them.
 
     Raises:
         DistnormError: it isn't one.
@@ -108,22 +108,10 @@ def values_of(target: Any, tied: Tied) -> Values:
         for name, (_, tensor) in zip(names, named, strict=True):
             if hasattr(tensor, "to_local"):
                 raise DistnormError(f"reference: expected plain tensors, found '{name}' to be a DTensor")
-            values.weights[name] = tensor.detach().cpu().clone()
-            values.gradients[name] = None if tensor.grad is None else tensor.grad.detach().cpu().clone()
+            values.weights[name] = tensor.detach()
+            values.gradients[name] = None if tensor.grad is None else tensor.grad.detach()
             values.trains[name] = tensor.requires_grad
     return values
-
-
-def relative_differences(one: Values, other: Values) -> dict[str, float]:
-    """By how much the gradients of two runs differ, relative to their norms."""
-    found: dict[str, float] = {}
-    for name, gradient in one.gradients.items():
-        second = other.gradients.get(name)
-        if gradient is not None and second is not None:
-            first = gradient.double()
-            norm = float(first.norm())
-            found[name] = float((first - second.double()).norm()) / norm if norm else 0.0
-    return found
 
 
 @contextmanager
@@ -132,7 +120,7 @@ def _watching(watched: Watched, trace: bool, shake: int | None) -> Iterator[None
     original = nn.Module.__call__
     roots: list[nn.Module] = []
     tracers: list[Tracer] = []
-    shaken: list[tuple[nn.Module, list[Tensor]]] = []
+    shaken: list[Shaken] = []
 
     def on_tensor(boundary: Boundary, call: int, tensor: Tensor) -> None:
         kept = tensor.detach() if boundary.kind in WEIGHTS else tensor.detach().clone()
@@ -145,7 +133,7 @@ def _watching(watched: Watched, trace: bool, shake: int | None) -> Iterator[None
                 refuse_compiled([module], "the reference")
             module.zero_grad(set_to_none=True)  # of the run before, where a reference gives one model twice
             if shake is not None:
-                shaken.append((module, _shake(module, shake)))
+                shaken.append(Shaken(list(module.parameters()), shake))
             if trace:
                 tracers.append(Tracer(module, on_tensor))
         if module is roots[0]:
@@ -160,28 +148,8 @@ def _watching(watched: Watched, trace: bool, shake: int | None) -> Iterator[None
         nn.Module.__call__ = original  # type: ignore[method-assign]
         for tracer in tracers:
             tracer.remove()
-        for module, before in shaken:
-            _restore(module, before)
-
-
-def _shake(module: nn.Module, seed: int) -> list[Tensor]:
-    """Change the last bit of about every weight; returns what they were."""
-    before = []
-    dice = torch.Generator("cpu").manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            before.append(parameter.detach().clone())
-            if parameter.is_floating_point():
-                signs = torch.randint(0, 2, parameter.shape, generator=dice, device="cpu") * 2 - 1
-                step = signs.double().to(parameter.device) * torch.finfo(parameter.dtype).eps
-                parameter.copy_((parameter.double() * (1 + step)).to(parameter.dtype))
-    return before
-
-
-def _restore(module: nn.Module, before: list[Tensor]) -> None:
-    with torch.no_grad():
-        for parameter, old in zip(module.parameters(), before, strict=True):
-            parameter.copy_(old)
+        written = [parameter for weights in shaken for parameter in weights.restore()]
+    refuse_written(written)
 
 
 def places_of(target: Any, tied: Tied, watched: Watched) -> dict[str, int]:

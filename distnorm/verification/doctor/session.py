@@ -19,10 +19,11 @@ from distnorm.plan.collectives import Ranks, ranks_of
 from distnorm.sources import GradOf, Layout, Sharded, modules_of, named_tensors, read_once
 from distnorm.verification.axes import lines_of, merge_lines
 from distnorm.verification.doctor.batch import batch_fault
-from distnorm.verification.doctor.holdings import Held, read_holdings, remember_gradients
+from distnorm.verification.doctor.examining import examine, is_large
+from distnorm.verification.doctor.holdings import Held, read_holdings, remember_gradients, weights_held
 from distnorm.verification.doctor.judging import Verdict, diagnose, is_right, judge
 from distnorm.verification.doctor.localising import Localiser, Parting, Traced
-from distnorm.verification.doctor.meeting import meet
+from distnorm.verification.doctor.meeting import Case, meet
 from distnorm.verification.doctor.mistakes import Circumstances, Explanation, Mistake
 from distnorm.verification.doctor.preparing import prepare
 from distnorm.verification.doctor.recording import Recorder
@@ -30,6 +31,8 @@ from distnorm.verification.doctor.report import DoctorReport, find_cause
 from distnorm.verification.doctor.tracing import refuse_compiled
 
 _EXAMINED = 64  # wrong parameters that are explained, the first in the order of the forward
+_WHOLE_EXAMINED = 4  # large ones among them that are looked at whole, where no block explains them
+_IN_ANY_PLACE = (Mistake.UNEXPLAINED, Mistake.REPLICAS)  # elements may be in other places
 
 
 def doctor(
@@ -118,9 +121,11 @@ class Examination:
         with ranks.together():
             if self._trace:
                 refuse_compiled(modules_of(self._target), "the model")
-        self._prepared = prepare(ranks, self._target, self._reference, self._tied, self._trace)
         with ranks.together():
             self._layout = Layout.of(None, self._tied, self._sharded, self._grad_of)
+            pieces = weights_held(self._target, self._layout)
+        self._prepared = prepare(ranks, self._target, pieces, self._reference, self._tied, self._trace)
+        with ranks.together():
             self._before = remember_gradients(self._target, self._layout)
             shapes = self._prepared.shapes if self._trace else None
             self._recorder = Recorder(modules_of(self._target), ranks.rank, shapes, self._around)
@@ -135,15 +140,17 @@ class Examination:
 
     def _examine(self) -> DoctorReport:
         ranks, prepared = self._ranks, self._prepared
-        prepared.finish(ranks)
         with ranks.together():
-            held = read_holdings(ranks.rank, self._target, self._layout, self._before)
-        found = [judge(case, prepared.reference) for case in meet(ranks, held, prepared.reference)]
-        verdicts = _gathered(ranks, found)
+            pieces = weights_held(self._target, self._layout)
+        prepared.finish(ranks, pieces)
+        with ranks.together():
+            held = read_holdings(ranks.rank, self._target, self._layout, self._before, prepared.digests)
+        cases = {case.name: case for case in meet(ranks, held, prepared.reference)}
+        verdicts = _gathered(ranks, [judge(case, prepared.reference) for case in cases.values()])
         seen = self._recorder
         traced = ranks.gather(Traced(seen.rows, seen.records, seen.tokens, seen.modules))
         batch, forward, backward = self._first_says(traced, verdicts)
-        verdicts = self._explained(held, verdicts, batch)
+        verdicts = self._explained(held, cases, verdicts, batch)
         verdicts = [self._inferred(v, forward, backward) for v in verdicts]
         return DoctorReport(
             ranks.size,
@@ -173,23 +180,43 @@ class Examination:
         return said
 
     def _explained(
-        self, held: Sequence[Held], verdicts: Sequence[Verdict], batch: str | None
+        self, held: Sequence[Held], cases: Mapping[str, Case], verdicts: Sequence[Verdict], batch: str | None
     ) -> list[Verdict]:
         open_ = [v.name for v in verdicts if not v.is_wrong and not is_right(v)]
         names = open_[:_EXAMINED]
         if not names:
             return list(verdicts)
-        self._prepared.run_parts(self._ranks, self._parts if batch is None else 1, set(names))
+        self._prepared.run_parts(self._ranks, self._parts if batch is None else 1, names)
         by_name = {verdict.name: verdict for verdict in verdicts}
-        found = [
-            diagnose(case, by_name[case.name], self._around)
-            for case in meet(self._ranks, held, self._prepared.reference, names)
-        ]
-        explained = {verdict.name: verdict for verdict in _gathered(self._ranks, found)}
+        explained = self._diagnosed(held, cases, by_name, names, False)
+        reference = self._prepared.reference
+        large = [name for name in names if is_large(reference.known[name].shape)]
+        if large:
+            self._prepared.notes.append(
+                "parameters of more than a million elements are explained by the block of each piece in "
+                "which it differs most"
+            )
+        again = [n for n in large if explained[n].explanations[0].mistake in _IN_ANY_PLACE][:_WHOLE_EXAMINED]
+        explained |= self._diagnosed(held, cases, by_name, again, True)
         late = (Explanation(Mistake.UNEXPLAINED, "not examined: too many before it are wrong"),)
         for name in open_[_EXAMINED:]:
             explained[name] = replace(by_name[name], explanations=late)
         return [explained.get(verdict.name, verdict) for verdict in verdicts]
+
+    def _diagnosed(
+        self,
+        held: Sequence[Held],
+        cases: Mapping[str, Case],
+        verdicts: Mapping[str, Verdict],
+        names: Sequence[str],
+        whole: bool,
+    ) -> dict[str, Verdict]:
+        ranks, reference = self._ranks, self._prepared.reference
+        found = [
+            diagnose(case, pieces, verdicts[case.name], reference, self._around)
+            for case, pieces in examine(ranks, held, reference, cases, names, whole)
+        ]
+        return {verdict.name: verdict for verdict in _gathered(ranks, found)}
 
     def _inferred(self, verdict: Verdict, forward: Parting | None, backward: Parting | None) -> Verdict:
         """What the trace says of a gradient that nothing else explains."""
