@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from distnorm.config.policy_models import NAMES
 from tests.monitor import browser
 
 ROOT = Path(__file__).parent.parent
@@ -165,6 +166,11 @@ def test_sources_are_in_the_bibliography() -> None:
     used = {link for text in TEXTS.values() for link in re.findall(r"\]\((https?://[^)\s]+)\)", text)}
     assert used - listed == set()
     assert len(listed) > 60
+
+
+def test_the_table_of_policies_has_all_of_them() -> None:
+    text = (DOCS / "configuration.md").read_text(encoding="utf-8").partition("## Policies")[2]
+    assert re.findall(r"^\| `(\w+)` \|", text.partition("\n\n")[2], re.MULTILINE) == list(NAMES)
 
 
 def test_pictures_are_used_and_described() -> None:

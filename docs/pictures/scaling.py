@@ -160,21 +160,27 @@ def width_picture(data: dict) -> Figure:
 
 
 class Deep(nn.Module):
-    """Shortcuts around layers: `plain`, with branches `scaled` by 1/sqrt(layers), or behind a LayerNorm (`pre-norm`)."""
+    """Shortcuts around layers: `plain`, with branches `scaled` by 1/sqrt(layers), or behind a LayerNorm (`pre-norm`).
+
+    A branch ends with a matrix, as in a transformer. Ended by the ReLU, whose mean isn't zero, it would add up over layers.
+    """
 
     def __init__(self, kind: str, layers: int, dim: int = 64) -> None:
         super().__init__()
         torch.manual_seed(13)
-        self.layers = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(layers))
-        for layer in self.layers:
-            nn.init.normal_(layer.weight, std=(2 / dim) ** 0.5)
+        self.ins, self.outs = (
+            nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(layers)) for _ in range(2)
+        )
+        for into, out in zip(self.ins, self.outs, strict=True):
+            nn.init.normal_(into.weight, std=(2 / dim) ** 0.5)
+            nn.init.normal_(out.weight, std=dim**-0.5)
         self.kind, self.factor = kind, layers**-0.5 if kind == "scaled" else 1.0
         self.head = nn.Linear(dim, 8, bias=False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        for layer in self.layers:
+        for into, out in zip(self.ins, self.outs, strict=True):
             h = F.layer_norm(x, x.shape[-1:]) if self.kind == "pre-norm" else x
-            x = x + self.factor * F.relu(layer(h))
+            x = x + self.factor * out(F.relu(into(h)))
         if self.kind == "pre-norm":
             x = F.layer_norm(x, x.shape[-1:])
         return F.cross_entropy(self.head(x), y)

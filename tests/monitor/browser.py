@@ -23,7 +23,9 @@ def find() -> str | None:
 class Browser:
     """One page at a time; `open` starts afresh. What the page complains of, asks for and pops up is kept."""
 
-    def __init__(self, program: str, profile: Path) -> None:
+    def __init__(self, program: str, profile: Path, patience: float = 120.0) -> None:
+        """Start it; `patience` is how many seconds an answer may take, many where the machine is busy."""
+        self.patience = patience
         # Chromium reads commands from file descriptor 3 and answers on 4.
         ends = [*os.pipe(), *os.pipe()]
         read, self._to, self._from, write = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 64) for end in ends)
@@ -79,7 +81,7 @@ class Browser:
 
     def settle(self, ready: str = DRAWN) -> None:
         """Wait until every figure that has to be drawn, or drawn again, is."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + self.patience
         while not self.run(ready):
             assert time.monotonic() < deadline, f"nothing is drawn: {self.complaints}"
             time.sleep(0.02)
@@ -106,7 +108,7 @@ class Browser:
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         number = self._send(method, **params)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + self.patience
         while True:
             for message in self._messages(deadline):
                 self._note(message)
@@ -116,7 +118,7 @@ class Browser:
 
     def wait_for(self, event: str) -> None:
         """Wait until the browser has told of an event since the last wait for it."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + self.patience
         while event not in self._heard:
             for message in self._messages(deadline):
                 self._note(message)

@@ -323,7 +323,7 @@ def test_a_doctors_report_in_the_folder_is_part_of_the_page(folder: Path) -> Non
     facts["cause"] = {"where": "blocks.0.<b>.weight", "explanation": explanation}
     (folder / "doctor.json").write_text(json.dumps(facts))
     page = doctored(folder)
-    assert "1 of 4 gradients on 2 ranks are wrong." in page
+    assert "1 of 4 gradients on 2 ranks is wrong." in page
     assert "blocks.0.&lt;b&gt;.weight: scaled: it is 2 times the right one (ranks 0, 1)" in page
     assert '<li class="right">tok</li>' in page and '<li class="wrong">blocks.0.&lt;b&gt; <span>' in page
     assert '<li class="unproved">head <span>unproved</span></li>' in page and "<b>" not in page

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -163,6 +165,53 @@ def test_every_chart_has_a_name_words_and_a_table(browser: Browser, page: Path) 
     assert browser.run("['header', 'nav', 'main'].every((name) => document.querySelector(name))")
     broken = "[...document.querySelectorAll('nav a')].filter((each) => !document.querySelector(each.hash))"
     assert browser.run(f"{broken}.length") == 0
+
+
+def doctor_facts(layers: int) -> dict[str, Any]:
+    """A doctor's report of a model, every fifth of whose layers is wrong; the last one's gradient is zero."""
+    text = "partial, never reduced over tp: the 2 ranks' gradients add up to the right one"
+    found = [{"mistake": "not reduced", "text": text, "ranks": [0, 1], "others": []}]
+    numbers: dict[str, Any] = {"difference": 0.5, "tolerance": 1e-6, "cosine": 0.98, "scale": 0.5}
+    parameters = [
+        {
+            "name": f"blocks.{place}.attention.norm.{part}",
+            **numbers,
+            "is_dead": place == layers - 1,
+            "explanations": found if place % 5 == 2 else [],
+        }
+        for place in range(layers)
+        for part in ("weight", "bias")
+    ]
+    cause = {"where": parameters[4]["name"], "explanation": found[0]}
+    return {"ok": False, "ranks": 2, "parameters": parameters, "cause": cause, "notes": ["dropout was off"]}
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("dark", 390), ("light", 1280)])
+def test_what_a_doctor_found_is_seen_on_a_phone_and_on_a_wide_screen(
+    browser: Browser, folder: Path, scheme: str, width: int
+) -> None:
+    write_lines(folder / "metrics.jsonl", (metric_row(step, 1.0) for step in (1, 2, 3)))
+    (folder / "doctor.json").write_text(json.dumps(doctor_facts(60)))
+    browser.open(report(folder), scheme, width)
+    assert browser.run("document.scrollingElement.scrollWidth") <= width
+    assert browser.run("document.querySelector('.notice').textContent").startswith("24 of 120 gradients")
+    chips = [each["textContent"] for each in texts(browser, ".examined li")]
+    assert len(chips) == 12 + 11 + 4, "each wrong one, and the right ones between two of them together"
+    assert chips[0] == "blocks.0.attention.norm" and "4 layers right" in chips[3]
+    row = ".explained tbody tr:first-child"
+    left, right, lines = browser.run(
+        f"""(() => {{ const cell = document.querySelector("{row} td"), box = cell.getBoundingClientRect();
+              const line = parseFloat(getComputedStyle(cell).lineHeight);
+              return [box.left, box.right, box.height / line]; }})()"""
+    )
+    assert 0 <= left < right <= width, "beside the name, without scrolling"
+    assert (lines > 3) == (width < 500), "wrapped, not cut off"
+    said = [each["textContent"] for each in texts(browser, ".explained td:nth-child(2)")]
+    assert said[0].startswith("not reduced: partial") and set(said[1:]) == {"the same"}
+    background = colour(browser, "article:has(.examined)", "background-color")
+    for words in (".verdict", ".examined li", ".examined span", ".explained td"):
+        assert contrast(background, colour(browser, words, "color")) >= 4.5
+    assert browser.complaints == []
 
 
 def test_it_fits_a_narrow_screen_and_paper(browser: Browser, page: Path) -> None:

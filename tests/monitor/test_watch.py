@@ -230,7 +230,7 @@ def test_the_page_of_a_long_run_holds_no_more_than_a_screen_shows(browser: Brows
     write_lines(folder / "layers.jsonl", layers)
     with served(folder) as server:
         cells = json.loads(ask(server, "/layers?run=0")[1])["figures"][0]["layers"]["z"]
-        assert len(cells) == 301 and len(base64.b64decode(cells[0]["bdata"])) == 4 * (30_000 // 301)
+        assert len(cells) == 301 and len(base64.b64decode(cells[0]["bdata"])) == 4 * (20_000 // 301)
         browser.open(server.url)
         drawn = "[...document.querySelectorAll('.plot.steps')].flatMap((e) => e.data.map((t) => t.x.length))"
         assert max(browser.run(drawn)) <= 1001

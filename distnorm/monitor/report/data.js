@@ -101,10 +101,14 @@ const toAxis = (run, step) => (view.axis === "step" ? step : between(run.columns
 const fromAxis = (run, x) => (view.axis === "step" ? x : between(places(run), run.columns.step, x));
 
 // What is drawn of a column in sight: all of it, or the lowest and highest of each bin, which look the same.
-const MOST = 1000;
+const MOST = 1000, MOST_MARKS = 120; // each mark is an element of its own, a line is one
 function thin(x, y, from, to) {
   if (to - from <= MOST) return [x.slice(from, to), y.slice(from, to)];
-  const bins = MOST / 2, kept = [];
+  const kept = extremes(y, from, to, MOST / 2);
+  return [x.constructor.from(kept, (at) => x[at]), y.constructor.from(kept, (at) => y[at])];
+}
+function extremes(y, from, to, bins) {
+  const kept = [];
   for (let bin = 0; bin < bins; bin++) {
     const start = from + Math.floor((bin * (to - from)) / bins), end = from + Math.floor(((bin + 1) * (to - from)) / bins);
     let low = -1, high = -1;
@@ -117,5 +121,5 @@ function thin(x, y, from, to) {
     else if (low === high) kept.push(low);
     else kept.push(Math.min(low, high), Math.max(low, high));
   }
-  return [x.constructor.from(kept, (at) => x[at]), y.constructor.from(kept, (at) => y[at])];
+  return kept;
 }

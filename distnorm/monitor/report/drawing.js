@@ -10,6 +10,13 @@ function colour(name) {
   return getComputedStyle(probe).color;
 }
 
+const ruler = document.createElement("canvas").getContext("2d");
+// How wide the widest of some tick labels is; an entity is one character.
+function widest(texts) {
+  ruler.font = "11px system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif";
+  return Math.max(0, ...texts.map((text) => ruler.measureText(text.replace(/&#?\w+;/g, "m")).width));
+}
+
 const place = (figure) => document.getElementById(figure.id);
 const isNarrow = (div) => div.clientWidth < 520;
 
@@ -19,13 +26,14 @@ function screenHeight(figure, div) {
 }
 
 function baseLayout(div, figure) {
-  const axis = { gridcolor: colour("rule"), zeroline: false, linecolor: colour("rule"), automargin: true,
+  const axis = { gridcolor: colour("rule"), zeroline: false, linecolor: colour("rule"),
     tickfont: { size: 11 }, title: { font: { size: 12 }, standoff: 8 }, separatethousands: true, exponentformat: "power", minexponent: 5 };
   return {
     axis,
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: "system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif", size: 12, color: colour("ink") },
-    margin: { l: 54, r: 12, t: 30, b: 40 },
+    // Room for what stands there: with plotly's automargin every chart would be drawn twice.
+    margin: { l: 70, r: 14, t: 30, b: 48 },
     width: printing ? 690 : div.clientWidth,
     height: figure.height || Math.round(screenHeight(figure, div) * (printing ? 0.85 : 1)),
     hovermode: "x unified",
@@ -84,7 +92,8 @@ function traced(line, figure, from, to, log) {
   if (line.marks) {
     const kept = [];
     for (let at = from; at < to; at++) if (run.columns.flags[at] & line.marks) kept.push(at);
-    const every = Math.ceil(kept.length / MOST) || 1, some = kept.filter((_, place) => place % every === 0);
+    const heights = kept.map((at) => line.edge || run.columns[line.column][at]);
+    const some = kept.length <= MOST_MARKS ? kept : extremes(heights, 0, kept.length, MOST_MARKS / 2).map((at) => kept[at]);
     const y = some.map((at) => line.edge || run.columns[line.column][at]);
     return some.length ? [{ type: "scatter", mode: "markers", name: line.name, x: some.map((at) => x[at]), y,
       marker: { color: ink, symbol: line.symbol, size: 7, line: { width: 1, color: colour("paper") } },
@@ -102,7 +111,7 @@ function traced(line, figure, from, to, log) {
       text: Array.from(y, figure.axis === "rate" ? percent : readable), hovertemplate: "%{text}", ...more };
   };
   if (!view.smoothing || UNSMOOTHED.includes(line.column)) return [made(values, {})];
-  const pale = { opacity: 0.3, showlegend: false, hoverinfo: "skip", hovertemplate: undefined };
+  const pale = { opacity: 0.3, showlegend: false, hoverinfo: "skip", hovertemplate: undefined, text: undefined };
   return [made(values, pale), made(smoothed(run, line.column, log), {})];
 }
 
@@ -129,5 +138,6 @@ function plain(figure, div) {
   });
   logTicks(layout.yaxis, traces.filter((trace) => !trace.yaxis).map((trace) => trace.y));
   if (!layout.showlegend) layout.margin = { ...layout.margin, t: 10 };
+  if (view.axis === "clock") layout.margin = { ...layout.margin, b: 62 }; // the day stands below the hours
   return [traces, layout];
 }

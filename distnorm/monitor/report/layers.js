@@ -8,6 +8,8 @@ function layersOf(figure) {
   return unpacked.get(figure.layers);
 }
 
+const beside = (div, name) => shorten(name.replace(/\.weight$/, ""), isNarrow(div) && !printing ? 18 : 30);
+const besides = (div, names) => Math.ceil(widest(names.map((name) => beside(div, name)))) + 14;
 // Names beside the rows that have room for one, among the rows in sight.
 function rowTicks(div, names, height, range) {
   const [low, high] = range ? [Math.min(...range), Math.max(...range)] : [-0.5, names.length - 0.5];
@@ -15,7 +17,7 @@ function rowTicks(div, names, height, range) {
   const every = Math.max(1, Math.ceil(((to - from + 1) * 14) / Math.max(60, height - 90)));
   const tickvals = [];
   for (let row = from; row <= to; row += every) tickvals.push(row);
-  return { tickvals, ticktext: tickvals.map((row) => shorten(names[row].replace(/\.weight$/, ""), isNarrow(div) && !printing ? 18 : 30)) };
+  return { tickvals, ticktext: tickvals.map((row) => beside(div, names[row])) };
 }
 
 // Where a few extreme cells would take most of the colours, the scale ends at the 0.5th and 99.5th percentile.
@@ -55,7 +57,7 @@ function heat(figure, div) {
   const traces = [{
     type: "heatmap", x, y, z: trace.z, ...hover, colorscale: "Viridis", zmin: range.zmin, zmax: range.zmax,
     colorbar: { title: { text: "norm", side: "top" }, thickness: 12, outlinewidth: 0, tickvals: range.tickvals,
-      ticktext: range.ticktext, len: 1, tickfont: { size: 11 }, x: 1.02 },
+      ticktext: range.ticktext, len: 1, tickfont: { size: 11 }, x: 1, xpad: 16 },
   }];
   if (trace.zeros.length + trace.broken.length) {
     const marks = y.map(() => new Array(columns).fill(null));
@@ -68,10 +70,9 @@ function heat(figure, div) {
   const layout = merged(baseLayout(div, figure), {
     hovermode: "closest",
     plot_bgcolor: colour("band"),
-    margin: { l: 20, r: 10, t: 16, b: 40 },
+    margin: { l: besides(div, trace.names), r: 84, t: 16, b: 48 },
     xaxis: { title: { text: "step" }, showgrid: false },
     yaxis: { range: [rows - 0.5, -0.5], showgrid: false, ...rowTicks(div, trace.names, figure.height) },
-    ...marked(figure),
   });
   return [traces, layout];
 }
@@ -92,13 +93,15 @@ function showTip(figure, event) {
 
 const picker = (run) => document.querySelector(`select[data-run="${run}"]`);
 // Where the picked layer is: an arrow at its row, and a frame where rows are high enough to keep their colours in it.
-function marked(figure) {
-  const row = Number((picker(figure.run) || { value: -9 }).value);
-  const frame = { type: "rect", xref: "paper", x0: 0, x1: 1, y0: row - 0.5, y1: row + 0.5,
-    line: { color: colour("orange"), width: 1.5 }, fillcolor: "rgba(0,0,0,0)" };
-  const arrow = { xref: "paper", x: 1, y: row, xanchor: "left", showarrow: false, text: "◀",
-    font: { color: colour("orange"), size: 13 } };
-  return { shapes: layersOf(figure).z.length <= 60 ? [frame] : [], annotations: [arrow] };
+// It lies over the picture, which takes long to draw again.
+function mark(figure) {
+  const div = place(figure), { l, t, w, h } = div._fullLayout._size, [low, high] = div._fullLayout.yaxis.range;
+  const row = Number((picker(figure.run) || { value: -9 }).value), at = (value) => ((value - high) / (low - high)) * h;
+  const over = div.querySelector(".mark") || div.appendChild(document.createElement("div"));
+  const top = Math.max(0, at(row - 0.5)), bottom = Math.min(h, at(row + 0.5));
+  over.className = layersOf(figure).z.length <= 60 ? "mark framed" : "mark";
+  over.hidden = bottom <= top;
+  Object.assign(over.style, { left: `${l}px`, width: `${w}px`, top: `${t + top}px`, height: `${bottom - top}px` });
 }
 
 function picked(figure, div) {
@@ -131,6 +134,18 @@ function picked(figure, div) {
   return [traces, layout];
 }
 
+// Hundreds of boxes as three paths: an element for each of them would take long to draw.
+function crowded(column, rows, height) {
+  const path = (line) => rows.map((row, at) => line(row, at)).join("");
+  const shape = (line, width, ink) => ({ type: "path", path: path(line), line: { color: colour(ink), width }, layer: "below" });
+  const across = (from, to) => (row, at) => `M${column(from)[at]},${row}L${column(to)[at]},${row}`;
+  return [
+    { ...shape(across(1, 5), 1, "blue"), opacity: 0.5 },
+    shape(across(2, 4), Math.max(1.5, 0.6 * height), "blue"),
+    shape((row, at) => `M${column(3)[at]},${row - 0.5}L${column(3)[at]},${row + 0.5}`, 1.5, "ink"),
+  ];
+}
+
 function spread(figure, div) {
   const trace = layersOf(figure);
   const rows = trace.spread.length;
@@ -138,27 +153,30 @@ function spread(figure, div) {
   const positive = trace.spread.flatMap((of) => Array.from(of).filter((value) => value > 0));
   const floor = Math.min(...positive);
   const known = trace.spread.map((_, row) => row).filter((row) => !Number.isNaN(trace.spread[row][0]));
-  const column = (index) => known.map((row) => Math.max(trace.spread[row][index], floor));
-  const traces = [{
+  const columns = [0, 1, 2, 3, 4, 5].map((index) => known.map((row) => Math.max(trace.spread[row][index], floor)));
+  const column = (index) => columns[index];
+  const said = known.map((row) => {
+    const [least, low, , middle, , high, most] = Array.from(trace.spread[row], readable);
+    return `${trace.names[row]}<br>median ${middle}<br>90%: ${low} to ${high}<br>all: ${least} to ${most}`;
+  });
+  const words = { text: said, hovertemplate: "%{text}<extra></extra>", showlegend: false };
+  const isCrowded = rows > 80;
+  const traces = isCrowded ? [{ type: "scatter", mode: "lines", line: { width: 0 }, x: column(3), y: known, ...words }] : [{
     type: "box", orientation: "h", y: known, lowerfence: column(1), q1: column(2),
     median: column(3), q3: column(4), upperfence: column(5), fillcolor: colour("band"), width: 0.8,
-    line: { color: colour("blue"), width: rows > 80 ? 1 : 1.4 }, whiskerwidth: 0, hoverinfo: "skip", showlegend: false,
+    line: { color: colour("blue"), width: 1.4 }, whiskerwidth: 0, hoverinfo: "skip", showlegend: false,
   }, {
-    type: "scatter", mode: "markers", x: column(3), y: known, showlegend: false,
-    marker: { color: colour("blue"), size: rows > 80 ? 3 : 5 },
-    text: known.map((row) => {
-      const [least, low, , middle, , high, most] = Array.from(trace.spread[row], readable);
-      return `${trace.names[row]}<br>median ${middle}<br>90%: ${low} to ${high}<br>all: ${least} to ${most}`;
-    }),
-    hovertemplate: "%{text}<extra></extra>",
+    type: "scatter", mode: "markers", x: column(3), y: known, marker: { color: colour("blue"), size: 5 }, ...words,
   }];
   const layout = merged(baseLayout(div, figure), {
     hovermode: "closest",
-    margin: { l: 20, r: 14, t: 16, b: 40 },
+    margin: { l: besides(div, trace.names), r: 14, t: 16, b: 48 },
     xaxis: { title: { text: "norm" }, type: "log", fixedrange: true },
     yaxis: { range: [rows - 0.5, -0.5], showgrid: false, ...rowTicks(div, trace.names, figure.height) },
+    shapes: isCrowded ? crowded(column, known, figure.height / rows) : [],
   });
   logTicks(layout.xaxis, [positive]);
+  if (isCrowded) layout.xaxis.range = [column(1), column(5)].map((ends, most) => Math.log10(Math[most ? "max" : "min"](...ends)) + (most ? 0.05 : -0.05));
   return [traces, layout];
 }
 

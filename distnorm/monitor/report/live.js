@@ -43,9 +43,12 @@ async function speak() {
     const place = id.endsWith("-table") ? document.querySelector(`details[data-figure="${id.slice(0, -6)}"] > div`) : document.getElementById(id);
     if (place) place.innerHTML = html; // escaped where it was made; the policy runs nothing that would come in it
   }
-  for (const [id, words] of Object.entries(answer.words)) {
+  put(answer.words);
+}
+function put(words) {
+  for (const [id, text] of Object.entries(words)) {
     const place = document.getElementById(id);
-    if (place) place.textContent = words;
+    if (place && place.textContent !== text) place.textContent = text;
   }
 }
 
@@ -70,17 +73,35 @@ async function again() {
   setTimeout(again, document.hidden ? 5 * EVERY : EVERY);
 }
 
+// Tables of hundreds of rows stand in the page only while somebody looks at them.
+const layerTables = {};
+function fill(details) {
+  details.querySelector("div").innerHTML = layerTables[details.dataset.figure]; // escaped where it was made
+}
+const drawnAs = (some) => JSON.stringify(some.map(({ id, layers: { names, zeros = [], broken = [] } }) =>
+  [id, names, zeros.length > 0, broken.length > 0]));
+
 async function showLayers(key) {
   const answer = await get(`layers?run=${key.slice(3)}`);
-  const box = document.getElementById(`${key}-layers`), chosen = picker(key) && picker(key).value;
   const old = figures.filter((figure) => figure.run === key && isLayers(figure));
+  Object.assign(layerTables, answer.tables);
+  if (old.length && !document.getElementById(`${key}-layers`).hidden && drawnAs(old) === drawnAs(answer.figures)) {
+    old.forEach((figure, at) => { figure.layers = answer.figures[at].layers; figure.band = null; });
+    put(answer.words);
+    for (const each of document.querySelectorAll(`#${key}-layers details[open]`)) fill(each);
+    redraw(old);
+  } else replaceLayers(key, answer, old);
+  shownLayers.set(key, { at: Date.now(), rows: have[Number(key.slice(3))][1] });
+}
+
+function replaceLayers(key, answer, old) {
+  const box = document.getElementById(`${key}-layers`), chosen = picker(key) && picker(key).value;
   old.forEach((figure) => { watcher.unobserve(place(figure)); dirty.delete(figure); figures.splice(figures.indexOf(figure), 1); });
   box.innerHTML = answer.html;
   box.hidden = false;
   if (chosen) picker(key).value = chosen;
   figures.push(...answer.figures);
   answer.figures.forEach((figure) => watcher.observe(place(figure)));
-  shownLayers.set(key, { at: Date.now(), rows: have[Number(key.slice(3))][1] });
   redraw(answer.figures);
 }
 
@@ -93,7 +114,8 @@ for (const control of document.querySelectorAll("button[data-layers]"))
     if (hide) box.hidden = true; else await showLayers(key).catch(() => { statusLine.textContent = "The layers can't be had"; });
   });
 addEventListener("toggle", ({ target }) => {
-  if (target.matches && target.matches("details.numbers[open]")) speak().catch(() => {});
+  if (!target.matches || !target.matches("details.numbers[open]")) return;
+  if (target.dataset.figure in layerTables) fill(target); else speak().catch(() => {});
 }, true);
 
 const KEPT = "distnorm";

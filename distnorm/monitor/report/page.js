@@ -30,6 +30,7 @@ function draw(figure) {
   div.style.height = `${layout.height}px`;
   Plotly.react(div, traces, layout, settings);
   if (!figure.wired) wire(figure, div);
+  if (figure.kind === "heat") mark(figure);
 }
 
 // One figure a task, those in sight first: the reader's next click never waits for more than one.
@@ -94,6 +95,7 @@ function wire(figure, div) {
       showSteps(figure.run, [back(change["xaxis.range[0]"], "min"), back(change["xaxis.range[1]"], "max")]);
   });
   if (figure.kind === "heat") {
+    div.on("plotly_afterplot", () => mark(figure));
     div.on("plotly_hover", (event) => showTip(figure, event));
     div.on("plotly_unhover", () => { tip.hidden = true; });
     div.on("plotly_click", (event) => {
@@ -114,7 +116,7 @@ function wire(figure, div) {
 function pick(group) {
   for (const figure of inGroup(group)) {
     if (figure.kind === "picked") draw(figure);
-    if (figure.kind === "heat") setTimeout(() => Plotly.relayout(place(figure), marked(figure))); // a task of its own
+    if (figure.kind === "heat") mark(figure);
   }
 }
 
@@ -145,7 +147,10 @@ const button = document.getElementById("theme");
 const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : systemDark.matches);
 function themed() {
   button.setAttribute("aria-pressed", String(isDark()));
-  redraw(figures);
+  const some = figures.filter((figure) => figure.kind !== "heat" || !figure.wired); // page.css has what a drawn one needs
+  root.dataset.waiting = some.length;
+  // The page itself gets its colours in a task of its own, so that the first chart's hasn't that to do too.
+  setTimeout(() => { void document.body.offsetHeight; redraw(some); });
 }
 button.addEventListener("click", () => {
   root.dataset.theme = isDark() ? "light" : "dark";

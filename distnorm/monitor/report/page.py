@@ -128,7 +128,7 @@ class Contents:
             facts=facts(run),
             origin=origin(run),
             remarks=run.remarks,
-            notices=run.notes,
+            notices=(*_alarm(run), *run.notes),
             ends=(steps[0].step, steps[-1].step) if len(steps) > 1 else None,
             charts=charts,
             layers=() if self.live else layer_figures(run, key),
@@ -156,6 +156,13 @@ class Contents:
             *([("run0-doctor", "Gradients")] if self.runs[0].doctor else []),
             ("run0-config", "Config"),
         ]
+
+
+def _alarm(run: Run) -> tuple[str, ...]:
+    """What the doctor found wrong, to be said where a run begins: it stands far below."""
+    if run.doctor is None or run.doctor.state != "wrong":
+        return ()
+    return (f'{run.doctor.headline} See "Gradients, against one process" below.',)
 
 
 def layer_figures(run: Run, key: str) -> list[Figure]:

@@ -68,6 +68,8 @@ class Answers:
             said[f"{run.key}-notices"] = macros.notices(run.notices)
             said[f"{run.key}-alerts-text"] = macros.listed(run.alerts)
             said[f"{run.key}-skipped-text"] = macros.listed(run.skipped)
+            if run.doctor is not None:
+                said[f"{run.key}-doctor-text"] = macros.examined(run.doctor)
         says = {}
         for figure in contents.figures:
             says[f"{figure.id}-says"] = figure.chart.says
@@ -92,7 +94,9 @@ class Answers:
         macros: Any = environment().get_template("parts.html").module
         html = "".join(str(macros.chart(figure, True)) for figure in figures)
         drawn = [figure.as_data() for figure in figures if figure.chart.is_drawn]
-        return as_json({"html": html, "figures": drawn, "steps": found.layers.steps})
+        words = {f"{figure.id}-says": figure.chart.says for figure in figures}
+        tables = {figure.id: str(macros.table(of)) for figure in figures if (of := figure.chart.table)}
+        return as_json({"html": html, "figures": drawn, "words": words, "tables": tables})
 
     def _refreshed(self) -> Contents:
         for each in self._followers:
@@ -124,5 +128,5 @@ def _shape(contents: Contents) -> str:
         )
         for figure in contents.figures
     ]
-    ends = [run.ends is not None for run in contents.sections]
-    return hashlib.sha256(json.dumps([figures, ends]).encode()).hexdigest()[:16]
+    parts = [(run.ends is not None, run.doctor is not None) for run in contents.sections]
+    return hashlib.sha256(json.dumps([figures, parts]).encode()).hexdigest()[:16]

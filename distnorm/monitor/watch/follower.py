@@ -8,13 +8,14 @@ from pathlib import Path
 
 from distnorm.errors import RunError
 from distnorm.monitor.records import ALERTS_FILE, LAYERS_FILE, METRICS_FILE, NOTES_FILE, STARTS_FILE
+from distnorm.monitor.report.doctor_page import FILE as DOCTOR_FILE
 from distnorm.monitor.report.layers import LayerGrid, LayerRows
 from distnorm.monitor.report.row_reader import Row, UnreadableLines, open_own, rows_of
 from distnorm.monitor.report.runs import Run, gather_run, run_names
 from distnorm.monitor.report.steps import Step, Steps, step_of
 
 _AT_ONCE, _HEAD = 1 << 22, 1 << 10
-_MOST_CELLS = 30_000
+_MOST_CELLS = 20_000
 """Of a map of layers that is drawn again and again; a report, drawn once, has eight times as many."""
 
 
@@ -125,7 +126,7 @@ class Follower:
 
     def stamp(self) -> str:
         """What changes whenever anything does that a page says of the run."""
-        files = (METRICS_FILE, ALERTS_FILE, STARTS_FILE, NOTES_FILE)
+        files = (METRICS_FILE, ALERTS_FILE, STARTS_FILE, NOTES_FILE, DOCTOR_FILE)
         return " ".join(_stamp(self.folder / name) for name in files)
 
 

@@ -91,7 +91,7 @@ class DoctorReport:
             facts.append(("dead", _listed(self.dead)))
         facts += [("note", note) for note in self.notes]
         cause = None if self.cause is None else f"{self.cause.where}: {_sentence(self.cause.explanation)}"
-        return page(self.verdicts, self._headline(), cause, facts)
+        return page(self.verdicts, self._headline(), cause, facts, self.ok)
 
     def _partings(self) -> list[tuple[str, Parting]]:
         both = (("forward", self.forward), ("backward", self.backward))
