@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -151,14 +151,15 @@ def elastic() -> None:
     os.environ |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 
 
-def trainer(kind: str, callback: Any, **settings: Any) -> Any:
+def trainer(kind: str, callback: Any, callbacks: Sequence[Any] = (), **settings: Any) -> Any:
     """A Trainer in a process that has its group, or that is alone."""
     warnings.simplefilter("ignore")
     distributed: dict[str, Any] = {"devices": 1}
     if kind != "one":
         elastic()
         distributed = {"devices": dist.get_world_size(), "strategy": strategy(kind)}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    saves = any(isinstance(each, pl.callbacks.ModelCheckpoint) for each in callbacks)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": saves}
     defaults = {
         "max_epochs": 1,
         "log_every_n_steps": 1,
@@ -166,8 +167,8 @@ def trainer(kind: str, callback: Any, **settings: Any) -> Any:
         "accelerator": "cpu",
         "use_distributed_sampler": False,
     }
-    callbacks = [callback] if callback is not None else []
-    return pl.Trainer(**{**quiet, **defaults, **distributed, "callbacks": callbacks, **settings})
+    given = [*([] if callback is None else [callback]), *callbacks]
+    return pl.Trainer(**{**quiet, **defaults, **distributed, "callbacks": given, **settings})
 
 
 def whole(root: nn.Module) -> dict[str, Tensor]:
@@ -184,23 +185,31 @@ def whole(root: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+class Watch(pl.Callback):
+    """Keeps the whole weights after each batch. Collective."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.weights.append(whole(trainer.strategy.model))
+
+
 def fitted(
     kind: str,
     config: Any,
     model: Lit | None = None,
     accumulation: int = 1,
     ckpt: str | None = None,
-    save: str | None = None,
     steps: int = STEPS,
+    callbacks: Sequence[Any] = (),
     **settings: Any,
 ) -> dict[str, Any]:
     """Train, and tell what was logged, the weights, and the callback's state. Collective."""
     callback = DistnormCallback(config)
-    run = trainer(kind, callback, accumulate_grad_batches=accumulation, **settings)
+    run = trainer(kind, callback, callbacks, accumulate_grad_batches=accumulation, **settings)
     model = Lit(sharded="fsdp2" in kind) if model is None else model
     run.fit(model, loader(kind, accumulation, steps), ckpt_path=ckpt)
-    if save is not None:
-        run.save_checkpoint(save)
     return {
         "logged": run.logger.rows,
         "weights": whole(run.strategy.model),
