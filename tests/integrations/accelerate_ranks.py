@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -125,7 +124,7 @@ def kept_in(memory: dict[str, Any], what: str, accelerator: Any = None, *parts: 
     """Keep model and optimizer there where transformers has sharded the model: Accelerate 1.15 writes plain
     tensors alone. All else is left to its own checkpoint."""
     if what == "save":
-        memory.update({str(i): copy.deepcopy(part.state_dict()) for i, part in enumerate(parts)})
+        memory.update({str(i): hf_ranks.copied(part.state_dict()) for i, part in enumerate(parts)})
     for i, part in enumerate(parts if what == "load" else ()):
         part.load_state_dict(memory[str(i)])
     if accelerator is None:

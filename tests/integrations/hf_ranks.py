@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import logging
 import os
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from distnorm import testing
 from tests.integrations import hf
@@ -237,8 +237,8 @@ def poison(model: nn.Module, step: int, rank: int = 0) -> None:
 
 
 def keeping() -> type:
-    """A Trainer that keeps weights and optimizer in memory: of a model that transformers has sharded, it
-    saves the first rank's optimizer alone (5.24), and can't go on from such a checkpoint."""
+    """A Trainer that keeps weights and optimizer in memory: a model that transformers has sharded as it was
+    loaded has a checkpoint of its weights alone (5.24), and no run goes on from it."""
     from transformers import Trainer
 
     from distnorm.integrations.transformers import DistnormMixin
@@ -246,9 +246,11 @@ def keeping() -> type:
     kept: dict[str, Any] = {}
 
     class Keeping(DistnormMixin, Trainer):
-        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            super()._save_checkpoint(*args, **kwargs)
             parts = {"optimizer": self.optimizer, "schedule": self.lr_scheduler, "model": self.model}
-            kept[output_dir] = copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
+            states = {name: copied(part.state_dict()) for name, part in parts.items()}
+            kept[f"{self.args.output_dir}/checkpoint-{self.state.global_step}"] = states
 
         def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
             self.model.load_state_dict(kept[checkpoint]["model"])
@@ -259,6 +261,11 @@ def keeping() -> type:
                 self.lr_scheduler.load_state_dict(kept[checkpoint]["schedule"])
 
     return Keeping
+
+
+def copied(state: Any) -> Any:
+    """With tensors of their own, whose storage need not be one that Python can copy."""
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), state)
 
 
 HISTORY = {"clip": {"nonfinite": "skip", "policy": {"name": "zclip", "warmup": 2}}}
@@ -304,6 +311,7 @@ def interrupted(
             max_steps=STEPS,
             save_strategy="steps",
             save_steps=2,
+            save_only_model=topology in NATIVE,
             optim="adamw_torch",
             learning_rate=1e-2,
             lr_scheduler_type="linear",
