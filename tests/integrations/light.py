@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -171,6 +171,13 @@ def trainer(kind: str, callback: Any, callbacks: Sequence[Any] = (), **settings:
     return pl.Trainer(**{**quiet, **defaults, **distributed, "callbacks": given, **settings})
 
 
+def gathered(parameter: nn.Parameter) -> Any:
+    """The whole parameter, where DeepSpeed's stage 3 has left a part on each rank."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    return deepspeed.zero.GatheredParameters([parameter])
+
+
 def whole(root: nn.Module) -> dict[str, Tensor]:
     """Whole weights by their names in `Net`. Collective."""
     found: dict[str, Tensor] = {}
@@ -179,7 +186,8 @@ def whole(root: nn.Module) -> dict[str, Tensor]:
             found = {name: p.detach().clone() for name, p in root.named_parameters()}
     else:
         for name, p in root.named_parameters():
-            found[name] = (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+            with gathered(p):
+                found[name] = (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
     for wrapper in ("_fsdp_wrapped_module.", "module.", "net."):
         found = {name.replace(wrapper, ""): p for name, p in found.items()}
     return found

@@ -67,7 +67,8 @@ def everything(kind: str, folder: str) -> dict[str, Any]:
     found["taken over"] = fitted(kind, None, None, 2, gradient_clip_val=MAX_NORM)
     if kind in ("ddp", "fsdp2xtp"):
         found["trained"].append(fitted(kind, CLIP, Manual(sharded=kind == "fsdp2xtp")))
-    found["interrupted"] = interrupted(kind, folder)
+    if kind != "fsdp1-orig":  # saving its state on the CPU, torch (2.13) reads memory that it has freed
+        found["interrupted"] = interrupted(kind, folder)
     if kind == "ddp":
         pairs = [(precision, fused) for precision in ("bf16-mixed", "16-mixed") for fused in (False, True)]
         found["mixed"] = [fit_in(*pair) for pair in pairs]
@@ -99,16 +100,13 @@ def test_every_strategy(ranks: Any, kind: str, tmp_path: Path) -> None:
         for each in found["trained"]:
             check(each)
         check_taken_over(kind, found["taken over"])
-        check_interrupted(**found["interrupted"])
+        if kind != "fsdp1-orig":
+            check_interrupted(**found["interrupted"])
         if kind == "ddp":
             assert found["error"] == "NonFiniteGradientError"  # on every rank
             for each in found["mixed"]:
                 check_mixed_precision(*each)
-        if kind in (
-            "fsdp1",
-            "tp",
-            "fsdp2xtp",
-        ):  # else Lightning has learnt it, and docs/integrations.md is wrong
+        if kind in ("fsdp1", "tp", "fsdp2xtp"):  # else Lightning has learnt it: mend docs/integrations.md
             assert found["error"]
 
 
