@@ -54,7 +54,15 @@ class AcceleratedClipper:
         self._config = taken_over(self._config, written, "gradient_clipping")
         self._handle = attach(engine, config=self._config, tied=self._tied)
         self._clipper = self._handle.clipper
+        self._tell_of_overflow()
         self._late.bind(self._clipper)
+
+    def _tell_of_overflow(self) -> None:
+        """At stage 0 in fp32 an engine's optimizer says whether it has skipped only while attached, and
+        Accelerate looks whether it does once, as it wraps it."""
+        for outer in self._accelerator._optimizers:
+            if hasattr(outer, "__has_overflow__"):
+                outer.__has_overflow__ = hasattr(outer.optimizer, "overflow")
 
     @property
     def clipper(self) -> GradClipper | EngineClipper | None:
@@ -188,6 +196,7 @@ class AcceleratedClipper:
         """Write the monitor's last rows, and let a DeepSpeed engine clip by itself again. Not collective."""
         if self._handle is not None:
             self._handle.remove()
+            self._tell_of_overflow()
         if self._clipper is not None:
             self._clipper.close()
 

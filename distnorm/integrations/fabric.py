@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -135,7 +136,7 @@ class FabricClipper:
 
 
 def clip_with(fabric: Any, config: ConfigSource = None, *, tied: Tied = ()) -> FabricClipper:
-    """Have ``fabric.clip_gradients`` clip by distnorm, from now on.
+    """Have ``fabric.clip_gradients`` clip by distnorm, from now on, and ``fabric.load`` restore its state.
 
     Not collective, but every rank must call it. The loop stays as it is: the method's max_norm becomes
     `clip.max_norm` where the configuration has none, and is refused where both are set and differ; it may be
@@ -157,7 +158,29 @@ def clip_with(fabric: Any, config: ConfigSource = None, *, tied: Tied = ()) -> F
     """
     clipping = FabricClipper(fabric, config, tied=tied)
     fabric.clip_gradients = clipping.clip
+    fabric.load = _loading_into(clipping, fabric.load)
     return clipping
+
+
+def _loading_into(clipping: FabricClipper, load: Callable[..., Any]) -> Callable[..., Any]:
+    """``Fabric.load``, that restores a clipper under every strategy.
+
+    Under FSDP and ModelParallel Fabric's own puts the saved state in the clipper's place in the caller's
+    dict, and restores nothing.
+    """
+
+    @functools.wraps(load)
+    def loading(path: Any, state: dict[str, Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+        keys = [key for key, value in (state or {}).items() if value is clipping]
+        remainder = load(path, state, *args, **kwargs)
+        for key in keys:
+            assert state is not None
+            if state[key] is not clipping:
+                clipping.load_state_dict(state[key])
+                state[key] = clipping
+        return remainder
+
+    return loading
 
 
 def _unwrapped(module: Any) -> Any:

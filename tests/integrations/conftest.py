@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
+
 FRAMEWORKS = (
     "transformers",
     "accelerate",
@@ -22,3 +24,13 @@ collect_ignore = [
     for path in Path(__file__).parent.glob("test_*.py")
     if MISSING and path.name not in ("test_common.py", "test_installed.py")
 ]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the ranks' server, where there is a rank to run."""
+    if session.config.option.collectonly or MISSING:
+        return
+    if any("ranks" in getattr(item, "fixturenames", ()) for item in session.items):
+        from tests.integrations import forked_server
+
+        forked_server.start()

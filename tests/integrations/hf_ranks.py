@@ -6,19 +6,20 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from distnorm import testing
 from tests.integrations import hf
 
 _PRELOADED = (
     "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen3.modeling_qwen3",
     "transformers.trainer",
     "transformers.distributed.mixin",
     "accelerate",
@@ -141,7 +142,6 @@ def trained(
     topology: str, folder: str, saved: str, accumulations: tuple[int, ...]
 ) -> list[tuple[list[dict[str, float]], dict[str, Tensor]]]:
     """Three steps, each time by a new Trainer."""
-    prepare()
     results = []
     for accumulation in accumulations:
         trainer = trainer_of(topology, folder, saved=saved, accumulation=accumulation)
@@ -155,7 +155,6 @@ def by_callback(topology: str, folder: str) -> tuple[list[dict[str, float]], dic
 
     from distnorm.integrations.transformers import DistnormCallback
 
-    prepare()
     trainer = trainer_of(topology, folder, base=Trainer, callbacks=[DistnormCallback()])
     trainer.train()
     return logged(trainer), weights(trainer), trainer.args.max_grad_norm
@@ -174,7 +173,6 @@ def lora() -> nn.Module:
 
 
 def trained_lora(folder: str) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
-    prepare()
     trainer = trainer_of("ddp", folder, model=lora())
     trainer.train()
     return logged(trainer), weights(trainer)
@@ -211,7 +209,6 @@ def recorded(topology: str, folder: str, model: nn.Module, **settings: Any) -> l
 
 
 def trained_in_bf16(folder: str, autocasts: bool) -> list[Step]:
-    prepare()
     model = hf.llama() if autocasts else hf.llama().bfloat16()
     return recorded("fsdp2", folder, model, bf16=autocasts)
 
@@ -221,9 +218,8 @@ def trained_with_replicated_norms(folder: str, saved: str, accumulation: int) ->
     from transformers import Qwen3ForCausalLM
     from transformers.distributed import DistributedConfig
 
-    prepare()
     sizes = DistributedConfig(tp_size=2)
-    model = Qwen3ForCausalLM.from_pretrained(saved, distributed_config=sizes, dtype=torch.float32)
+    model = Qwen3ForCausalLM.from_pretrained(f"{saved}/qwen", distributed_config=sizes, dtype=torch.float32)
     return recorded("tp", folder, model, accumulation=accumulation)
 
 
@@ -240,16 +236,51 @@ def poison(model: nn.Module, step: int, rank: int = 0) -> None:
     head.register_full_backward_pre_hook(lambda _, gradients: tuple(infinite(g.clone()) for g in gradients))
 
 
-def skipping(
-    topology: str, folder: str, config: Mapping[str, Any], by_callback: bool, saved: str = ""
-) -> list[dict[str, Any]]:
-    """Weights, optimizer state, learning rate and what was logged after each of three steps, the second of
-    which is infinite on rank 1."""
+def keeping() -> type:
+    """A Trainer that keeps weights and optimizer in memory: a model that transformers has sharded as it was
+    loaded has a checkpoint of its weights alone (5.24), and no run goes on from it."""
+    from transformers import Trainer
+
+    from distnorm.integrations.transformers import DistnormMixin
+
+    kept: dict[str, Any] = {}
+
+    class Keeping(DistnormMixin, Trainer):
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            super()._save_checkpoint(*args, **kwargs)
+            parts = {"optimizer": self.optimizer, "schedule": self.lr_scheduler, "model": self.model}
+            states = {name: copied(part.state_dict()) for name, part in parts.items()}
+            kept[f"{self.args.output_dir}/checkpoint-{self.state.global_step}"] = states
+
+        def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+            self.model.load_state_dict(kept[checkpoint]["model"])
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            if checkpoint is not None:
+                self.optimizer.load_state_dict(kept[checkpoint]["optimizer"])
+                self.lr_scheduler.load_state_dict(kept[checkpoint]["schedule"])
+
+    return Keeping
+
+
+def copied(state: Any) -> Any:
+    """With tensors of their own, whose storage need not be one that Python can copy."""
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), state)
+
+
+HISTORY = {"clip": {"nonfinite": "skip", "policy": {"name": "zclip", "warmup": 2}}}
+STEPS = 4
+
+
+def interrupted(
+    topology: str, folder: str, saved: str = "", kind: str = "mixin", restores: bool = False
+) -> dict[str, Any]:
+    """A run of four steps, the second of which is infinite on the last rank, and one that goes on from its
+    checkpoint of the second: what there is after each step, and the clipper's state at the end."""
     from transformers import Trainer, TrainerCallback
 
     from distnorm.integrations.transformers import DistnormCallback
 
-    prepare()
     seen: list[dict[str, Any]] = []
 
     class Recording(TrainerCallback):
@@ -260,54 +291,57 @@ def skipping(
             rate = kwargs["lr_scheduler"].get_last_lr()[0]
             seen.append({"weights": weights(trainer), "moments": moments, "rate": rate})
 
-    model = model_of(topology, saved)
-    poison(model, 2, rank=dist.get_world_size() - 1 if dist.is_initialized() else 0)
-    trainer = trainer_of(
-        topology,
-        folder,
-        model=model,
-        base=Trainer if by_callback else None,
-        config=None if by_callback else config,
-        callbacks=[Recording(), *([DistnormCallback(config)] if by_callback else [])],
-        optim="adamw_torch",
-        lr_scheduler_type="linear",
-    )
-    trainer.train()
-    for entry, step in zip(logged(trainer), seen, strict=True):
-        step["skipped"] = entry["skipped"]
-    assert trainer.state.global_step == hf.STEPS
-    return seen
-
-
-def resumed(topology: str, folder: str, kind: str, restores: bool) -> list[tuple[Any, dict[str, Tensor]]]:
-    """The clipper's state and the weights at the end, of a run, and of one that went on from its middle."""
-    from transformers import Trainer
-
-    from distnorm.integrations.transformers import DistnormCallback
-
-    prepare()
-    config = {"clip": {"policy": {"name": "zclip", "warmup": 2}}}
-    results = []
-    for checkpoint in (None, f"{folder}/checkpoint-2"):
-        callbacks = [DistnormCallback(config)] if kind == "callback" else []
+    by_callback = kind == "callback"
+    base = Trainer if by_callback else None
+    if topology in NATIVE:
+        base = keeping()
+    found: dict[str, Any] = {}
+    for part, checkpoint in (("straight", None), ("resumed", f"{folder}/checkpoint-2")):
+        seen = []
+        model = model_of(topology, saved)
+        if part == "straight":
+            poison(model, 2, rank=dist.get_world_size() - 1 if dist.is_initialized() else 0)
         trainer = trainer_of(
             topology,
             folder,
-            base=Trainer if callbacks else None,
-            callbacks=callbacks,
-            config=None if callbacks else config,
-            max_steps=4,
+            model=model,
+            base=base,
+            config=None if by_callback else HISTORY,
+            callbacks=[Recording(), *([DistnormCallback(HISTORY)] if by_callback else [])],
+            max_steps=STEPS,
             save_strategy="steps",
             save_steps=2,
+            save_only_model=topology in NATIVE,
             optim="adamw_torch",
             learning_rate=1e-2,
+            lr_scheduler_type="linear",
             restore_callback_states_from_checkpoint=restores,
         )
         trainer.train(resume_from_checkpoint=checkpoint)
-        if callbacks:
+        assert trainer.state.global_step == STEPS
+        if by_callback:
             [callback] = [c for c in trainer.callback_handler.callbacks if isinstance(c, DistnormCallback)]
             state = callback.state()["attributes"]["saved"]
         else:
             state = trainer.clipper.state_dict()
-        results.append((state, weights(trainer)))
-    return results
+        found[part] = {"steps": seen, "state": state, "log": logged(trainer)}
+    return found
+
+
+def everything(topology: str, folder: str, saved: str) -> dict[str, Any]:
+    """All that is asked of a topology: starting ranks costs more than their steps."""
+    prepare()
+    found: dict[str, Any] = {"trained": trained(topology, f"{folder}/trained", saved, (1, 2))}
+    found["interrupted"] = interrupted(topology, f"{folder}/interrupted", saved)
+    if topology in ("ddp", "fsdp2"):
+        found["callback"] = by_callback(topology, f"{folder}/callback")
+    if topology == "ddp":
+        found["lora"] = trained_lora(f"{folder}/lora")
+    if topology == "fsdp2":
+        # Autocast stays in the environment, where transformers looks for it.
+        found["bf16"] = [trained_in_bf16(f"{folder}/bf16", autocasts) for autocasts in (False, True)]
+    if topology == "tp":
+        found["qwen"] = [
+            trained_with_replicated_norms(f"{folder}/qwen", saved, accumulation) for accumulation in (1, 2)
+        ]
+    return found

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -151,14 +151,15 @@ def elastic() -> None:
     os.environ |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 
 
-def trainer(kind: str, callback: Any, **settings: Any) -> Any:
+def trainer(kind: str, callback: Any, callbacks: Sequence[Any] = (), **settings: Any) -> Any:
     """A Trainer in a process that has its group, or that is alone."""
     warnings.simplefilter("ignore")
     distributed: dict[str, Any] = {"devices": 1}
     if kind != "one":
         elastic()
         distributed = {"devices": dist.get_world_size(), "strategy": strategy(kind)}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    saves = any(isinstance(each, pl.callbacks.ModelCheckpoint) for each in callbacks)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": saves}
     defaults = {
         "max_epochs": 1,
         "log_every_n_steps": 1,
@@ -166,8 +167,15 @@ def trainer(kind: str, callback: Any, **settings: Any) -> Any:
         "accelerator": "cpu",
         "use_distributed_sampler": False,
     }
-    callbacks = [callback] if callback is not None else []
-    return pl.Trainer(**{**quiet, **defaults, **distributed, "callbacks": callbacks, **settings})
+    given = [*([] if callback is None else [callback]), *callbacks]
+    return pl.Trainer(**{**quiet, **defaults, **distributed, "callbacks": given, **settings})
+
+
+def gathered(parameter: nn.Parameter) -> Any:
+    """The whole parameter, where DeepSpeed's stage 3 has left a part on each rank."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    return deepspeed.zero.GatheredParameters([parameter])
 
 
 def whole(root: nn.Module) -> dict[str, Tensor]:
@@ -178,10 +186,21 @@ def whole(root: nn.Module) -> dict[str, Tensor]:
             found = {name: p.detach().clone() for name, p in root.named_parameters()}
     else:
         for name, p in root.named_parameters():
-            found[name] = (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+            with gathered(p):
+                found[name] = (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
     for wrapper in ("_fsdp_wrapped_module.", "module.", "net."):
         found = {name.replace(wrapper, ""): p for name, p in found.items()}
     return found
+
+
+class Watch(pl.Callback):
+    """Keeps the whole weights after each batch. Collective."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.weights.append(whole(trainer.strategy.model))
 
 
 def fitted(
@@ -190,17 +209,15 @@ def fitted(
     model: Lit | None = None,
     accumulation: int = 1,
     ckpt: str | None = None,
-    save: str | None = None,
     steps: int = STEPS,
+    callbacks: Sequence[Any] = (),
     **settings: Any,
 ) -> dict[str, Any]:
     """Train, and tell what was logged, the weights, and the callback's state. Collective."""
     callback = DistnormCallback(config)
-    run = trainer(kind, callback, accumulate_grad_batches=accumulation, **settings)
+    run = trainer(kind, callback, callbacks, accumulate_grad_batches=accumulation, **settings)
     model = Lit(sharded="fsdp2" in kind) if model is None else model
     run.fit(model, loader(kind, accumulation, steps), ckpt_path=ckpt)
-    if save is not None:
-        run.save_checkpoint(save)
     return {
         "logged": run.logger.rows,
         "weights": whole(run.strategy.model),

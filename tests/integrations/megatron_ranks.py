@@ -57,6 +57,7 @@ def whole(parameter: Tensor, tensor: Tensor) -> Tensor:
 
 
 def train(lie: bool) -> dict[str, Any]:
+    parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
     model = Model()
     if lie:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -16,7 +14,7 @@ from tests.integrations import accelerate_ranks, hf, hf_ranks
 
 hf_ranks.preload()
 
-TIMEOUT = 120.0
+TIMEOUT = 300.0
 pytestmark = pytest.mark.filterwarnings("ignore")  # the frameworks' own
 
 
@@ -56,16 +54,42 @@ def clip_with(*args: Any, **kwargs: Any) -> Any:
         ("zero3", 2, (), {"clip": {"max_norm": hf.MAX_NORM}}),
     ],
 )
-def test_every_topology_is_clipped_as_one_process_would(ranks, saved, topology, world, limit, config):
+def test_every_topology(ranks, tmp_path, saved, topology, world, limit, config):
+    """Norm and update against one process, with one micro-batch a step and with two; skip and resume, bit
+    for bit."""
+    body = (accelerate_ranks.everything, topology, str(tmp_path), saved, limit, config)
+    for rank, found in enumerate(ranks(world, *body, timeout=TIMEOUT)):
+        for norms, weights, steps in found["trained"]:
+            check_trained(norms, weights, steps)
+        check_interrupted(found["interrupted"])
+        if topology == "ddp":
+            check_overflow(found["overflowing"], rank)
+        if topology == "zero2":  # DeepSpeed's own limit is taken over, or refused
+            assert "gradient_clipping: expected 0, or 0.3" in found["refusal"]
+
+
+def check_trained(norms: list[list[float]], weights: dict[str, torch.Tensor], steps: int) -> None:
     true_norms, true = hf.oracle()
-    body = (accelerate_ranks.trained_in_both_ways, topology, saved, limit, config)
-    for of_rank in ranks(world, *body, timeout=TIMEOUT):
-        for norms, found, steps in of_rank:
-            last = [of_step[-1] for of_step in norms]
-            assert last == [pytest.approx(norm, rel=1e-5) for norm in true_norms]
-            assert all(math.isnan(norm) for of_step in norms for norm in of_step[:-1])
-            assert hf.furthest(found, true) < 1e-5
-            assert steps == hf.STEPS  # none while gradients are accumulated
+    last = [of_step[-1] for of_step in norms]
+    assert last == [pytest.approx(norm, rel=1e-5) for norm in true_norms]
+    assert all(math.isnan(norm) for of_step in norms for norm in of_step[:-1])
+    assert hf.furthest(weights, true) < 1e-5
+    assert steps == hf.STEPS  # none while gradients are accumulated
+
+
+def check_interrupted(found: dict[str, Any]) -> None:
+    straight, resumed = found["straight"], found["resumed"]
+    first, second, third, last = straight["steps"]
+    assert [step["skipped"] for step in straight["steps"]] == [False, True, False, False]
+    assert [step["result"] for step in straight["steps"]] == [False, True, False, False]
+    assert all(torch.equal(first["weights"][name], second["weights"][name]) for name in first["weights"])
+    assert len(first["moments"]) > 0
+    assert all(map(torch.equal, first["moments"], second["moments"]))
+    assert first["rate"] == second["rate"] != third["rate"]  # the schedule waits
+    assert straight["state"]["steps"] == 4
+    assert resumed["state"] == straight["state"]
+    resumed_last = resumed["steps"][-1]["weights"]
+    assert all(torch.equal(last["weights"][name], resumed_last[name]) for name in last["weights"])
 
 
 # ---- one clipper
@@ -102,17 +126,6 @@ def test_another_limit_is_refused_by_its_key(accelerator, config, first, later, 
             accelerate_ranks.step(accelerator, model, optimizer, *limit)
 
 
-def test_deepspeeds_own_limit_is_taken_over_or_refused(ranks):
-    pytest.importorskip("deepspeed")
-    failures = ranks(
-        *(2, accelerate_ranks.trained, "zero2", "", 1, (), {"clip": {"max_norm": 0.3}}),
-        expect_errors=True,
-        timeout=TIMEOUT,
-    )
-    for failure in failures:
-        assert "gradient_clipping: expected 0, or 0.3" in failure.message
-
-
 def test_other_models_are_clipped_as_before(accelerator):
     model, optimizer = accelerate_ranks.prepared(accelerator, "plain")
     other, _ = accelerate_ranks.prepared(accelerator, "plain")
@@ -141,18 +154,6 @@ def test_two_models_have_a_clipper_each(accelerator):
 # ---- steps that don't happen
 
 
-@pytest.mark.parametrize(("topology", "world"), [("ddp", 2), ("fsdp2", 2)])
-def test_a_skipped_step_leaves_everything_bit_for_bit(ranks, topology, world):
-    body = (accelerate_ranks.skipping, topology, {"clip": {"nonfinite": "skip"}})
-    for first, second, third in ranks(world, *body, timeout=TIMEOUT):
-        assert [s["skipped"] for s in (first, second, third)] == [False, True, False]
-        assert [s["result"] for s in (first, second, third)] == [False, True, False]
-        assert all(torch.equal(first["weights"][name], second["weights"][name]) for name in first["weights"])
-        assert len(first["moments"]) > 0
-        assert all(map(torch.equal, first["moments"], second["moments"]))
-        assert first["rate"] == second["rate"] != third["rate"]  # the schedule waits
-
-
 def dense_stages(steps: int) -> tuple[list[float], list[dict[str, torch.Tensor]]]:
     """Both ranks' stages trained in one process in fp64: norms, and weights of each."""
     stages = [accelerate_ranks.stage(rank).double() for rank in range(2)]
@@ -169,16 +170,16 @@ def dense_stages(steps: int) -> tuple[list[float], list[dict[str, torch.Tensor]]
     return norms, [{name: p.detach() for name, p in stage.named_parameters()} for stage in stages]
 
 
-def test_an_overflow_under_a_loss_scaler_is_found_by_all_ranks(ranks):
+def check_overflow(seen: list[Any], rank: int) -> None:
+    """Under a loss scaler all ranks find it."""
     true_norms, true = dense_stages(2)
-    results = ranks(2, accelerate_ranks.overflowing, 1024.0, timeout=TIMEOUT)
-    for (first, second, third), expected in zip(results, true, strict=True):
-        assert [s[2] for s in (first, second, third)] == [False, True, False]
-        assert [s[1] for s in (first, second, third)] == [1024.0, 512.0, 512.0]
-        assert [first[0], third[0]] == [pytest.approx(norm, rel=1e-5) for norm in true_norms]
-        assert not math.isfinite(second[0])
-        assert hf.furthest(second[3], first[3]) == 0
-        assert hf.furthest(third[3], expected) < 1e-5
+    first, second, third = seen
+    assert [s[2] for s in (first, second, third)] == [False, True, False]
+    assert [s[1] for s in (first, second, third)] == [1024.0, 512.0, 512.0]
+    assert [first[0], third[0]] == [pytest.approx(norm, rel=1e-5) for norm in true_norms]
+    assert not math.isfinite(second[0])
+    assert hf.furthest(second[3], first[3]) == 0
+    assert hf.furthest(third[3], true[rank]) < 1e-5
 
 
 def test_a_spike_under_a_loss_scaler_is_skipped_and_keeps_the_scale(accelerator):
@@ -210,16 +211,6 @@ def test_beside_a_loss_scaler_an_overflow_is_no_error(accelerator):
 # ---- checkpoints
 
 
-@pytest.mark.parametrize(("topology", "world"), [("ddp", 2), ("fsdp2", 2)])
-def test_a_resumed_run_has_the_same_histories_bit_for_bit(ranks, tmp_path, topology, world):
-    for (state, found), (state_resumed, found_resumed) in ranks(
-        world, accelerate_ranks.resumed, topology, str(tmp_path), timeout=TIMEOUT
-    ):
-        assert state["steps"] == 4
-        assert state == state_resumed
-        assert all(torch.equal(found[name], found_resumed[name]) for name in found)
-
-
 def test_a_helper_that_steps_counts_nothing(accelerator):
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -239,12 +230,3 @@ def test_an_optimizer_that_is_attached_is_refused(accelerator):
     with pytest.raises(distnorm.DistnormError, match="expected an optimizer that nothing is attached to"):
         accelerate_ranks.step(accelerator, model, optimizer, 1.0)
     handle.remove()
-
-
-def test_neither_distnorm_nor_the_adapter_imports_accelerate():
-    code = (
-        "import sys, distnorm, distnorm.integrations.accelerate; distnorm.GradClipper\n"
-        "print([name for name in ('accelerate', 'transformers', 'peft', 'deepspeed') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
-    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr

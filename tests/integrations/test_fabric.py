@@ -27,6 +27,7 @@ testing.preload("lightning.fabric", "tests.integrations.light", "tests.integrati
 
 WORLDS = {"one": 1, "ddp": 2, "fsdp1": 2, "tp": 2, "fsdp2xtp": 4}
 SKIP = {"clip": {"nonfinite": "skip"}}
+HISTORY = {"clip": {"policy": {"name": "zclip", "warmup": 2}}}
 
 
 def cut(net: Any, mesh: Any) -> Any:
@@ -103,20 +104,7 @@ def train(kind: str, accumulation: int) -> tuple[list[float], dict[str, Tensor]]
     return run.norms, run.weights()
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("kind", WORLDS)
-def test_norm_and_update_are_those_of_one_process(ranks: Any, kind: str, accumulation: int) -> None:
-    expected, weights = oracle()
-    for norms, found in ranks(WORLDS[kind], train, kind, accumulation):
-        assert norms == pytest.approx(expected, rel=1e-5)
-        assert found.keys() == weights.keys()
-        for name, weight in weights.items():
-            torch.testing.assert_close(found[name].double(), weight, rtol=1e-5, atol=1e-5)
-
-
-def skip(kind: str, fp16: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], bool]:
-    scaler = torch.amp.GradScaler("cpu", 2.0**10)
-    settings = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]} if fp16 else {}
+def skip(kind: str, **settings: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], bool]:
     run = Run(kind, SKIP, **settings)
     run.step(0)
     before = run.weights()
@@ -125,24 +113,81 @@ def skip(kind: str, fp16: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], b
     return before, run.weights(), bool(run.clipping.last.skipped)
 
 
-@pytest.mark.parametrize(("kind", "fp16"), [*((kind, False) for kind in WORLDS), ("ddp", True)])
-def test_skip_leaves_parameters_bit_for_bit(ranks: Any, kind: str, fp16: bool) -> None:
-    for before, after, skipped in ranks(WORLDS[kind], skip, kind, fp16):
-        assert skipped
-        assert all(torch.equal(before[name], after[name]) for name in before)
+def resume(kind: str, folder: str) -> list[tuple[dict[str, Any], list[float], dict[str, Tensor]]]:
+    """Of a run whose third step is made from a checkpoint of the second, and of one that has made all."""
+    runs = [Run(kind, HISTORY) for _ in range(2)]
+    straight, resumed = runs
+    states = [{"model": r.model, "optimizer": r.optimizer, "distnorm": r.clipping} for r in runs]
+    straight.step(0)
+    straight.step(1)
+    straight.fabric.save(f"{folder}/saved", states[0])
+    resumed.fabric.load(f"{folder}/saved", states[1])
+    assert states[1]["distnorm"] is resumed.clipping
+    for run in runs:
+        run.step(2)
+    return [(run.clipping.state_dict(), run.norms[-1:], run.weights()) for run in runs]
 
 
-def clip_scaled() -> tuple[float, float, float]:
-    run = Run("ddp", SKIP, plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", 2.0**10))])
+def scaled() -> dict[str, Any]:
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", 2.0**10))]}
+
+
+def clip_scaled() -> tuple[float, float]:
+    run = Run("ddp", SKIP, **scaled())
     run.step(0)
     gradients = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
-    return run.norms[0], oracle()[0][0], dense_norm(gradients)
+    return run.norms[0], dense_norm(gradients)
 
 
-def test_under_a_loss_scaler_the_norm_is_of_unscaled_gradients(ranks: Any) -> None:
-    for norm, expected, after in ranks(2, clip_scaled):
-        assert norm == pytest.approx(expected, rel=0.02)  # fp16's 10 bits, through a net of two layers
-        assert after == pytest.approx(MAX_NORM, rel=1e-4)
+def everything(kind: str, folder: str) -> dict[str, Any]:
+    """All that is asked of a kind: starting ranks costs more than their steps."""
+    found: dict[str, Any] = {"trained": [train(kind, accumulation) for accumulation in (1, 2)]}
+    found["skips"] = [skip(kind)]
+    found["resumed"] = resume(kind, folder)
+    if kind == "ddp":
+        found["skips"].append(skip(kind, **scaled()))
+        found["scaled"] = clip_scaled()
+    return found
+
+
+@pytest.mark.parametrize("kind", WORLDS)
+def test_norm_update_skip_and_resume(ranks: Any, kind: str, tmp_path: Path) -> None:
+    """Against one process, with one micro-batch a step and with two; and bit for bit."""
+    folder = str(tmp_path)
+    runs = (
+        [everything(kind, folder)]
+        if kind == "one"
+        else ranks(WORLDS[kind], everything, kind, folder, timeout=300)
+    )
+    for found in runs:
+        for norms, weights in found["trained"]:
+            check_trained(norms, weights)
+        for before, after, skipped in found["skips"]:
+            assert skipped and same(before, after)
+        straight, resumed = found["resumed"]
+        assert straight[0]["steps"] == 3
+        assert straight[:2] == resumed[:2]
+        assert same(straight[2], resumed[2])
+        if kind == "ddp":
+            check_scaled(*found["scaled"])
+
+
+def check_trained(norms: list[float], weights: dict[str, Tensor]) -> None:
+    true_norms, true = oracle()
+    assert norms == pytest.approx(true_norms, rel=1e-5)
+    assert weights.keys() == true.keys()
+    for name, weight in true.items():
+        torch.testing.assert_close(weights[name].double(), weight, rtol=1e-5, atol=1e-5)
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def check_scaled(norm: float, after: float) -> None:
+    """Under a loss scaler the norm is of unscaled gradients."""
+    assert norm == pytest.approx(oracle()[0][0], rel=0.02)  # fp16's 10 bits, through a net of two layers
+    assert after == pytest.approx(MAX_NORM, rel=1e-4)
 
 
 def test_arguments_that_contradict_the_configuration_are_refused() -> None:
@@ -163,21 +208,6 @@ def test_a_limit_that_changes_later_is_refused() -> None:
     run.step(0)
     with pytest.raises(ConfigError, match="max_norm: "):
         run.step(1, max_norm=1.0)
-
-
-def test_fabrics_checkpoint_keeps_the_histories(tmp_path: Path) -> None:
-    history = {"clip": {"policy": {"name": "zclip", "warmup": 2}}}
-    run, path = Run("one", history), tmp_path / "saved.ckpt"
-    run.step(0)
-    run.step(1)
-    run.fabric.save(path, {"model": run.model, "optimizer": run.optimizer, "distnorm": run.clipping})
-    again = Run("one", history)
-    state = {"model": again.model, "optimizer": again.optimizer, "distnorm": again.clipping}
-    again.fabric.load(path, state)
-    run.step(2)
-    again.step(2)
-    assert again.clipping.state_dict() == run.clipping.state_dict()
-    assert again.norms == run.norms[2:]
 
 
 def test_a_deepspeed_engine_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

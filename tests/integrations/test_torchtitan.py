@@ -48,16 +48,6 @@ def call_function(kind: str) -> tuple[float, dict[str, Tensor]]:
     return norm.item(), {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in gradients.items()}
 
 
-@pytest.mark.parametrize("kind", WORLDS)
-def test_function(ranks: Any, kind: str) -> None:
-    norms, dense = oracle()[0], dense_gradients()
-    for norm, clipped in ranks(WORLDS[kind], call_function, kind):
-        assert norm == pytest.approx(norms[0], rel=1e-5)
-        for name, gradient in clipped.items():
-            expected = dense[name] * (MAX_NORM / (norms[0] + 1e-6))
-            torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-7)
-
-
 def dense_gradients() -> dict[str, Tensor]:
     trainer = Tiny("one")
     net, (x, y) = trainer.net.double(), samples(1)
@@ -82,13 +72,6 @@ def clip_experts() -> tuple[float, float, list[Tensor]]:
     return theirs.item(), ours.item(), whole
 
 
-def test_experts_on_a_mesh_of_their_own(ranks: Any) -> None:
-    for theirs, ours, whole in ranks(4, clip_experts):
-        named = {str(i): each for i, each in enumerate(whole)}
-        assert theirs == pytest.approx(dense_norm({"0": whole[0], "1": whole[1]}), rel=1e-6)
-        assert ours == pytest.approx(dense_norm(named), rel=1e-6)
-
-
 # ---- the Trainer
 
 
@@ -99,28 +82,6 @@ def train(
     attach_trainer(trainer)
     weights = trainer.trained(steps)
     return trainer.metrics_processor.rows, weights
-
-
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("kind", ["one", "fsdp2", "tp", "fsdp2xtp"])
-def test_trainers_norm_update_and_log(ranks: Any, kind: str, accumulation: int) -> None:
-    norms, expected = oracle()
-    for rows, weights in ranks(WORLDS[kind], train, kind, accumulation):
-        for row, norm in zip(rows, norms, strict=True):
-            assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)
-            assert row["grad_norm_clipped"] == pytest.approx(min(norm, MAX_NORM), rel=1e-5)
-            assert row["clip_coef"] == pytest.approx(min(1.0, MAX_NORM / (norm + 1e-6)), rel=1e-5)
-            assert row["clip_threshold"] == pytest.approx(MAX_NORM)
-            assert row["skipped"] == 0
-        assert weights.keys() == expected.keys()
-        for name, weight in expected.items():
-            torch.testing.assert_close(weights[name].double(), weight, rtol=1e-5, atol=1e-5)
-
-
-def test_pipeline_stages_have_one_norm(ranks: Any) -> None:
-    (first, _), (second, _) = ranks(2, train, "pp", 1, 1)
-    assert first == second
-    assert first[0]["grad_norm"] == pytest.approx(oracle()[0][0], rel=1e-5)
 
 
 def test_another_limit_is_refused_by_its_key() -> None:
@@ -143,13 +104,6 @@ def train_skipping(kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor], lis
     for trainer in (before, after):
         attach_trainer(trainer, SKIP)
     return before.trained(1), after.trained(2), after.metrics_processor.rows
-
-
-@pytest.mark.parametrize("kind", ["one", "fsdp2", "fsdp2xtp"])
-def test_skip_leaves_parameters_bit_for_bit(ranks: Any, kind: str) -> None:
-    for before, after, rows in ranks(WORLDS[kind], train_skipping, kind):
-        assert all(torch.equal(before[name], after[name]) for name in before)
-        assert [row["skipped"] for row in rows] == [0, 1]
 
 
 def train_resumed(kind: str, folder: str) -> tuple[Any, Any, Any]:
@@ -176,15 +130,6 @@ def train_resumed(kind: str, folder: str) -> tuple[Any, Any, Any]:
     return (empty, before), expected.state_dict(), found.state_dict()
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", "fsdp2xtp"])
-def test_a_distributed_checkpoint_keeps_the_histories_bit_for_bit(
-    ranks: Any, kind: str, tmp_path: Path
-) -> None:
-    for (empty, before), straight, resumed in ranks(WORLDS[kind], train_resumed, kind, str(tmp_path)):
-        assert empty != before
-        assert resumed == straight
-
-
 def make_states(attached: bool) -> int:
     trainer = Tiny("fsdp2")
     handle = distnorm.attach(trainer.model_parts, trainer.optimizers) if attached else None
@@ -195,9 +140,91 @@ def make_states(attached: bool) -> int:
     return int(clipper.state_dict()["steps"])
 
 
-@pytest.mark.parametrize("attached", [True, False])
-def test_init_optim_state_counts_no_step(ranks: Any, attached: bool) -> None:
-    assert ranks(2, make_states, attached) == [0, 0]
+def everything(kind: str, folder: str) -> dict[str, Any]:
+    """All that is asked of a kind: starting ranks costs more than their steps."""
+    found: dict[str, Any] = {"function": call_function(kind)}
+    if kind == "pp":
+        return {**found, "trained": [train(kind, 1, 1)]}
+    found["trained"] = [train(kind, accumulation) for accumulation in (1, 2)]
+    found["skipping"] = train_skipping(kind)
+    if kind != "one":
+        found["resumed"] = train_resumed(kind, folder)
+    if kind == "fsdp2":
+        found["counted"] = [make_states(attached) for attached in (True, False)]
+    if kind == "fsdp2xtp":
+        found["experts"] = clip_experts()
+    return found
+
+
+@pytest.mark.parametrize("kind", WORLDS)
+def test_every_topology(ranks: Any, kind: str, tmp_path: Path) -> None:
+    """The function and the Trainer against one process, with one micro-batch a step and with two; and skip
+    and resume, bit for bit."""
+    folder = str(tmp_path)
+    runs = (
+        [everything(kind, folder)]
+        if kind == "one"
+        else ranks(WORLDS[kind], everything, kind, folder, timeout=300)
+    )
+    for found in runs:
+        check_function(*found["function"])
+        if kind == "pp":
+            check_stages(*found["trained"][0])
+            continue
+        for rows, weights in found["trained"]:
+            check_trained(rows, weights)
+        check_skipped(*found["skipping"])
+        if kind != "one":
+            check_resumed(*found["resumed"])
+        if kind == "fsdp2":
+            assert found["counted"] == [0, 0]
+        if kind == "fsdp2xtp":
+            check_experts(*found["experts"])
+    assert all(found["trained"][0][0] == runs[0]["trained"][0][0] for found in runs)
+
+
+def check_function(norm: float, clipped: dict[str, Tensor]) -> None:
+    norms, dense = oracle()[0], dense_gradients()
+    assert norm == pytest.approx(norms[0], rel=1e-5)
+    for name, gradient in clipped.items():
+        expected = dense[name] * (MAX_NORM / (norms[0] + 1e-6))
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def check_trained(rows: list[dict[str, float]], weights: dict[str, Tensor]) -> None:
+    norms, expected = oracle()
+    for row, norm in zip(rows, norms, strict=True):
+        assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)
+        assert row["grad_norm_clipped"] == pytest.approx(min(norm, MAX_NORM), rel=1e-5)
+        assert row["clip_coef"] == pytest.approx(min(1.0, MAX_NORM / (norm + 1e-6)), rel=1e-5)
+        assert row["clip_threshold"] == pytest.approx(MAX_NORM)
+        assert row["skipped"] == 0
+    assert weights.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(weights[name].double(), weight, rtol=1e-5, atol=1e-5)
+
+
+def check_stages(rows: list[dict[str, float]], _: dict[str, Tensor]) -> None:
+    """Pipeline stages have one norm."""
+    assert rows[0]["grad_norm"] == pytest.approx(oracle()[0][0], rel=1e-5)
+
+
+def check_skipped(before: dict[str, Tensor], after: dict[str, Tensor], rows: list[dict[str, float]]) -> None:
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [row["skipped"] for row in rows] == [0, 1]
+
+
+def check_resumed(before: Any, straight: Any, resumed: Any) -> None:
+    empty, loaded = before
+    assert empty != loaded
+    assert resumed == straight
+
+
+def check_experts(theirs: float, ours: float, whole: list[Tensor]) -> None:
+    """Experts are on a mesh of their own."""
+    named = {str(i): each for i, each in enumerate(whole)}
+    assert theirs == pytest.approx(dense_norm({"0": whole[0], "1": whole[1]}), rel=1e-6)
+    assert ours == pytest.approx(dense_norm(named), rel=1e-6)
 
 
 def test_nothing_is_logged_between_logged_steps() -> None:

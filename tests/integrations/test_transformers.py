@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any, ClassVar
 
@@ -15,15 +16,16 @@ from tests.integrations import hf, hf_ranks
 
 hf_ranks.preload()
 
-TIMEOUT = 120.0
+TIMEOUT = 300.0
 pytestmark = pytest.mark.filterwarnings("ignore")  # the frameworks' own
 
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The tiny Llama as a checkpoint."""
+    """The tiny Llama as a checkpoint, and a tiny Qwen3 in a folder of its own."""
     folder = tmp_path_factory.mktemp("llama")
     hf.llama().save_pretrained(folder)
+    hf.qwen().save_pretrained(folder / "qwen")
     return str(folder)
 
 
@@ -39,68 +41,91 @@ def check(log: list[dict[str, float]], found: dict[str, Tensor], norms: list[flo
     assert hf.furthest(found, true) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("topology", "world"),
-    [("ddp", 1), ("ddp", 2), ("fsdp2", 2), ("tp", 2), ("fsdp2_by_transformers", 2), ("fsdp2_x_tp", 4)],
-)
-def test_every_topology_is_clipped_as_one_process_would(ranks, tmp_path, saved, topology, world):
-    """With one micro-batch a step, and with two."""
-    results = ranks(world, hf_ranks.trained, topology, str(tmp_path), saved, (1, 2), timeout=TIMEOUT)
-    for of_rank in results:
-        for log, found in of_rank:
-            check(log, found, *hf.oracle())
+WORLDS = {"ddp": 2, "fsdp2": 2, "tp": 2, "fsdp2_by_transformers": 2, "fsdp2_x_tp": 4}
+ENGINES = {f"zero{stage}": 2 for stage in range(4)}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_deepspeeds_engine_is_clipped_as_one_process_would(ranks, tmp_path, stage):
-    """With one micro-batch a step, and with two."""
-    body = (hf_ranks.trained, f"zero{stage}", str(tmp_path), "", (1, 2))
-    for of_rank in ranks(2, *body, timeout=TIMEOUT):
-        for log, found in of_rank:
-            check(log, found, *hf.oracle())
+@pytest.mark.parametrize(("topology", "world"), [*WORLDS.items(), *ENGINES.items()])
+def test_every_topology(ranks, tmp_path, saved, topology, world):
+    """Norm, update and log against one process, with one micro-batch a step and with two; skip and resume,
+    bit for bit."""
+    for found in ranks(world, hf_ranks.everything, topology, str(tmp_path), saved, timeout=TIMEOUT):
+        for log, weights in found["trained"]:
+            check(log, weights, *hf.oracle())
+        check_interrupted(found["interrupted"])
+        if topology in ("ddp", "fsdp2"):
+            log, weights, limit = found["callback"]
+            check(log, weights, *hf.oracle())
+            assert limit == hf.MAX_NORM  # as it was
+        if topology == "ddp":
+            check(*found["lora"], *of_lora())
+        if topology == "fsdp2":
+            check_bf16(found["bf16"][0], torch.bfloat16)
+            check_bf16(found["bf16"][1], torch.float32)  # by autocast
+        if topology == "tp":
+            check_replicated_norms(*found["qwen"])
+
+
+def test_one_rank(ranks, tmp_path):
+    [found] = ranks(1, hf_ranks.trained, "ddp", str(tmp_path), "", (2,), timeout=TIMEOUT)
+    check(*found[0], *hf.oracle())
+
+
+@functools.cache
+def of_lora() -> tuple[list[float], dict[str, Tensor]]:
+    model = hf_ranks.lora()
+    norms, true = hf.dense_steps(model)
+    assert 0 < sum(p.requires_grad for p in model.parameters()) < len(true)
+    return norms, true
+
+
+def check_interrupted(found: dict[str, Any]) -> None:
+    straight, resumed = found["straight"], found["resumed"]
+    first, second, third, last = straight["steps"]
+    assert [entry["skipped"] for entry in straight["log"]] == [0.0, 1.0, 0.0, 0.0]
+    assert same(first["weights"], second["weights"])
+    assert len(first["moments"]) > 0
+    assert all(map(torch.equal, first["moments"], second["moments"]))
+    assert first["rate"] == second["rate"] != third["rate"]  # the schedule waits, as after an overflow
+    assert not same(second["weights"], third["weights"])
+    assert straight["state"]["steps"] == hf_ranks.STEPS
+    assert resumed["state"] == straight["state"]
+    assert same(resumed["steps"][-1]["weights"], last["weights"])
+    assert len(resumed["steps"]) == 2
+
+
+def check_bf16(steps: list[hf_ranks.Step], dtype: torch.dtype) -> None:
+    """The norm is that of the gradients as their dtype holds them; a product is rounded once."""
+    assert len(steps) == hf.STEPS
+    for norm, before, after, coefficient in steps:
+        assert {g.dtype for g in before.values()} == {dtype}
+        assert norm == pytest.approx(dense_norm(before), rel=1e-6)
+        assert coefficient == pytest.approx(min(1.0, hf.MAX_NORM / (norm + 1e-6)), rel=1e-6)
+        rounding = torch.finfo(dtype).eps / 2 + torch.finfo(torch.float32).eps  # and the coefficient's
+        for name, gradient in before.items():
+            exact = gradient.double() * coefficient
+            assert bool(((after[name].double() - exact).abs() <= exact.abs() * rounding).all()), name
+
+
+def check_replicated_norms(one: list[hf_ranks.Step], two: list[hf_ranks.Step]) -> None:
+    """With accumulation transformers 5.24 reduces what it has accumulated for such norms again in every
+    micro-batch: those gradients aren't those of one process. Their norm is exact all the same."""
+    for steps in (one, two):
+        norms = [norm for norm, *_ in steps]
+        assert norms == [pytest.approx(dense_norm(held), rel=1e-6) for _, held, *_ in steps]
+    true_norms, _ = of_qwen()
+    assert [norm for norm, *_ in one] == [pytest.approx(norm, rel=1e-5) for norm in true_norms]
+
+
+@functools.cache
+def of_qwen() -> tuple[list[float], dict[str, Tensor]]:
+    return hf.dense_steps(hf.qwen())
 
 
 def test_without_a_process_group(tmp_path):
     trainer = hf_ranks.trainer_of("plain", tmp_path)
     trainer.train()
     check(hf_ranks.logged(trainer), hf_ranks.weights(trainer), *hf.oracle())
-
-
-def test_adapters_of_peft(ranks, tmp_path):
-    model = hf_ranks.lora()
-    norms, true = hf.dense_steps(model)
-    assert 0 < sum(p.requires_grad for p in model.parameters()) < len(true)
-    for log, found in ranks(2, hf_ranks.trained_lora, str(tmp_path), timeout=TIMEOUT):
-        check(log, found, norms, true)
-
-
-@pytest.mark.parametrize(("autocasts", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
-def test_bf16_is_measured_exactly_and_clipped_within_its_rounding(ranks, tmp_path, autocasts, dtype):
-    """The norm is that of the gradients as their dtype holds them; a product is rounded once."""
-    for of_rank in ranks(2, hf_ranks.trained_in_bf16, str(tmp_path), autocasts, timeout=TIMEOUT):
-        assert len(of_rank) == hf.STEPS
-        for norm, before, after, coefficient in of_rank:
-            assert {g.dtype for g in before.values()} == {dtype}
-            assert norm == pytest.approx(dense_norm(before), rel=1e-6)
-            assert coefficient == pytest.approx(min(1.0, hf.MAX_NORM / (norm + 1e-6)), rel=1e-6)
-            rounding = torch.finfo(dtype).eps / 2 + torch.finfo(torch.float32).eps  # and the coefficient's
-            for name, gradient in before.items():
-                exact = gradient.double() * coefficient
-                assert bool(((after[name].double() - exact).abs() <= exact.abs() * rounding).all()), name
-
-
-def test_under_tensor_parallelism_the_norm_is_that_of_the_gradients_transformers_holds(ranks, tmp_path):
-    """With accumulation transformers 5.24 reduces what it has accumulated for such norms again in every
-    micro-batch: those gradients aren't those of one process. Their norm is exact all the same."""
-    hf.qwen().save_pretrained(tmp_path)
-    norms, _ = hf.dense_steps(hf.qwen())
-    for accumulation in (1, 2):
-        body = (hf_ranks.trained_with_replicated_norms, str(tmp_path), str(tmp_path), accumulation)
-        for of_rank in ranks(2, *body, timeout=TIMEOUT):
-            found = [norm for norm, *_ in of_rank]
-            assert found == [pytest.approx(dense_norm(held), rel=1e-6) for _, held, *_ in of_rank]
-            if accumulation == 1:
-                assert found == [pytest.approx(norm, rel=1e-5) for norm in norms]
 
 
 # ---- one clipper
@@ -175,24 +200,10 @@ def test_the_trainers_own_clipping_can_not_come_first():
 # ---- steps that don't happen
 
 
-@pytest.mark.parametrize(
-    ("topology", "world", "by_callback"),
-    [
-        *[("plain", 0, False), ("plain", 0, True), ("ddp", 2, False), ("fsdp2", 2, False)],
-        *[("tp", 2, False), ("fsdp2_x_tp", 4, False)],
-    ],
-)
-def test_a_skipped_step_leaves_everything_bit_for_bit(ranks, tmp_path, saved, topology, world, by_callback):
-    config = {"clip": {"nonfinite": "skip"}}
-    body = (hf_ranks.skipping, topology, str(tmp_path), config, by_callback, saved)
-    runs = ranks(world, *body, timeout=TIMEOUT) if world else [hf_ranks.skipping(*body[1:])]
-    for first, second, third in runs:
-        assert [step["skipped"] for step in (first, second, third)] == [0.0, 1.0, 0.0]
-        assert same(first["weights"], second["weights"])
-        assert len(first["moments"]) > 0
-        assert all(map(torch.equal, first["moments"], second["moments"]))
-        assert first["rate"] == second["rate"] != third["rate"]  # the schedule waits, as after an overflow
-        assert not same(second["weights"], third["weights"])
+@pytest.mark.parametrize("kind", ["mixin", "callback"])
+@pytest.mark.parametrize("restores", [False, True])
+def test_skip_and_resume_in_one_process(tmp_path, kind, restores):
+    check_interrupted(hf_ranks.interrupted("plain", str(tmp_path), "", kind, restores))
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -237,28 +248,6 @@ def numbers(state: Any) -> list[float]:
         values = state.values() if isinstance(state, dict) else state
         return [number for value in values for number in numbers(value)]
     return [state] if isinstance(state, float) else []
-
-
-# ---- checkpoints
-
-
-@pytest.mark.parametrize(
-    ("topology", "world", "kind", "restores"),
-    [
-        ("plain", 0, "mixin", False),
-        ("plain", 0, "mixin", True),
-        ("plain", 0, "callback", False),
-        ("plain", 0, "callback", True),
-        ("fsdp2", 2, "mixin", False),
-    ],
-)
-def test_a_resumed_run_has_the_same_histories_bit_for_bit(ranks, tmp_path, topology, world, kind, restores):
-    body = (hf_ranks.resumed, topology, str(tmp_path), kind, restores)
-    runs = ranks(world, *body, timeout=TIMEOUT) if world else [hf_ranks.resumed(*body[1:])]
-    for (state, found), (state_resumed, found_resumed) in runs:
-        assert state["steps"] == 4
-        assert state == state_resumed
-        assert same(found, found_resumed)
 
 
 # ---- the log
@@ -349,13 +338,6 @@ def test_train_may_be_called_again(tmp_path):
 
 
 # ---- the callback
-
-
-@pytest.mark.parametrize(("topology", "world"), [("ddp", 2), ("fsdp2", 2)])
-def test_the_callback_clips_as_one_process_would(ranks, tmp_path, topology, world):
-    for log, found, limit in ranks(world, hf_ranks.by_callback, topology, str(tmp_path), timeout=TIMEOUT):
-        check(log, found, *hf.oracle())
-        assert limit == hf.MAX_NORM  # as it was
 
 
 def test_the_callback_refuses_another_limit(tmp_path):

@@ -144,7 +144,13 @@ def parallelized(model: nn.Module, **settings: Any) -> nn.Module:
 
 
 def configured(
-    kind: str, folder: str, accumulation: int = 1, steps: int = STEPS, interval: int = 0, **training: Any
+    kind: str,
+    folder: str,
+    accumulation: int = 1,
+    steps: int = STEPS,
+    interval: int = 0,
+    load: int = -1,
+    **training: Any,
 ) -> Trainer.Config:
     world = dist.get_world_size() if dist.is_initialized() else 1
     ranks = world // DEGREES.get(kind, {}).get("tensor_parallel_degree", 1)
@@ -167,7 +173,7 @@ def configured(
         parallelism=ParallelismConfig(spmd_backend="partial_dtensor", **DEGREES.get(kind, {})),
         metrics=MetricsProcessor.Config(log_freq=1),
         checkpoint=CheckpointManager.Config(
-            enable=interval > 0, interval=interval or 1, last_save_model_only=False
+            enable=interval > 0, interval=interval or 1, last_save_model_only=False, load_step=load
         ),
     )
 
@@ -196,9 +202,17 @@ class Log:
 
 
 class Bad(Trainer):
-    """In step `bad_step` the first rank's gradients are infinite."""
+    """In step `bad_step` the first rank's gradients are infinite, and weights before and after are kept."""
 
     bad_step = -1
+    kept: tuple[dict[str, Tensor], ...] = ()
+
+    def train_step(self, *args: Any, **given: Any) -> None:
+        is_bad = self.step == self.bad_step
+        before = [whole_weights(self)] if is_bad else []
+        super().train_step(*args, **given)
+        if is_bad:
+            self.kept = *before, whole_weights(self)
 
     def forward_backward_step(self, **given: Any) -> Tensor:
         loss = super().forward_backward_step(**given)
@@ -220,6 +234,11 @@ def trained(trainer: Trainer) -> dict[str, Tensor]:
     """As `Trainer.train` does. The whole weights afterwards; collective."""
     with mock.patch.object(dist_utils, "set_pg_timeouts"), mock.patch.object(time, "sleep"):
         trainer.train()
+    return whole_weights(trainer)
+
+
+def whole_weights(trainer: Trainer) -> dict[str, Tensor]:
+    """By their names. Collective."""
     found = {}
     for name, p in trainer.model_parts[0].named_parameters():
         found[name] = (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
