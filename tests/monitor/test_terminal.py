@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,10 @@ def test_on_a_terminal_it_follows_until_ctrl_c(tmp_path: Path) -> None:
     parent, child = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "50"}
     command = [sys.executable, "-m", "distnorm", "watch", str(run), "--terminal"]
-    with subprocess.Popen(command, stdout=child, stderr=child, env=environment) as process:
+    heard = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # what a shell's background jobs are deaf to
+    with subprocess.Popen(command, stdout=child, stderr=child, env=environment, preexec_fn=heard) as process:
         os.close(child)
         shown = b""
         for said in (b"no step yet", b"step 1", b"step 2"):
