@@ -101,9 +101,7 @@ def test_on_a_terminal_it_follows_until_ctrl_c(tmp_path: Path) -> None:
     parent, child = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "50"}
     command = [sys.executable, "-m", "distnorm", "watch", str(run), "--terminal"]
-    heard = partial(
-        signal.signal, signal.SIGINT, signal.SIG_DFL
-    )  # what a shell's background jobs are deaf to
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs do not
     with subprocess.Popen(command, stdout=child, stderr=child, env=environment, preexec_fn=heard) as process:
         os.close(child)
         shown = b""
