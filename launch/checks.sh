@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All checks, in an environment that has what they need: lint, format, types, tests. With --quick only the tests that
-# need neither the frameworks nor a browser; with --no-frameworks all but the frameworks'. Further arguments go to pytest.
+# need neither frameworks, nor a browser, nor much time; with --no-frameworks all but the frameworks'. Further arguments
+# go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
