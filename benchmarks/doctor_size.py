@@ -5,7 +5,8 @@
 
 Peaks are of resident memory. The doctor has three parts: it runs the reference before the step, watches the
 step, and compares after it. Of each the peak is given, less what was resident before the doctor; of the step
-less what the same step takes without the doctor, measured first. The first rank runs the reference: what a
+less what the same step takes without the doctor, measured first, and of the comparison less what the same
+step leaves, its gradients, without the doctor. The first rank runs the reference: what a
 run of that takes by itself, gradients and all, is measured before too, in the same process, and given beside.
 """
 
@@ -76,9 +77,14 @@ class _Peak:
     """
 
     def __init__(self) -> None:
+        self.before = 0
+        self.before = self.kept()
+
+    def kept(self) -> int:
+        """What is held now, and no more; another peak begins."""
         ctypes.CDLL(None).malloc_trim(0)
-        self.before = _resident("VmRSS")
         self.next()
+        return _resident("VmRSS") - self.before
 
     def next(self) -> int:
         """The peak since the last call; another one begins."""
@@ -109,8 +115,8 @@ def body(layers: int, is_spoilt: bool) -> Cost:
     model.zero_grad()
     peak = _Peak()
     step()
+    of_step, kept = peak.next(), peak.kept()
     model.zero_grad()
-    of_step = peak.next()
     peak = _Peak()
     if whole is not None:
         reference().zero_grad()
@@ -125,12 +131,13 @@ def body(layers: int, is_spoilt: bool) -> Cost:
             for parameter in model.parameters():
                 parameter.grad.mul_(1.5 if parameter.ndim > 1 else 1)  # type: ignore[union-attr]
         within = peak.next()
+        peak.kept()
     after, report = peak.next(), examination.report
     assert report is not None
     page = report.to_html()
     took, used = time.perf_counter() - began, time.process_time() - cpu
     cause = "" if report.cause is None else report.cause.explanation.text
-    peaks = (before, within, after)
+    peaks = (before, within, after - kept)
     return Cost(report.ok, cause, took, used, peaks, of_step, of_reference, shard, parameters, len(page))
 
 
@@ -145,8 +152,9 @@ def _report(costs: list[Cost], load: float) -> str:
         f"{_RANKS} ranks, float32. {said}",
         "",
         "Megabytes of resident memory at the peak of each part, beyond what was there before the doctor. The "
-        "doctor's own are those of the step less what the step takes without it, and on rank 0 those of the "
-        "reference's runs less what one run takes by itself. A shard is this rank's part of the weights.",
+        "doctor's own are those of the step less what the step takes without it, on rank 0 those of the "
+        "reference's runs less what one run takes by itself, and those of the comparison, of which is taken "
+        "what the step leaves without the doctor. A shard is this rank's part of the weights.",
         "",
         "| rank | seconds | CPU seconds | shard | reference's runs | one run by itself | step "
         "| step by itself | comparison | the doctor's own | in shards |",
