@@ -252,7 +252,8 @@ def test_groups_and_modules_leave_the_graph_and_are_right():
 def test_make_fx_records_one_operator():
     traced = make_fx(lambda a, b: distnorm.get_total_norm([a, b]))(torch.ones(3), torch.ones(4))
     called = [str(node.target) for node in traced.graph.nodes if node.op == "call_function"]
-    assert [name for name in called if "detach" not in name] == ["distnorm.total_norm.default"]
+    ours = [name for name in called if "detach" not in name and "alias" not in name]  # which torch adds
+    assert ours == ["distnorm.total_norm.default"]
     assert float(traced(torch.ones(3), 2 * torch.ones(4))) == pytest.approx(math.sqrt(19), rel=1e-7)
 
 
