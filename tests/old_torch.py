@@ -1,7 +1,7 @@
-"""What torch versions before the one that this project is tested with lack, and which tests meet it.
+"""What older versions of torch lack, and by which error a test that needs it ends there.
 
-A test that ends by one of these errors, on a torch older than the one that has the thing, is skipped with the
-reason. On a newer torch, or by any other error, it fails.
+On a torch that is older than the one named, a test that ends by such an error is skipped, with the reason. On
+that torch and on newer ones, or by any other error, it fails.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ VERSION = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """Part of an error's text, the first torch that never raises it, and what is said instead."""
+    """Part of an error's text, the first torch known not to raise it, and the reason for skipping."""
 
     words: str
     until: tuple[int, int]
@@ -34,10 +35,19 @@ LIMITS = [
     Limit("_functional_collectives' has no attribute", (2, 13), "the collectives to spoil have other names"),
     Limit("UnsupportedOperatorException: c10d.allreduce_", (2, 7), "fake tensors have no collectives"),
     Limit("whose pipelines divide by the number of micro-batches", (2, 7), "the trainer refuses pipelines"),
-    Limit(
-        "unexpected keyword argument 'no_dist'", (2, 7), "torch.distributed.checkpoint.save has no no_dist"
-    ),
+    Limit("has no attribute 'reduce_scatter_single'", (2, 13), "the collective to spoil has another name"),
+    Limit("_group_tensors_by_device_and_dtype", (2, 13), "torch's clip_grad_norm_ compiles to no one graph"),
+    Limit("AssertionError: 2 != 1", (2, 13), "torch's compiler can't read gradients of FSDP2's parameters"),
+    Limit("unexpected keyword argument 'no_dist'", (2, 7), "checkpoints are saved by all ranks or by none"),
 ]
+
+# How torch's own functions refuse gradients on two meshes.
+OLD_TWO_MESHES = "does not support cross-mesh|Sharding propagation failed"
+TWO_MESHES = "must have the same mesh" if VERSION >= (2, 13) else OLD_TWO_MESHES
+PIPELINES = pytest.mark.skipif(
+    VERSION < (2, 13),
+    reason="older pipelines don't divide by the number of micro-batches (torch 2.6), or crash on gloo (2.9)",
+)
 
 
 def limit_of_this_torch(error: BaseException, version: tuple[int, ...] = VERSION) -> str | None:

@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.old_torch import VERSION
+from tests.old_torch import PIPELINES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,6 +30,7 @@ SCRIPT = re.compile(
     r"^### ([^\n]+)\n\n```sh\ntorchrun ([^\n]+)\n```\n\n```python\n(.*?)```", re.MULTILINE | re.DOTALL
 )
 SCRIPTS = {title: (shlex.split(arguments), code) for title, arguments, code in SCRIPT.findall(README)}
+TITLES = ("FSDP2", "FSDP1", "FSDP2 x tensor parallel", "DeepSpeed")
 # gloo's threads need the interpreter's lock to let go of tensors; when a script is over they abort, and under
 # FSDP1 so they do without distnorm.
 LETS_GO = """import atexit, os, time
@@ -85,13 +86,11 @@ def as_torchrun_would(code: str, port: int) -> str:
     return printed.getvalue()
 
 
-@pytest.mark.parametrize("title", ["FSDP2", "FSDP1", "FSDP2 x tensor parallel", "Pipeline", "DeepSpeed"])
+@pytest.mark.parametrize("title", [*TITLES, pytest.param("Pipeline", marks=PIPELINES)])
 def test_a_script_runs_on_ranks(ranks: Callable[..., list[str]], title: str) -> None:
     """In processes that have imported torch already, which is what a script takes most of its time for."""
     if title == "DeepSpeed" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs DeepSpeed: pip install distnorm[deepspeed]")
-    if title == "Pipeline" and VERSION < (2, 7):
-        pytest.skip("an older torch's pipelines don't divide by the number of micro-batches")
     (*options, _), code = SCRIPTS[title]
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]

@@ -178,7 +178,9 @@ def experts_on_a_mesh_of_their_own() -> dict[str, Any]:
 def test_experts_on_another_mesh_are_neither_missed_nor_counted_twice(ranks):
     """Automodel #3816, Megatron-LM #6470/#6489; norms are not added where squares should be (ColossalAI)."""
     for seen in ranks(4, experts_on_a_mesh_of_their_own, timeout=TIMEOUT):
-        assert re.search("must have the same mesh|does not support cross-mesh", seen["torch"])
+        assert re.search(
+            "must have the same mesh|does not support cross-mesh|Sharding propagation failed", seen["torch"]
+        )
         assert seen["found"] == math.sqrt(8 + 2 * 12 + 12) != pytest.approx(seen["sum of norms"])
         assert seen["naive"] != pytest.approx(seen["found"])
         assert seen["function"] == pytest.approx(seen["found"], rel=1.2e-7)

@@ -41,7 +41,9 @@ def mixed_meshes_and_plain_tensors() -> list[Any]:
 
 def test_gradients_on_two_meshes_and_plain_ones_in_one_call(ranks):
     for two_meshes, with_plain, found in ranks(4, mixed_meshes_and_plain_tensors, timeout=TIMEOUT):
-        assert re.search("must have the same mesh|does not support cross-mesh", two_meshes)
+        assert re.search(
+            "must have the same mesh|does not support cross-mesh|Sharding propagation failed", two_meshes
+        )
         assert "mixed torch.Tensor and DTensor" in with_plain
         assert found == pytest.approx(math.sqrt(12), rel=1.2e-7)
 

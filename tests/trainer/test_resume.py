@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, StorageM
 
 from distnorm import RunError
 from distnorm.trainer.checkpoint import _MetadataUnpickler
+from tests.old_torch import VERSION
 
 from .tiny import contents, rank_count, rows, shipped, trace, train
 
@@ -264,5 +265,6 @@ def test_object_in_the_place_of_a_tensor_is_refused(tmp_path: Path) -> None:
     name = "model.tok.weight"
     metadata.state_dict_metadata[name] = torch.distributed.checkpoint.metadata.BytesStorageMetadata()
     file.write_bytes(pickle.dumps(metadata))
-    with pytest.raises(RunError, match="BytesStorageMetadata"):
+    said = "BytesStorageMetadata" if VERSION >= (2, 13) else "expected to read it, found on rank 0"
+    with pytest.raises(RunError, match=said):
         train(shipped("single", tmp_path, "train.steps=4", EVERY_2))

@@ -10,6 +10,7 @@ import pytest
 
 from distnorm import load_config
 from distnorm.trainer import verify
+from tests.old_torch import PIPELINES
 
 from .tiny import CONFIGS, rank_count, rows, shipped, trace, train, written_config
 
@@ -88,6 +89,7 @@ def test_optimizers_on_two_meshes_train_as_one_process(
         assert found == pytest.approx(expected, rel=RTOL, abs=0)
 
 
+@PIPELINES
 def test_more_microbatches_change_nothing(
     ranks: Callable[..., list[Any]], single: Callable[..., list[Any]], tmp_path: Path
 ) -> None:
