@@ -21,7 +21,19 @@ from distnorm import ConfigError, DistnormError, testing
 from distnorm.integrations.fabric import FabricClipper, clip_with
 from distnorm.testing import dense_norm
 from tests.integrations.light import elastic, fsdp1_on_cpu, whole
-from tests.integrations.tiny import BATCH, MAX_NORM, MOMENTUM, RATE, STEPS, Net, oracle, samples
+from tests.integrations.tiny import (
+    BATCH,
+    MAX_NORM,
+    MOMENTUM,
+    RATE,
+    STEPS,
+    Net,
+    check_weights,
+    on_its_ranks,
+    oracle,
+    same,
+    samples,
+)
 
 testing.preload("lightning.fabric", "tests.integrations.light", "tests.integrations.test_fabric")
 
@@ -153,13 +165,7 @@ def everything(kind: str, folder: str) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", WORLDS)
 def test_norm_update_skip_and_resume(ranks: Any, kind: str, tmp_path: Path) -> None:
     """Against one process, with one micro-batch a step and with two; and bit for bit."""
-    folder = str(tmp_path)
-    runs = (
-        [everything(kind, folder)]
-        if kind == "one"
-        else ranks(WORLDS[kind], everything, kind, folder, timeout=300)
-    )
-    for found in runs:
+    for found in on_its_ranks(ranks, WORLDS, everything, kind, str(tmp_path)):
         for norms, weights in found["trained"]:
             check_trained(norms, weights)
         for before, after, skipped in found["skips"]:
@@ -173,15 +179,8 @@ def test_norm_update_skip_and_resume(ranks: Any, kind: str, tmp_path: Path) -> N
 
 
 def check_trained(norms: list[float], weights: dict[str, Tensor]) -> None:
-    true_norms, true = oracle()
-    assert norms == pytest.approx(true_norms, rel=1e-5)
-    assert weights.keys() == true.keys()
-    for name, weight in true.items():
-        torch.testing.assert_close(weights[name].double(), weight, rtol=1e-5, atol=1e-5)
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    assert norms == pytest.approx(oracle()[0], rel=1e-5)
+    check_weights(weights, oracle())
 
 
 def check_scaled(norm: float, after: float) -> None:

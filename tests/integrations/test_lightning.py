@@ -18,7 +18,7 @@ from distnorm.integrations import lightning as adapter
 from distnorm.testing import dense_norm
 from tests.integrations import light
 from tests.integrations.light import NAMES, Lit, Manual, Watch, fitted
-from tests.integrations.tiny import MAX_NORM, MOMENTUM, RATE, STEPS, Net, oracle, samples
+from tests.integrations.tiny import MAX_NORM, MOMENTUM, RATE, STEPS, Net, check_trained, oracle, same, samples
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 testing.preload("deepspeed", "lightning.pytorch", "lightning.pytorch.strategies", "tests.integrations.light")
@@ -29,22 +29,8 @@ WORLDS = {"ddp": 2, "fsdp1": 2, "fsdp1-orig": 2, "fsdp2": 2, "tp": 2, "fsdp2xtp"
 
 
 def check(found: dict[str, Any], tolerance: float = 1e-5, loss_scale: float = 1.0) -> None:
-    norms, weights = oracle(loss_scale)
-    assert len(found["logged"]) == STEPS
-    for row, norm in zip(found["logged"], norms, strict=True):
-        assert sorted(row) == sorted(NAMES)
-        assert row["grad_norm"] == pytest.approx(norm, rel=tolerance)
-        assert row["grad_norm_clipped"] == pytest.approx(min(norm, MAX_NORM), rel=tolerance)
-        assert row["clip_coef"] == pytest.approx(min(1.0, MAX_NORM / (norm + 1e-6)), rel=tolerance)
-        assert row["clip_threshold"] == pytest.approx(MAX_NORM)
-        assert row["skipped"] == 0
-    assert found["weights"].keys() == weights.keys()
-    for name, weight in weights.items():
-        torch.testing.assert_close(found["weights"][name].double(), weight, rtol=tolerance, atol=tolerance)
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    assert len(found["logged"]) == STEPS and all(sorted(row) == sorted(NAMES) for row in found["logged"])
+    check_trained(found["logged"], found["weights"], oracle(loss_scale), tolerance)
 
 
 HISTORY = {**SKIP["clip"], "policy": {"name": "zclip", "warmup": 2}}

@@ -20,7 +20,7 @@ import distnorm
 from distnorm import ConfigError, testing
 from distnorm.integrations.torchtitan import attach_trainer, clip_grad_norm_
 from distnorm.testing import dense_norm
-from tests.integrations.tiny import MAX_NORM, STEPS, oracle, samples
+from tests.integrations.tiny import MAX_NORM, STEPS, check_trained, on_its_ranks, oracle, samples
 from tests.integrations.titan import Tiny
 
 testing.preload("torchtitan.trainer", "tests.integrations.titan")
@@ -160,19 +160,14 @@ def everything(kind: str, folder: str) -> dict[str, Any]:
 def test_every_topology(ranks: Any, kind: str, tmp_path: Path) -> None:
     """The function and the Trainer against one process, with one micro-batch a step and with two; and skip
     and resume, bit for bit."""
-    folder = str(tmp_path)
-    runs = (
-        [everything(kind, folder)]
-        if kind == "one"
-        else ranks(WORLDS[kind], everything, kind, folder, timeout=300)
-    )
+    runs = on_its_ranks(ranks, WORLDS, everything, kind, str(tmp_path))
     for found in runs:
         check_function(*found["function"])
         if kind == "pp":
             check_stages(*found["trained"][0])
             continue
         for rows, weights in found["trained"]:
-            check_trained(rows, weights)
+            check_trained(rows, weights, oracle())
         check_skipped(*found["skipping"])
         if kind != "one":
             check_resumed(*found["resumed"])
@@ -189,19 +184,6 @@ def check_function(norm: float, clipped: dict[str, Tensor]) -> None:
     for name, gradient in clipped.items():
         expected = dense[name] * (MAX_NORM / (norms[0] + 1e-6))
         torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-7)
-
-
-def check_trained(rows: list[dict[str, float]], weights: dict[str, Tensor]) -> None:
-    norms, expected = oracle()
-    for row, norm in zip(rows, norms, strict=True):
-        assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)
-        assert row["grad_norm_clipped"] == pytest.approx(min(norm, MAX_NORM), rel=1e-5)
-        assert row["clip_coef"] == pytest.approx(min(1.0, MAX_NORM / (norm + 1e-6)), rel=1e-5)
-        assert row["clip_threshold"] == pytest.approx(MAX_NORM)
-        assert row["skipped"] == 0
-    assert weights.keys() == expected.keys()
-    for name, weight in expected.items():
-        torch.testing.assert_close(weights[name].double(), weight, rtol=1e-5, atol=1e-5)
 
 
 def check_stages(rows: list[dict[str, float]], _: dict[str, Tensor]) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from distnorm import testing
 from distnorm.integrations.torchtitan import attach_trainer
+from tests.integrations.tiny import check_trained, same
 from tests.integrations.titan_trainer import MAX_NORM, STEPS, WORLDS, built, oracle, trained
 
 testing.preload("tests.integrations.titan_trainer")
@@ -58,22 +58,10 @@ def test_every_topology(ranks: Any, kind: str, tmp_path: Path) -> None:
     resume, bit for bit."""
     for found in ranks(WORLDS[kind], everything, kind, str(tmp_path), timeout=TIMEOUT):
         for rows, weights in found["trained"]:
-            check_trained(rows, weights)
+            check_trained(rows, weights, oracle(), max_norm=MAX_NORM)
         before, after = found["kept"]
         assert same(before, after)
         check_resumed(found["straight"], found["resumed"])
-
-
-def check_trained(rows: list[dict[str, float]], weights: dict[str, Tensor]) -> None:
-    norms, expected = oracle()
-    for row, norm in zip(rows, norms, strict=True):
-        assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)
-        assert row["grad_norm_clipped"] == pytest.approx(min(norm, MAX_NORM), rel=1e-5)
-        assert row["clip_coef"] == pytest.approx(min(1.0, MAX_NORM / (norm + 1e-6)), rel=1e-5)
-        assert (row["clip_threshold"], row["skipped"]) == (pytest.approx(MAX_NORM), 0)
-    assert weights.keys() == expected.keys()
-    for name, weight in expected.items():
-        torch.testing.assert_close(weights[name].double(), weight, rtol=1e-5, atol=1e-5)
 
 
 def check_resumed(straight: Any, resumed: Any) -> None:
@@ -83,10 +71,6 @@ def check_resumed(straight: Any, resumed: Any) -> None:
     assert resumed[0] == state
     assert same(weights, resumed[1])
     assert [row["grad_norm"] for row in resumed[2]] == [row["grad_norm"] for row in rows[2:]]
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_the_oracle_is_clipped_in_some_steps() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 import distnorm
 from distnorm.testing import dense_norm
 from tests.integrations import hf, hf_ranks
+from tests.integrations.tiny import same
 
 hf_ranks.preload()
 
@@ -204,10 +205,6 @@ def test_the_trainers_own_clipping_can_not_come_first():
 @pytest.mark.parametrize("restores", [False, True])
 def test_skip_and_resume_in_one_process(tmp_path, kind, restores):
     check_interrupted(hf_ranks.interrupted("plain", str(tmp_path), "", kind, restores))
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_spike_is_skipped(tmp_path):
