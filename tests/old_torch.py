@@ -38,6 +38,7 @@ LIMITS = [
     Limit("has no attribute 'reduce_scatter_single'", (2, 13), "the collective to spoil has another name"),
     Limit("_group_tensors_by_device_and_dtype", (2, 13), "torch's clip_grad_norm_ compiles to no one graph"),
     Limit("AssertionError: 2 != 1", (2, 13), "torch's compiler can't read gradients of FSDP2's parameters"),
+    Limit("a dump needs a torch whose checkpoints", (2, 9), "distnorm.dump refuses"),
     Limit("unexpected keyword argument 'no_dist'", (2, 7), "checkpoints are saved by all ranks or by none"),
 ]
 

@@ -282,7 +282,7 @@ wait
 
 
 def eventually(holds: Callable[[], bool], within: float = 10) -> bool:
-    """In ten seconds the kernel ends what was told to."""
+    """By default within ten seconds, in which the kernel ends a process that has a signal to end."""
     until = time.monotonic() + within
     while not holds() and time.monotonic() < until:
         time.sleep(0.02)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import distnorm
 from distnorm import DistnormError, DoctorReport
 from distnorm.testing import preload
-from distnorm.verification.doctor import blocks, examining
+from distnorm.verification.doctor import blocks, dumping, examining
 from distnorm.verification.doctor.mistakes import Mistake
 from tests.verification.topologies import Block, Ranks, tokens_of
 
@@ -229,6 +230,18 @@ def test_a_dump_is_a_reference(tmp_path: Any) -> None:
         distnorm.dump(model, tmp_path / "dump")
     with pytest.raises(DistnormError, match=r"expected a folder that distnorm\.dump wrote"):
         alone(reference=tmp_path)
+
+
+def test_a_torch_that_cannot_write_dumps_is_refused_by_its_version(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dumping.state_dict_saver, "save", lambda state, *, process_group=None: None)
+    for call in (lambda: distnorm.dump(Block(), tmp_path / "dump"), lambda: alone(reference=tmp_path)):
+        with pytest.raises(
+            DistnormError, match=rf"as 2\.9 has it; found torch {re.escape(torch.__version__)}"
+        ):
+            call()
+    assert not (tmp_path / "dump").exists()
 
 
 def test_a_reference_that_changes_its_weights_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
@@ -64,6 +65,7 @@ def dump(
     ranks, path, target = Ranks(group), Path(folder), read_once(target)
     groups = tuple(tuple(names) for names in tied)
     with ranks.together():
+        _require_checkpoints()
         if (path / _FACTS).exists():
             raise RunError(f"dump: expected a folder without a dump, found one in {path}")
     with ranks.together():
@@ -80,6 +82,14 @@ def dump(
         if ranks.rank == 0:
             text = json.dumps(_summary(everyone, dict(tolerances or {})), indent=1)
             (path / _FACTS).write_text(text, encoding="utf-8")
+
+
+def _require_checkpoints() -> None:
+    if "no_dist" not in inspect.signature(state_dict_saver.save).parameters:
+        raise RunError(
+            "a dump needs a torch whose checkpoints one rank can write or read by itself (no_dist), as 2.9 "
+            f"has it; found torch {torch.__version__}"
+        )
 
 
 def _refuse_flat(held: Sequence[Held]) -> None:
@@ -143,6 +153,7 @@ class Dumped:
     """
 
     def __init__(self, folder: Path) -> None:
+        _require_checkpoints()
         try:
             facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
             if facts["format"] != _FORMAT:

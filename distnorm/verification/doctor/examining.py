@@ -1,7 +1,7 @@
-"""What of a wrong gradient is looked at to explain it, fetched one parameter at a time.
+"""What of a wrong gradient is fetched to explain it, one parameter at a time.
 
-Small parameters are looked at whole. Of large ones it is, of each piece, the block in which it differs most:
-a sum that is missing, or a factor, shows in any block. What no block explains is looked at whole after all.
+Small parameters are fetched whole. Of large ones it is, of each piece, the block in which it differs most:
+a sum that is missing, or a factor, shows in any block. What no block explains is fetched whole after all.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from distnorm.verification.doctor.posting import Want, pull
 from distnorm.verification.doctor.reference import Reference
 
 WHOLE = 1 << 20
-"""Elements of a parameter that is looked at whole."""
-_BLOCKS = 16  # of a larger one that are looked at
+"""Elements, at most, of a parameter that is fetched whole."""
+_BLOCKS = 16  # of a larger one that are fetched
 
 
 def is_large(shape: tuple[int, ...]) -> bool:
@@ -46,21 +46,21 @@ def examine(
         reference: the other side.
         cases: those that this rank judges, by name.
         names: of the wrong ones of all ranks.
-        whole: whether large ones are looked at whole too.
+        whole: whether large ones are fetched whole too.
     """
     mine = [cases[name] for name in names if name in cases]
     for turn in range(max(ranks.gather(len(mine)))):
-        looked = _Looked(mine[turn], reference, ranks, whole) if turn < len(mine) else None
-        wants = [] if looked is None else looked.wants
+        examined = _Examined(mine[turn], reference, ranks, whole) if turn < len(mine) else None
+        wants = [] if examined is None else examined.wants
         values = pull(ranks, wants, lambda key: give(held, reference, key))
-        if looked is not None:
-            yield mine[turn], looked.pieces(values)
+        if examined is not None:
+            yield mine[turn], examined.pieces(values)
         for _ in values:  # the other ranks' rounds
             pass
 
 
-class _Looked:
-    """What is looked at of one parameter, and how its pieces are put together."""
+class _Examined:
+    """What is fetched of one parameter, and how its pieces are put together."""
 
     def __init__(self, case: Case, reference: Reference, ranks: Ranks, whole: bool) -> None:
         known = reference.known[case.name]
@@ -125,7 +125,7 @@ class _Looked:
 
 
 def _regions(case: Case, shape: tuple[int, ...], whole: bool) -> list[tuple[Index, Block, list[Alike]]]:
-    """The pieces that are looked at, each with the block that is looked at of it."""
+    """The pieces that are fetched, each with the block that is fetched of it."""
     pieces = pieces_held(case.holdings)
     if whole or not is_large(shape):
         return [(index, whole_block(shape), alikes) for index, alikes in pieces.items()]
