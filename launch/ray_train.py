@@ -3,14 +3,15 @@
     python launch/ray_train.py CONFIG --workers 8 [--gpu] [--set a.b=VALUE]... [--storage FOLDER]
 
 Ray starts the workers and makes their process group, which the trainer uses. With `train.checkpoint.every` a
-group that failed is started again, and goes on from the newest checkpoint in `train.output_dir`, which all
-nodes have to share.
+group that failed is started again, and goes on from the newest checkpoint in `train.output_dir`. All nodes
+have to share the folder that this is called in, and that one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from distnorm import ConfigError, load_config
+
 
 def train(task: dict[str, Any]) -> None:
-    """What each worker does."""
-    from distnorm import load_config
+    """What each worker does, in the folder that this was called in: relative paths are meant from there."""
+    os.chdir(task["folder"])
     from distnorm.trainer import run
 
     config = load_config(task["config"], task["overrides"])
@@ -41,7 +44,11 @@ def main() -> None:
     parser.add_argument("--storage", metavar="FOLDER", help="where Ray keeps its own results")
     parser.add_argument("--failures", type=int, default=3, metavar="N", help="how often to start again")
     asked = parser.parse_args()
-    task = {"config": str(Path(asked.config).resolve()), "overrides": asked.overrides}
+    try:  # a mistake in the configuration is none that other workers would not make
+        config = load_config(asked.config, asked.overrides)
+    except ConfigError as error:
+        parser.exit(2, f"{error}\n")
+    task = {"folder": os.getcwd(), "config": asked.config, "overrides": asked.overrides}
     storage = None if asked.storage is None else str(Path(asked.storage).resolve())
     trainer = TorchTrainer(
         train,
@@ -49,7 +56,8 @@ def main() -> None:
         scaling_config=ScalingConfig(num_workers=asked.workers, use_gpu=asked.gpu),
         run_config=RunConfig(storage_path=storage, failure_config=FailureConfig(max_failures=asked.failures)),
     )
-    print(trainer.fit().metrics)
+    trainer.fit()
+    print(Path(config.train.output_dir, "metrics.jsonl").resolve())
 
 
 if __name__ == "__main__":

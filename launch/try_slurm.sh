@@ -15,7 +15,12 @@ say() { echo "try_slurm: $*" >&2; }
 finish() {
     if [[ -n "${job:-}" ]]; then scancel "$job" || true; fi
     sleep 1
-    for file in "$work"/*.pid; do kill "$(cat "$file")" 2>/dev/null || true; done
+    local file pid
+    for file in "$work"/*.pid; do
+        pid="$(cat "$file")"
+        kill "$pid" 2>/dev/null || continue
+        timeout 20 tail --pid="$pid" -f /dev/null || true # they still write as they end
+    done
     sed -i '/ distnorm-a distnorm-b$/d' /etc/hosts
     rm -rf "$work"
 }
