@@ -35,8 +35,10 @@ ACTIONS = {
     "zoom out": "showSteps('run0', null)",
     "another layer": "picker('run0').value = 17 + TRY; pick('run0')",
     "point at a chart": "Plotly.Fx.hover(document.querySelector('.plot.steps'), {xval: 1000 + 900 * TRY})",
-    "point at layers": "Plotly.Fx.hover(document.querySelector('.plot.heat'), "
-    "{xval: 999 + 900 * TRY, yval: 9 * TRY})",
+    "point at layers": "(() => {"
+    "const map = document.querySelector('.plot.heat canvas').getBoundingClientRect();"
+    "document.querySelector('.plot.heat').dispatchEvent(new PointerEvent('pointermove', "
+    "{clientX: map.left + 200 + 90 * TRY, clientY: map.top + 9 + 90 * TRY})) })()",
     "layers, anew": "showLayers('run0')",
     "open a table": "document.querySelectorAll('details.numbers')[TRY].open = true",
     "theme": "button.click()",
@@ -97,7 +99,7 @@ def _all(browser: Browser, url: str, file: Path, lines: list[str]) -> int:
     browser.open(url)
     browser.run("form.elements.follow.checked = false")
     browser.run("document.querySelector('[data-layers]').click()")
-    while not browser.run("document.querySelectorAll('.heatmaplayer image').length"):
+    while not browser.run("document.querySelectorAll('.plot.heat canvas').length"):
         time.sleep(0.1)
     browser.settle()
     worst = 0.0

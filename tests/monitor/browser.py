@@ -100,6 +100,14 @@ class Browser:
                 "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **more
             )
 
+    def drag(self, *points: tuple[float, float], clicks: int = 1) -> None:
+        """Press the mouse at the first point, and move it along the others: a click if there are none."""
+        moves = [("mouseMoved", 0), ("mousePressed", 1), *[("mouseMoved", 1)] * (len(points) - 1)]
+        places = [points[0], *points, points[-1]]
+        for (kind, buttons), (x, y) in zip([*moves, ("mouseReleased", 0)], places, strict=True):
+            held = {"button": "left" if buttons or kind == "mouseReleased" else "none", "buttons": buttons}
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, clickCount=clicks, **held)
+
     def run(self, script: str) -> Any:
         """The value of an expression in the page."""
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)

@@ -56,24 +56,24 @@ def contrast(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def cells(browser: Browser, number: int) -> list[list[list[int]]]:
-    """The colours (RGBA) of the heat map's image, a pixel a cell; 1 is the layer of marks over it."""
+def cells(browser: Browser) -> list[list[list[int]]]:
+    """The colours (RGBA) in the middle of each of the heat map's cells, as they are on the screen."""
     found = browser.run(
-        f"""(async () => {{
-          const image = new Image();
-          image.src = document.querySelectorAll(".heatmaplayer image")[{number}].getAttribute("href");
-          await image.decode();
-          const canvas = document.createElement("canvas");
-          [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
-          const context = canvas.getContext("2d");
-          context.drawImage(image, 0, 0);
-          const data = [...context.getImageData(0, 0, canvas.width, canvas.height).data];
-          return [canvas.width, canvas.height, data];
-        }})()"""
+        """(() => {
+          const figure = figures.find((each) => each.kind === "heat"), div = place(figure);
+          const { edges, picture: { width, height } } = mapOf(figure), [from, to] = div.layout.xaxis.range;
+          const canvas = div.querySelector("canvas");
+          const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+          const middle = (column) => (edges[column] + edges[column + 1]) / 2;
+          const x = (column) => Math.floor(canvas.width * (middle(column) - from) / (to - from));
+          const y = (row) => Math.floor(canvas.height * (row + 0.5) / height);
+          return Array.from({ length: height }, (_, row) => Array.from({ length: width }, (_, column) => {
+            const at = 4 * (y(row) * canvas.width + x(column));
+            return [...data.slice(at, at + 4)];
+          }));
+        })()"""
     )
-    width, height, data = found
-    pixels = [data[place : place + 4] for place in range(0, len(data), 4)]
-    return [pixels[row * width : (row + 1) * width] for row in range(height)]
+    return list(found)
 
 
 def texts(browser: Browser, selector: str) -> list[dict[str, str]]:

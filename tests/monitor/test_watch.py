@@ -265,7 +265,7 @@ def test_the_page_follows_a_run_and_asks_nobody_else(browser: Browser, tmp_path:
         assert texts(browser, ".remarks")[0]["textContent"] == EVIL
         until(browser, "document.getElementById('status')?.textContent.startsWith('Following, step 120')")
         browser.run("document.querySelector('[data-layers]').click()")
-        until(browser, "document.querySelectorAll('.heatmaplayer image').length > 0")
+        until(browser, "document.querySelectorAll('.plot.heat canvas').length > 0")
         assert texts(browser, "select[data-run] option")[-1] == {"textContent": EVIL}
         browser.run("form.elements.axis.value = 'elapsed'; form.dispatchEvent(new Event('input'))")
         browser.settle()

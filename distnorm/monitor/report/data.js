@@ -101,7 +101,7 @@ const toAxis = (run, step) => (view.axis === "step" ? step : between(run.columns
 const fromAxis = (run, x) => (view.axis === "step" ? x : between(places(run), run.columns.step, x));
 
 // What is drawn of a column in sight: all of it, or the lowest and highest of each bin, which look the same.
-const MOST = 1000, MOST_MARKS = 120; // each mark is an element of its own, a line is one
+const MOST = 1000, MOST_MARKS = 80; // each mark is an element of its own, a line is one
 function thin(x, y, from, to) {
   if (to - from <= MOST) return [x.slice(from, to), y.slice(from, to)];
   const kept = extremes(y, from, to, MOST / 2);

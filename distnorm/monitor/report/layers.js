@@ -10,99 +10,19 @@ function layersOf(figure) {
 
 const beside = (div, name) => shorten(name.replace(/\.weight$/, ""), isNarrow(div) && !printing ? 18 : 30);
 const besides = (div, names) => Math.ceil(widest(names.map((name) => beside(div, name)))) + 14;
-// Names beside the rows that have room for one, among the rows in sight.
-function rowTicks(div, names, height, range) {
-  const [low, high] = range ? [Math.min(...range), Math.max(...range)] : [-0.5, names.length - 0.5];
-  const from = Math.max(0, Math.ceil(low)), to = Math.min(names.length - 1, Math.floor(high));
-  const every = Math.max(1, Math.ceil(((to - from + 1) * 14) / Math.max(60, height - 90)));
+// The rows that the reader chose to see, or all of them, with names beside those that have room for one.
+function rowAxis(figure, div) {
+  const { names } = layersOf(figure), range = (figure.shownRows || [names.length - 0.5, -0.5]).slice();
+  const from = Math.max(0, Math.ceil(Math.min(...range))), to = Math.min(names.length - 1, Math.floor(Math.max(...range)));
+  const every = Math.max(1, Math.ceil(((to - from + 1) * 14) / Math.max(60, figure.height - 90)));
   const tickvals = [];
   for (let row = from; row <= to; row += every) tickvals.push(row);
-  return { tickvals, ticktext: tickvals.map((row) => beside(div, names[row])) };
-}
-
-// Where a few extreme cells would take most of the colours, the scale ends at the 0.5th and 99.5th percentile.
-function colourRange(z) {
-  const all = Float64Array.from(z.flatMap((row) => Array.from(row).filter((value) => !Number.isNaN(value)))).sort();
-  const at = (share) => all[Math.round(share * (all.length - 1))];
-  let [low, high] = [all[0], all[all.length - 1]];
-  const cut = { low: at(0.005) - low > 1, high: high - at(0.995) > 1 };
-  if (cut.low) low = at(0.005);
-  if (cut.high) high = at(0.995);
-  if (high - low < 0.5) [low, high] = [low - 0.25, high + 0.25];
-  const every = Math.max(1, Math.ceil((high - low) / 6));
-  let tickvals = [];
-  for (let tick = Math.ceil(low); tick <= high; tick += every) tickvals.push(tick);
-  let ticktext = tickvals.map(power);
-  if (tickvals.length < 2) {
-    tickvals = [low, (low + high) / 2, high];
-    ticktext = tickvals.map((value) => readable(Number((10 ** value).toPrecision(2))));
-  }
-  if (cut.low) { tickvals.unshift(low); ticktext.unshift("less"); }
-  if (cut.high) { tickvals.push(high); ticktext.push("more"); }
-  return { zmin: low, zmax: high, tickvals, ticktext };
+  // There is room for all of them: plotly would measure each again to see.
+  const ticktext = tickvals.map((row) => beside(div, names[row]));
+  return { range, showgrid: false, tickvals, ticktext, ticklabeloverflow: "allow" };
 }
 
 const heights = (rows) => Math.min(820, Math.max(240, rows * 16 + 100));
-
-function heat(figure, div) {
-  const trace = layersOf(figure);
-  const rows = trace.z.length, columns = trace.bins.length;
-  figure.height = heights(rows);
-  const starts = Array.from(trace.starts);
-  const width = columns > 1 ? Math.max(1, starts[columns - 1] - starts[columns - 2]) : 1;
-  const x = [...starts.map((start) => start - 0.5), Math.max(trace.end + 0.5, starts[columns - 1] - 0.5 + width)];
-  const y = trace.z.map((_, row) => row);
-  trace.range = trace.range || colourRange(trace.z);
-  const range = trace.range, hover = { hoverinfo: "none" }; // `tip` says what is under the pointer, without a text a cell
-  const traces = [{
-    type: "heatmap", x, y, z: trace.z, ...hover, colorscale: "Viridis", zmin: range.zmin, zmax: range.zmax,
-    colorbar: { title: { text: "norm", side: "top" }, thickness: 12, outlinewidth: 0, tickvals: range.tickvals,
-      ticktext: range.ticktext, len: 1, tickfont: { size: 11 }, x: 1, xpad: 16 },
-  }];
-  if (trace.zeros.length + trace.broken.length) {
-    const marks = y.map(() => new Array(columns).fill(null));
-    for (const [row, column] of trace.zeros) marks[row][column] = 0;
-    for (const [row, column] of trace.broken) marks[row][column] = 1;
-    trace.marks = marks;
-    traces.push({ type: "heatmap", x, y, z: marks, ...hover, showscale: false, zmin: 0, zmax: 1,
-      colorscale: [[0, colour("zero")], [0.5, colour("zero")], [0.5, colour("broken")], [1, colour("broken")]] });
-  }
-  const layout = merged(baseLayout(div, figure), {
-    hovermode: "closest",
-    plot_bgcolor: colour("band"),
-    margin: { l: besides(div, trace.names), r: 84, t: 16, b: 48 },
-    xaxis: { title: { text: "step" }, showgrid: false },
-    yaxis: { range: [rows - 0.5, -0.5], showgrid: false, ...rowTicks(div, trace.names, figure.height) },
-  });
-  return [traces, layout];
-}
-
-const tip = document.body.appendChild(document.createElement("div"));
-tip.className = "tip";
-tip.hidden = true;
-function showTip(figure, event) {
-  const trace = layersOf(figure), [row, column] = event.points[0].pointIndex || event.points[0].pointNumber;
-  const mark = trace.marks ? trace.marks[row][column] : null;
-  const says = mark === 1 ? "not finite" : mark === 0 ? "all zero" : `norm ${readable(10 ** trace.z[row][column])}`;
-  tip.innerHTML = `${trace.names[row]}<br>steps ${trace.bins[column]}<br>${says}`; // names are escaped already
-  tip.hidden = false;
-  const { clientX, clientY } = event.event;
-  tip.style.left = `${Math.min(clientX + 14, innerWidth - tip.offsetWidth - 8)}px`;
-  tip.style.top = `${clientY + 14}px`;
-}
-
-const picker = (run) => document.querySelector(`select[data-run="${run}"]`);
-// Where the picked layer is: an arrow at its row, and a frame where rows are high enough to keep their colours in it.
-// It lies over the picture, which takes long to draw again.
-function mark(figure) {
-  const div = place(figure), { l, t, w, h } = div._fullLayout._size, [low, high] = div._fullLayout.yaxis.range;
-  const row = Number((picker(figure.run) || { value: -9 }).value), at = (value) => ((value - high) / (low - high)) * h;
-  const over = div.querySelector(".mark") || div.appendChild(document.createElement("div"));
-  const top = Math.max(0, at(row - 0.5)), bottom = Math.min(h, at(row + 0.5));
-  over.className = layersOf(figure).z.length <= 60 ? "mark framed" : "mark";
-  over.hidden = bottom <= top;
-  Object.assign(over.style, { left: `${l}px`, width: `${w}px`, top: `${t + top}px`, height: `${bottom - top}px` });
-}
 
 function picked(figure, div) {
   const source = figures.find((other) => other.run === figure.run && other.kind === "heat");
@@ -172,7 +92,7 @@ function spread(figure, div) {
     hovermode: "closest",
     margin: { l: besides(div, trace.names), r: 14, t: 16, b: 48 },
     xaxis: { title: { text: "norm" }, type: "log", fixedrange: true },
-    yaxis: { range: [rows - 0.5, -0.5], showgrid: false, ...rowTicks(div, trace.names, figure.height) },
+    yaxis: rowAxis(figure, div),
     shapes: isCrowded ? crowded(column, known, figure.height / rows) : [],
   });
   logTicks(layout.xaxis, [positive]);

@@ -30,7 +30,7 @@ function draw(figure) {
   div.style.height = `${layout.height}px`;
   Plotly.react(div, traces, layout, settings);
   if (!figure.wired) wire(figure, div);
-  if (figure.kind === "heat") mark(figure);
+  if (figure.kind === "heat") paint(figure);
 }
 
 // One figure a task, those in sight first: the reader's next click never waits for more than one.
@@ -42,7 +42,7 @@ const watcher = new IntersectionObserver((entries) => entries.forEach(({ target,
 const channel = new MessageChannel();
 let pumping = false;
 function redraw(some) {
-  some.forEach((figure) => { dirty.add(figure); onlyMoved.delete(figure); });
+  some.forEach((figure) => dirty.add(figure));
   root.dataset.waiting = dirty.size;
   if (!pumping && dirty.size) { pumping = true; channel.port2.postMessage(0); }
 }
@@ -50,7 +50,7 @@ channel.port1.onmessage = () => {
   const waiting = [...dirty];
   const next = waiting.find((figure) => inSight.has(figure.id)) || waiting[0];
   dirty.delete(next);
-  if (next) (onlyMoved.delete(next) && next.wired ? move : draw)(next);
+  if (next) draw(next);
   root.dataset.waiting = dirty.size;
   pumping = dirty.size > 0;
   if (!pumping) root.dataset.drawn = figures.length;
@@ -65,19 +65,7 @@ function drawAll() {
 
 function showSteps(group, range) {
   shownSteps[group] = range;
-  const mine = inGroup(group).filter((figure) => figure.kind !== "spread");
-  const still = mine.filter((figure) => isLayers(figure) && !dirty.has(figure));
-  redraw(mine);
-  still.forEach((figure) => onlyMoved.add(figure));
-}
-
-// Layers that another range of steps is looked at of: nothing but the axis is another.
-const onlyMoved = new Set();
-let moving = false;
-function move(figure) {
-  moving = true; // what plotly tells of it is no wish of the reader's
-  Plotly.relayout(place(figure), { "xaxis.range": xRange(figure) });
-  moving = false;
+  redraw(inGroup(group).filter((figure) => figure.kind !== "spread"));
 }
 
 function wire(figure, div) {
@@ -88,27 +76,20 @@ function wire(figure, div) {
     if (isLayers(figure)) return value;
     return Math[end](...runsOf(figure).filter(places).map((run) => fromAxis(run, value)));
   };
+  // A double click sets a whole range, that of the first drawing: the reader wants to see all. Anything else sets its ends.
   div.on("plotly_relayout", (change) => {
-    if (figure.kind === "spread" || moving) return;
-    if (change["xaxis.autorange"]) showSteps(figure.run, null);
+    if (figure.kind === "spread") return;
+    if (change["xaxis.range"]) showSteps(figure.run, null);
     else if (change["xaxis.range[0]"] !== undefined)
       showSteps(figure.run, [back(change["xaxis.range[0]"], "min"), back(change["xaxis.range[1]"], "max")]);
   });
-  if (figure.kind === "heat") {
-    div.on("plotly_afterplot", () => mark(figure));
-    div.on("plotly_hover", (event) => showTip(figure, event));
-    div.on("plotly_unhover", () => { tip.hidden = true; });
-    div.on("plotly_click", (event) => {
-      picker(figure.run).value = event.points[0].y;
-      pick(figure.run);
-    });
-  }
+  if (figure.kind === "heat") wireHeat(figure, div);
   if (figure.kind === "heat" || figure.kind === "spread") {
     div.on("plotly_relayout", (change) => {
-      const range = change["yaxis.autorange"] ? null : [change["yaxis.range[0]"], change["yaxis.range[1]"]];
+      const range = change["yaxis.range"] ? null : [change["yaxis.range[0]"], change["yaxis.range[1]"]];
       if (range && range[0] === undefined) return;
-      const ticks = rowTicks(div, figure.layers.names, figure.height, range);
-      Plotly.relayout(div, { "yaxis.tickvals": ticks.tickvals, "yaxis.ticktext": ticks.ticktext });
+      figure.shownRows = range;
+      redraw([figure]);
     });
   }
 }

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 _HERE = Path(__file__).parent
-_SCRIPTS = ("data.js", "drawing.js", "layers.js", "page.js")
+_SCRIPTS = ("data.js", "drawing.js", "heat.js", "layers.js", "page.js")
 
 
 @dataclass(frozen=True, slots=True)
