@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # All checks, in an environment that has what they need: lint, format, types, tests. With --quick only the tests that
-# need neither frameworks, nor a browser, nor much time; with --no-frameworks all but the frameworks'. Further arguments
-# go to pytest.
+# need neither frameworks, nor a browser, nor much time. Further arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -17,8 +16,6 @@ cores="$(env -u OMP_NUM_THREADS nproc)"
 tests=("$PYTHON" -m pytest -n "$((cores < 4 ? 2 * cores : 8))" --dist worksteal)
 if [[ "${1:-}" == --quick ]]; then
     exec "${tests[@]}" --form quick "${@:2}"
-elif [[ "${1:-}" == --no-frameworks ]]; then
-    exec "${tests[@]}" --ignore=tests/integrations "${@:2}"
 elif (($#)); then
     exec "${tests[@]}" "$@"
 fi

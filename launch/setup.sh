@@ -3,8 +3,7 @@
 #
 #   set_up        leaves a .venv in the repository that has distnorm and what it and `distnorm report` need
 #   set_up dev    ... and what the quick form of the checks needs
-#   set_up engines  ... and DeepSpeed; as root on Debian also chromium
-#   set_up full   ... and what all tests need: the frameworks, gigabytes of them
+#   set_up full   ... and what all tests need: the frameworks, gigabytes of them, and DeepSpeed; as root on Debian also chromium
 #
 # A torch (2.6 or newer) that python3 can already import is used as it is. Otherwise the version in constraints.txt is
 # installed. A second call for no more returns at once: a stamp in .venv records what it was made from.
@@ -89,9 +88,9 @@ install() {
     local extras torch constraints
     case "$1" in
     run) extras="[report]" ;;
-    dev | engines) extras="[dev]" ;;
+    dev) extras="[dev]" ;;
     full) extras="[dev,frameworks]" ;;
-    *) fail "set_up: expected run, dev, engines or full, found '$1'" ;;
+    *) fail "set_up: expected run, dev or full, found '$1'" ;;
     esac
     constraints="$(mktemp)"
     torch="$(usable_torch "$VENV_PYTHON")"
@@ -106,7 +105,7 @@ install() {
     say "installing distnorm$extras and what it needs"
     "$VENV_PYTHON" -m pip install "${PROGRESS[@]}" --no-input --no-compile --disable-pip-version-check \
         --constraint "$constraints" --editable "$ROOT$extras" || fail "pip could not install distnorm$extras"
-    if [[ "$1" == engines || "$1" == full ]]; then
+    if [[ "$1" == full ]]; then
         install_deepspeed "$constraints"
         install_browser
     fi
@@ -145,7 +144,7 @@ set_up() {
         make_venv # none yet, or one that an interruption, or an upgrade of python3, has left broken
     fi
     stamp="$(fingerprint)"
-    for had in full engines dev run; do # each has what those after it have
+    for had in full dev run; do # each has what those after it have
         if [[ "$(cat "$VENV/.set-up-$had" 2>/dev/null)" == "$stamp" ]]; then return; fi
         if [[ "$had" == "$kind" ]]; then break; fi
     done
