@@ -23,7 +23,7 @@ TORCHRUN = CONFIGS.parent / "launch" / "torchrun.sh"
 DAY = 86400.0  # seconds
 SLOW = ("rate", "4mbit", "burst", "4kb", "latency", "2s")  # netem, which would delay, is rarer than tbf
 CUT_AT = 2  # the step as which begins a host is cut off
-TIMEOUT = 3  # seconds
+TIMEOUT = 10  # seconds; a loaded machine takes several to make the groups
 
 
 def ip(*arguments: str) -> None:
