@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from recipes_model import LENGTH, MAX_NORM, VOCABULARY, Clipped, Tiny, recipe, record, rows, sharded, steps
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import distnorm
 
@@ -71,7 +71,6 @@ def torchtune() -> Clipped:
     def trained(limit: float | None) -> dict[str, Any]:
         made, logged = object.__new__(module.FullFinetuneRecipeDistributed), {}
         model, optimizer = sharded()
-        logger = SimpleNamespace(log_dict=lambda values, step: logged.update(values))
         vars(made).update(
             {"_model": model, "_optimizer": optimizer, "_optimizer_in_bwd": False, "_lr_scheduler": None},
             _dataloader=Loader([{"input_ids": rows(), "labels": rows()}]),
@@ -79,10 +78,9 @@ def torchtune() -> Clipped:
             _device=torch.device("cpu"),
             _profiler=MagicMock(),
             _checkpoint_client=MagicMock(),
-            _metric_logger=logger,
+            _metric_logger=SimpleNamespace(log_dict=lambda values, step: logged.update(values)),
             _clip_grad_norm=limit,
-            _is_rank_zero=dist.get_rank() == 0,
-            _steps_per_epoch=1,
+            **{"_is_rank_zero": dist.get_rank() == 0, "_steps_per_epoch": 1},
             _gradient_accumulation_steps=1,
             _log_every_n_steps=1,
             _log_peak_memory_stats=False,
@@ -96,6 +94,9 @@ def torchtune() -> Clipped:
         return logged
 
     dist.init_process_group("gloo")
+    torch.cpu.empty_cache = lambda: (
+        None
+    )  # which torchtune calls before it trains, and torch has for GPUs alone
     trained(None)
     recipe("slime, torchtune")
     return *steps, float(trained(MAX_NORM).get("grad_norm", "nan"))  # only rank 0 logs
@@ -140,8 +141,7 @@ def axolotl() -> Clipped:
             logging_steps=1,
             sequence_len=LENGTH,
             output_dir=sys.argv[2] + ".output",
-            save_strategy="no",
-            val_set_size=0,
+            **{"save_strategy": "no", "val_set_size": 0},
         )
         builder = HFCausalTrainerBuilder(cfg, model, tokenizer)
         builder.train_dataset = data
@@ -277,7 +277,7 @@ def composer() -> Clipped:
 
 def main() -> None:
     name, file = sys.argv[1:]
-    register_optimizer_step_pre_hook(record)
+    register_optimizer_step_post_hook(record)
     plain, clipped, norm = globals()[name]()
     summed = torch.stack(
         [sum((g.square().sum() for g in found), torch.zeros(())) for found in (plain, clipped)]
