@@ -79,8 +79,14 @@ PACKAGES: dict[str, tuple[int, tuple[str, ...]]] = {
         1,
         (
             *("mosaicml==0.32.1", "backoff==2.2.1", "coolname==5.0.0", "gql==4.4.0", "graphql-core==3.3.2"),
-            *("importlib-metadata==8.7.0", "mosaicml-cli==0.8.3", "py-cpuinfo==9.0.0", "tabulate==0.10.0"),
-            *("torch-optimizer==0.3.0", "torchvision==0.28.0", "zipp==4.1.2", "tenacity==9.2.1"),
+            *("importlib-metadata==8.7.0", "mosaicml-cli==0.8.3", "tabulate==0.10.0"),
+            *(
+                "torch-optimizer==0.3.0",
+                "torchvision==0.28.0",
+                "zipp==4.1.2",
+                "tenacity==9.2.1",
+                "websockets==15.0.1",
+            ),
         ),
     ),
 }

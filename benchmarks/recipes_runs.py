@@ -94,12 +94,12 @@ def torchtune() -> Clipped:
         return logged
 
     dist.init_process_group("gloo")
-    torch.cpu.empty_cache = lambda: (
-        None
-    )  # which torchtune calls before it trains, and torch has for GPUs alone
+    for name in ("empty_cache", "reset_peak_memory_stats"):  # torch has them for GPUs alone
+        setattr(torch.cpu, name, lambda: None)
     trained(None)
     recipe("slime, torchtune")
-    return *steps, float(trained(MAX_NORM).get("grad_norm", "nan"))  # only rank 0 logs
+    norm = float(trained(MAX_NORM).get("grad_norm", "nan"))  # only rank 0 logs
+    return *steps, norm
 
 
 def axolotl() -> Clipped:
@@ -203,6 +203,9 @@ def openrlhf() -> Clipped:
     padding = ("index_first_axis", "pad_input", "rearrange", "unpad_input")
     vars(sys.modules["flash_attn.bert_padding"]).update(dict.fromkeys(padding))
     vars(sys.modules["flash_attn.utils.distributed"]).update(all_gather=None)
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled on first use
     from openrlhf.models import Actor
     from openrlhf.utils.deepspeed import DeepspeedStrategy
 
@@ -232,7 +235,9 @@ def openrlhf() -> Clipped:
     trained(0.0, lambda actor: None)
     handles: list[Any] = []
     trained(MAX_NORM, lambda actor: handles.append(recipe("OpenRLHF", actor=actor)["handle"]))
-    return *steps, float(handles[0].last.total_norm)
+    half = len(steps) // 2  # DeepSpeed steps each group of parameters by itself
+    plain, clipped = ([g for found in part for g in found] for part in (steps[:half], steps[half:]))
+    return plain, clipped, float(handles[0].last.total_norm)
 
 
 def composer() -> Clipped:
