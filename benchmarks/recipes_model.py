@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import runpy
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +26,10 @@ def recipe(title: str, **known: Any) -> dict[str, Any]:
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     code = re.search(rf"^## {re.escape(title)}\n.*?```python\n(.*?)```", text, re.MULTILINE | re.DOTALL)
     assert code is not None, title
-    exec(code[1], known)  # noqa: S102
-    return known
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "recipe.py"
+        file.write_text(code[1], encoding="utf-8")
+        return runpy.run_path(str(file), known)
 
 
 steps: list[list[Tensor]] = []
