@@ -79,9 +79,9 @@ class Cost:
     parameters: int
     page: int
 
-    def most(self, what: str) -> int:
-        """The most that is the doctor's own in any of its parts, ``"held"`` or ``"resident"``."""
-        return max(int(getattr(each, what)) for each in self.own.values())
+    def most(self, what: str, but: str = "") -> int:
+        """The most that is the doctor's own in any of its parts but one, ``"held"`` or ``"resident"``."""
+        return max(int(getattr(each, what)) for name, each in self.own.items() if name != but)
 
 
 def _resident(field: str) -> int:
@@ -163,7 +163,7 @@ def _measured(
             for parameter in model.parameters():
                 parameter.grad.mul_(1.5 if parameter.ndim > 1 else 1)  # type: ignore[union-attr]
         own["step"] = peak.next() - of_step
-        peak.kept()
+        own["after the step"] = peak.kept() - kept
     own["explaining" if "comparing" in own else "comparing"] = peak.next() - kept
     report = examination.report
     assert report is not None
