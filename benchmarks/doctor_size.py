@@ -3,11 +3,12 @@
     PYTHONPATH=. python benchmarks/doctor_size.py            # writes benchmarks/DATE-doctor-size.md
     PYTHONPATH=. python benchmarks/doctor_size.py --spoilt   # with wrong gradients; printed
 
-Peaks are of resident memory. The doctor has three parts: it runs the reference before the step, watches the
-step, and compares after it. Of each the peak is given, less what was resident before the doctor; of the step
-less what the same step takes without the doctor, measured first, and of the comparison less what the same
-step leaves, its gradients, without the doctor. The first rank runs the reference: what a
-run of that takes by itself, gradients and all, is measured before too, in the same process, and given beside.
+The doctor runs the reference before the step, watches that, compares after it, and explains what is wrong,
+for which it runs the reference over parts of the batch. Of each the peak is given, less what was there before
+the doctor. Of the step what the same step takes without the doctor, measured first, is taken too; of all that
+comes after it what the step leaves, its gradients; and on the first rank, of the reference's runs, what one
+takes by itself, gradients and all. All is measured twice: what is held, counted after every operator, and
+resident memory, which has what the C library keeps of freed memory in it too.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ import ctypes
 import os
 import platform
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +30,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import distnorm
+from benchmarks.held import HeldPeak, held_bytes
+from distnorm.verification.doctor.preparing import Prepared
 
 _RANKS, _DIM, _WORDS = 4, 1024, 32768
 
@@ -33,12 +39,12 @@ _RANKS, _DIM, _WORDS = 4, 1024, 32768
 class _Model(nn.Module):
     """An embedding, residual layers of two matrices, and a norm."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, dim: int, words: int) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.tok = nn.Embedding(_WORDS, _DIM)
+        self.tok = nn.Embedding(words, dim)
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(_DIM), nn.Linear(_DIM, 2 * _DIM), nn.GELU(), nn.Linear(2 * _DIM, _DIM))
+            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
             for _ in range(layers)
         )
 
@@ -50,19 +56,32 @@ class _Model(nn.Module):
 
 
 @dataclass(frozen=True)
+class Bytes:
+    """One of two measures: what is held, and what is resident."""
+
+    held: int
+    resident: int
+
+    def __sub__(self, other: Bytes) -> Bytes:
+        return Bytes(self.held - other.held, self.resident - other.resident)
+
+
+@dataclass(frozen=True)
 class Cost:
-    """What a rank says of its part, in seconds and bytes: peaks before, in and after the step."""
+    """What a rank says of its part, in seconds and bytes: the doctor's own by its parts."""
 
     ok: bool
     cause: str
     wall: float
     cpu: float
-    peaks: tuple[int, int, int]
-    step: int
-    reference: int
+    own: dict[str, Bytes]
     shard: int
     parameters: int
     page: int
+
+    def most(self, what: str, but: str = "") -> int:
+        """The most that is the doctor's own in any of its parts but one, ``"held"`` or ``"resident"``."""
+        return max(int(getattr(each, what)) for name, each in self.own.items() if name != but)
 
 
 def _resident(field: str) -> int:
@@ -71,37 +90,36 @@ def _resident(field: str) -> int:
 
 
 class _Peak:
-    """Peaks of resident memory beyond what was there when this was made, each since the one before.
+    """Peaks of memory beyond what was there when this was made, each since the one before.
 
     What the C library has kept of freed memory is given back first: it would be used again, unseen.
     """
 
-    def __init__(self) -> None:
-        self.before = 0
-        self.before = self.kept()
+    def __init__(self, counter: HeldPeak) -> None:
+        self._counter, self._before = counter, Bytes(0, 0)
+        self._before = self.kept()
 
-    def kept(self) -> int:
-        """What is held now, and no more; another peak begins."""
+    def kept(self) -> Bytes:
+        """What is there now, and no more; another peak begins."""
         ctypes.CDLL(None).malloc_trim(0)
         self.next()
-        return _resident("VmRSS") - self.before
+        return Bytes(held_bytes(), _resident("VmRSS")) - self._before
 
-    def next(self) -> int:
+    def next(self) -> Bytes:
         """The peak since the last call; another one begins."""
-        found = _resident("VmHWM") - self.before
+        found = Bytes(self._counter.next(), _resident("VmHWM")) - self._before
         Path("/proc/self/clear_refs").write_text("5")
         return found
 
 
-def body(layers: int, is_spoilt: bool) -> Cost:
+def body(layers: int, is_spoilt: bool, dim: int = _DIM, words: int = _WORDS) -> Cost:
     """On every rank: one step under the doctor's eyes."""
     torch.set_num_threads(1)
-    rank, model = dist.get_rank(), _Model(layers)
-    parameters = sum(p.numel() for p in model.parameters())
+    rank, size, model = dist.get_rank(), dist.get_world_size(), _Model(layers, dim, words)
     for module in [*model.layers, model]:
         fully_shard(module)
-    whole = _Model(layers) if rank == 0 else None
-    tokens = torch.randint(_WORDS, (2 * _RANKS, 16), generator=torch.Generator().manual_seed(1))
+    whole = _Model(layers, dim, words) if rank == 0 else None
+    tokens = torch.randint(words, (2 * size, 16), generator=torch.Generator().manual_seed(1))
 
     def reference(part: int = 0, parts: int = 1) -> nn.Module:
         assert whole is not None
@@ -109,36 +127,73 @@ def body(layers: int, is_spoilt: bool) -> Cost:
         return whole
 
     def step() -> None:
-        model(tokens.chunk(_RANKS)[rank]).square().mean().backward()
+        model(tokens.chunk(size)[rank]).square().mean().backward()
 
+    with HeldPeak() as counter:
+        return _measured(counter, model, reference if whole is not None else None, step, is_spoilt)
+
+
+def _measured(
+    counter: HeldPeak,
+    model: nn.Module,
+    reference: Callable[..., nn.Module] | None,
+    step: Callable[[], None],
+    is_spoilt: bool,
+) -> Cost:
     step()  # what a first step loads is nobody's
     model.zero_grad()
-    peak = _Peak()
+    peak = _Peak(counter)
     step()
     of_step, kept = peak.next(), peak.kept()
     model.zero_grad()
-    peak = _Peak()
-    if whole is not None:
+    peak = _Peak(counter)
+    if reference is not None:
         reference().zero_grad()
-    of_reference = peak.next()
-    shard = sum(p.to_local().nbytes for p in model.parameters())  # type: ignore[attr-defined]
+    of_run = peak.next()
     dist.barrier()
-    began, cpu, peak = time.perf_counter(), time.process_time(), _Peak()
-    with distnorm.doctor(model, reference=reference, parts=_RANKS) as examination:
-        before = peak.next()
+    began, cpu, peak = time.perf_counter(), time.process_time(), _Peak(counter)
+    own: dict[str, Bytes] = {}
+    with (
+        _parts_apart(own, peak, kept, of_run),
+        distnorm.doctor(model, reference=reference or _nothing, parts=dist.get_world_size()) as examination,
+    ):
+        own["reference"] = peak.next() - of_run
         step()
         if is_spoilt:
             for parameter in model.parameters():
                 parameter.grad.mul_(1.5 if parameter.ndim > 1 else 1)  # type: ignore[union-attr]
-        within = peak.next()
-        peak.kept()
-    after, report = peak.next(), examination.report
+        own["step"] = peak.next() - of_step
+        own["after the step"] = peak.kept() - kept
+    own["explaining" if "comparing" in own else "comparing"] = peak.next() - kept
+    report = examination.report
     assert report is not None
     page = report.to_html()
     took, used = time.perf_counter() - began, time.process_time() - cpu
     cause = "" if report.cause is None else report.cause.explanation.text
-    peaks = (before, within, after - kept)
-    return Cost(report.ok, cause, took, used, peaks, of_step, of_reference, shard, parameters, len(page))
+    shard = sum(p.to_local().nbytes for p in model.parameters())  # type: ignore[attr-defined]
+    count = sum(p.numel() for p in model.parameters())
+    return Cost(report.ok, cause, took, used, own, shard, count, len(page))
+
+
+@contextmanager
+def _parts_apart(own: dict[str, Bytes], peak: _Peak, kept: Bytes, of_run: Bytes) -> Iterator[None]:
+    """Measure the reference's runs over parts of the batch apart from the comparison before them."""
+    original = Prepared.run_parts
+
+    def run_parts(*args: Any) -> None:
+        own["comparing"] = peak.next() - kept
+        original(*args)
+        own["parts"] = peak.next() - kept - of_run
+
+    Prepared.run_parts = run_parts  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Prepared.run_parts = original  # type: ignore[method-assign]
+
+
+def _nothing(part: int = 0, parts: int = 1) -> nn.Module:
+    raise AssertionError("the reference runs on the first rank only")
 
 
 def _report(costs: list[Cost], load: float) -> str:
@@ -151,21 +206,24 @@ def _report(costs: list[Cost], load: float) -> str:
         f"shared with other work (load {load:.0f} before), torch {torch.__version__}, gloo, FSDP2 on "
         f"{_RANKS} ranks, float32. {said}",
         "",
-        "Megabytes of resident memory at the peak of each part, beyond what was there before the doctor. The "
-        "doctor's own are those of the step less what the step takes without it, on rank 0 those of the "
-        "reference's runs less what one run takes by itself, and those of the comparison, of which is taken "
-        "what the step leaves without the doctor. A shard is this rank's part of the weights.",
-        "",
-        "| rank | seconds | CPU seconds | shard | reference's runs | one run by itself | step "
-        "| step by itself | comparison | the doctor's own | in shards |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "Megabytes of the doctor's own at the peak of each of its parts: beyond what was there before, and "
+        "what the step, and on rank 0 a run of the reference, take without it. A shard is a rank's part of "
+        "the weights.",
     ]
-    for rank, cost in enumerate(costs):
-        before, within, after = cost.peaks
-        own = max(before - cost.reference, within - cost.step, after)
-        sizes = (cost.shard, before, cost.reference, within, cost.step, after, own)
-        memory = " | ".join(f"{size / mega:.0f}" for size in sizes)
-        lines.append(f"| {rank} | {cost.wall:.1f} | {cost.cpu:.1f} | {memory} | {own / cost.shard:.2f} |")
+    for what, title in (("held", "Held, counted after every operator"), ("resident", "Resident")):
+        names = list(first.own)
+        lines += [
+            "",
+            f"{title}:",
+            "",
+            f"| rank | seconds | CPU seconds | {' | '.join(names)} | most, in shards |",
+        ]
+        lines.append("|---" * (len(names) + 4) + "|")
+        for rank, cost in enumerate(costs):
+            sizes = " | ".join(f"{getattr(cost.own[name], what) / mega:.1f}" for name in names)
+            share = cost.most(what) / cost.shard
+            lines.append(f"| {rank} | {cost.wall:.1f} | {cost.cpu:.1f} | {sizes} | {share:.2f} |")
+    lines += ["", f"A shard has {first.shard / mega:.1f} MB."]
     cpu = sum(cost.cpu for cost in costs)
     lines += ["", f"The page has {first.page / 1e3:.0f} kB. CPU seconds of all ranks: {cpu:.1f}."]
     return "\n".join(lines) + "\n"

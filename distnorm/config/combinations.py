@@ -54,13 +54,6 @@ def of_norm(order: float, clip: ClipConfig, monitor: MonitorConfig) -> Iterator[
             yield Conflict((f"monitor.{key}", "norm.type"), text)
 
 
-def of_reads(clip: ClipConfig, monitor: MonitorConfig) -> Iterator[Conflict]:
-    """Why gradients that backward has read can't be fingerprinted in that read."""
-    if clip.overlap and monitor.fingerprints is not None:
-        text = "expected clip.overlap: false with monitor.fingerprints, which are taken as clip() reads"
-        yield Conflict(("monitor.fingerprints", "clip.overlap"), f"{text}, found true")
-
-
 def of_apply(clip: ClipConfig) -> Iterator[Conflict]:
     """Why an optimizer can't multiply by the coefficient that the configuration leads to."""
     if clip.apply != "optimizer":

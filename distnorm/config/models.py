@@ -81,7 +81,6 @@ class Config(Section):
     def conflicts(self) -> Iterator[Conflict]:
         """What one section asks for and another can't do."""
         yield from combinations.of_norm(self.norm.type, self.clip, self.monitor)
-        yield from combinations.of_reads(self.clip, self.monitor)
         yield from combinations.of_apply(self.clip)
         yield from combinations.of_backend(self.train.parallel.backend, self.clip)
 

@@ -28,9 +28,10 @@ def early_reads(
         ConfigError: as `Overlap`; or gradients are elsewhere than in `grad`.
     """
     of_plan = (meter.norm, meter.shards, meter.shares)
+    keep = config.monitor.fingerprints
+    prints = FingerprintedReads(*of_plan, kept, keep, next_step) if keep else None
     if config.clip.overlap and meter.norm.kernel is not None:
         with meter.ranks.together():
             meter.layout.refuse_overlap()
-            return Overlap(*of_plan, modules)
-    keep = config.monitor.fingerprints
-    return FingerprintedReads(*of_plan, kept, keep, next_step) if keep else None
+            return Overlap(*of_plan, modules, prints)
+    return prints

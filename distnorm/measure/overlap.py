@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from distnorm import kernels
 from distnorm.errors import DistnormError
 from distnorm.measure.backward_hooks import AccumulateHook, Relay, replicated
+from distnorm.measure.fingerprints import FingerprintedReads
 from distnorm.measure.gpu_overlap import GpuOverlap, local_of, versions_of
 from distnorm.measure.gradients import Gradients
 from distnorm.measure.norms import Norm
@@ -42,6 +43,8 @@ class Overlap:
         shards: what this rank holds.
         shares: what it counts of each.
         modules: those of the target, which say whose gradients DDP reduces.
+        prints: takes the monitor's fingerprints, in a read of its own when the step is measured: what this
+            takes during backward is not of every byte.
 
     Attributes:
         replicas: ranks over which DDP reduces every gradient; 0 where some gradient goes another way.
@@ -57,8 +60,9 @@ class Overlap:
         shards: Sequence[GradShard],
         shares: Sequence[Share],
         modules: Sequence[nn.Module],
+        prints: FingerprintedReads | None = None,
     ) -> None:
-        self._norm, self._shards, self._shares = norm, shards, shares
+        self._norm, self._shards, self._shares, self._prints = norm, shards, shares, prints
         self._statistics = np.zeros(len(shards))
         self._bytes = np.zeros((len(shards), 2), dtype=np.int64)  # address and fingerprint
         counted = [(share.start, share.stop - share.start) for share in shares]
@@ -94,6 +98,8 @@ class Overlap:
         Gradients on a GPU get what was taken instead, if any was, and find out there what has changed. Every
         slot is empty afterwards, since the caller may scale the gradients.
         """
+        if self._prints is not None:
+            self._prints.take(gradients)
         versions, self._versions = self._versions, {}
         buckets, self._buckets, self._before = self._buckets, {}, None
         gradients.taken = self._on_gpu.take(gradients)

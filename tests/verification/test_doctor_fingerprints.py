@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import nn
 
 import distnorm
-from distnorm import ConfigError, DistnormError, GradClipper, kernels, load_config
+from distnorm import DistnormError, GradClipper, kernels
+from distnorm.measure.gradients import Gradients
 from distnorm.testing import preload
 from distnorm.trainer.run import build
 from distnorm.trainer.torch_trainer import TorchTrainer
@@ -195,8 +196,40 @@ def test_a_replay_needs_fingerprints() -> None:
     backward(model)
     with pytest.raises(DistnormError, match=r"whose fingerprints are kept \(monitor\.fingerprints\)"):
         distnorm.replay(GradClipper(model), lambda: None)
-    with pytest.raises(ConfigError, match=r"false with monitor\.fingerprints"):
-        load_config({**KEPT, "clip": {"overlap": True}})
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_fingerprints_are_the_same_where_backward_reads_gradients(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The norm too, and it is still that which backward has read."""
+    if not native:
+        monkeypatch.setattr("distnorm.kernels.printed_statistic", lambda table, kernel: None)
+    found = []
+    for overlap in (False, True):
+        model = Block()
+        clipper = GradClipper(model, {**KEPT, "clip": {"max_norm": 0.01, "overlap": overlap}})
+        for _ in range(4):
+            model.zero_grad()
+            backward(model)
+            with monkeypatch.context() as patch:
+                if overlap:
+                    patch.setattr(Gradients, "statistic", _not_again)
+                norm = clipper.clip().total_norm
+        found.append((float(norm), dict(clipper.fingerprints)))
+    assert list(found[0][1]) == [2, 3, 4]
+    assert found[0] == found[1]
+    assert model.up.weight.grad is not None
+    model.zero_grad()
+    backward(model)
+    model.up.weight.grad.view(torch.int32)[3, 5] ^= 1
+    clipper.clip()
+    before, now = clipper.fingerprints[4], clipper.fingerprints[5]
+    assert [name for name in before if before[name] != now[name]] == ["up.weight"]
+
+
+def _not_again(*_: Any) -> None:
+    raise AssertionError("a gradient that backward has read is read again for its norm")
 
 
 @pytest.mark.parametrize("value", [1e4, math.inf])

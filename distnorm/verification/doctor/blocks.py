@@ -12,7 +12,7 @@ from distnorm.verification.doctor.holdings import FlatRun, Index, Runs
 Block = tuple[tuple[int, int], ...]
 """For each dim of a parameter ``(start, stop)``; its elements follow each other in a contiguous parameter."""
 
-ELEMENTS = 1 << 18
+ELEMENTS = 1 << 16
 """Elements of a block at most."""
 
 

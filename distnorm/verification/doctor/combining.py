@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,26 +16,38 @@ from distnorm.verification.doctor.mistakes import (
 )
 
 _CLOSE = 5e-3  # of a weight and a simple number, where the fit itself is good
+_ROWS = 1 << 13  # elements that are looked at in fp64 at a time
 
 
 def weights_of(value: Tensor, parts: Sequence[Tensor], tolerance: float) -> list[float] | None:
     """The weights with which tensors add up to another one; `None` where they don't.
 
     Args:
-        value: the sum, fp64.
-        parts: fp64 tensors of its shape.
+        value: the sum.
+        parts: tensors of its shape.
         tolerance: the relative difference that rounding explains.
     """
     if value.numel() < 2 * len(parts) + 2:  # anything is a combination of enough vectors
-        return _one_alone(value, parts, tolerance)
-    basis = torch.stack([part.reshape(-1).double() for part in parts], 1)
-    target = value.reshape(-1, 1).double()
-    norms = basis.norm(dim=0).clamp_min(1e-300)
-    solved = torch.linalg.lstsq(basis / norms, target, driver="gelsd").solution
-    weights = solved.view(-1) / norms
-    size = max(float(target.norm()), float((weights.abs() * norms).max()))
-    rest = float((basis @ weights.view(-1, 1) - target).norm())
-    return weights.tolist() if rest <= 4 * tolerance * size else None
+        return _one_alone(value.double(), [part.double() for part in parts], tolerance)
+    columns = [tensor.reshape(-1) for tensor in (*parts, value)]
+    squares = sum(rows.square().sum(0) for rows in _rows(columns))
+    assert isinstance(squares, Tensor)
+    *norms, length = squares.sqrt().clamp_min(1e-300)
+    scales = torch.stack([*norms, torch.ones_like(length)])
+    triangle = torch.empty(0, len(columns), dtype=torch.float64, device=value.device)
+    for rows in _rows(columns):  # least squares has the same solution as of all rows at once
+        triangle = torch.linalg.qr(torch.cat([triangle, rows / scales]), mode="r").R
+    solved = torch.linalg.lstsq(triangle[:, :-1], triangle[:, -1:], driver="gelsd").solution.view(-1)
+    size = max(float(length), float(solved.abs().max()))
+    weights = solved / scales[:-1]
+    rest = sum(float((rows[:, :-1] @ weights - rows[:, -1]).square().sum()) for rows in _rows(columns))
+    return weights.tolist() if rest**0.5 <= 4 * tolerance * size else None
+
+
+def _rows(columns: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Some rows of a matrix in fp64 after the others, of its columns: all at once would be a large copy."""
+    for start in range(0, columns[0].numel(), _ROWS):
+        yield torch.stack([column[start : start + _ROWS].double() for column in columns], 1)
 
 
 def _one_alone(value: Tensor, parts: Sequence[Tensor], tolerance: float) -> list[float] | None:

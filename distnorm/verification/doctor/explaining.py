@@ -40,7 +40,7 @@ class Piece:
         index: which elements it is.
         expected: the reference's, fp64.
         copies: what ranks hold of it; those with the same bits are one.
-        parts: the reference's summands by parts of the batch.
+        parts: the reference's summands by parts of the batch, in their own dtype.
         is_sketch: whether these are sketches, of which only sums and factors mean anything.
     """
 
@@ -118,7 +118,9 @@ def _as_summands(piece: Piece, tolerance: float, around: Circumstances) -> Expla
                 continue
             factors = []
             for group in groups:
-                total = torch.stack([piece.value(values[rank]) for rank in group]).sum(0)
+                total = torch.zeros_like(piece.expected)
+                for rank in group:
+                    total += piece.value(values[rank])
                 factors.append(_factor(total, piece.expected, tolerance))
             if all(f is not None and nearly(f, factors[0] or 0.0, 4 * tolerance) for f in factors):
                 return _unreduced(axes, len(groups[0]), factors[0] or 0.0, tuple(values), tolerance, around)

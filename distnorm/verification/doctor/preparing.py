@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -13,6 +14,7 @@ import torch
 from distnorm.errors import DistnormError
 from distnorm.plan.collectives import Ranks
 from distnorm.sources import Tied, named_tensors
+from distnorm.verification.doctor.blocks import Block, shape_of
 from distnorm.verification.doctor.holdings import Weight
 from distnorm.verification.doctor.recording import Shapes
 from distnorm.verification.doctor.reference import (
@@ -44,10 +46,9 @@ _MARGIN = 4.0
 order of summation and a cut at every layer round each intermediate result anew."""
 _ROUNDINGS = 32.0
 """Units in the last place, where nothing was shaken."""
-
-
-_PARTS_ELEMENTS = 1 << 24
-"""Elements of the parts' gradients that are kept in any case; more only up to as many as the model has."""
+_PARTS_ELEMENTS = 1 << 22
+"""Elements of the parts' gradients that a rank keeps in any case; more only up to half of its share of the
+model's."""
 
 
 @dataclass(slots=True)
@@ -98,18 +99,18 @@ class Prepared:
             self.digests = weight_digests(ranks, pieces, values)
             self.reference.gradients = copied_blocks(ranks, self.reference, values)
 
-    def run_parts(self, ranks: Ranks, parts: int, names: Sequence[str]) -> None:
+    def run_parts(self, ranks: Ranks, parts: int, wanted: Mapping[str, Sequence[Block]]) -> None:
         """Have the reference run over parts of its batch. Collective.
 
         Args:
             ranks: who takes part.
             parts: how many.
-            names: of which parameters the gradients are kept, the most wanted first; alike on every rank.
+            wanted: the blocks that are kept, by parameter, the most wanted first; alike on every rank.
         """
         run = self.run
         if parts < 2 or run is None or not takes_parts(run):
             return
-        kept = self._affordable(parts, names)
+        kept = self._affordable(parts, wanted)
         note = None
         for part in range(parts):
             values = None
@@ -124,19 +125,28 @@ class Prepared:
                 break
             assert has is not None
             self.reference.part_names.append(has)
-            self.reference.parts.append(copied_blocks(ranks, self.reference, values, has))
+            self.reference.parts.append(copied_blocks(ranks, self.reference, values, has, kept))
         note = note or unlike_parts(ranks, self.reference, kept)
         if note is not None:
             self.notes.append(note)
-            self.reference.parts, self.reference.part_names = [], []
+            self.forget_parts()
 
-    def _affordable(self, parts: int, names: Sequence[str]) -> list[str]:
-        known, kept, held = self.reference.known, [], 0
-        most = max(_PARTS_ELEMENTS, sum(prod(one.shape) for one in known.values()))
-        for name in names:
-            held += parts * prod(known[name].shape) if name in known else 0
-            if name in known and held <= most:
-                kept.append(name)
+    def forget_parts(self) -> None:
+        """Let the parts' gradients go."""
+        self.reference.parts, self.reference.part_names = [], []
+
+    def _affordable(self, parts: int, wanted: Mapping[str, Sequence[Block]]) -> dict[str, Sequence[Block]]:
+        known, spread = self.reference.known, self.reference.spread
+        share = sum(prod(one.shape) for one in known.values()) // self.reference.size
+        held: Counter[int] = Counter()
+        kept: dict[str, Sequence[Block]] = {}
+        for name, some in wanted.items():
+            more: Counter[int] = Counter()
+            for block in some:
+                more[spread.owner(name, block)] += parts * prod(shape_of(block))
+            if all(held[rank] + count <= max(_PARTS_ELEMENTS, share // 2) for rank, count in more.items()):
+                held += more
+                kept[name] = some
         return kept
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -70,7 +70,7 @@ class Reference:
     Attributes:
         spread: which rank has which blocks.
         gradients: this rank's blocks of the gradients.
-        parts: of the gradients of parts of the batch, likewise, where they are known.
+        parts: of the gradients of parts of the batch, likewise, some blocks where they are known.
         part_names: the parameters of which each part has a gradient; alike on every rank.
     """
 
@@ -112,7 +112,11 @@ class Reference:
 
 
 def pull_blocks(
-    ranks: Ranks, reference: Reference, values: Values | None, names: set[str] | None = None
+    ranks: Ranks,
+    reference: Reference,
+    values: Values | None,
+    names: Container[str] | None = None,
+    only: Mapping[str, Sequence[Block]] | None = None,
 ) -> Iterator[tuple[tuple[str, Block], Tensor]]:
     """Give every rank its blocks of the first rank's gradients. Collective, as `pull`.
 
@@ -121,11 +125,13 @@ def pull_blocks(
         reference: which rank has which blocks.
         values: on the first rank, what they are of.
         names: of these parameters only; alike on every rank.
+        only: of these blocks of them only; alike on every rank.
     """
     wants = []
     for name, block in reference.mine(ranks.rank):
         dtype = reference.known[name].gradient
-        if dtype is not None and (names is None or name in names):
+        if (names is None or name in names) and (only is None or block in only[name]):
+            assert dtype is not None
             wants.append(Want(0, (name, block), shape_of(block), dtype))
 
     def give(key: tuple[str, Block]) -> Tensor:
@@ -137,11 +143,15 @@ def pull_blocks(
 
 
 def copied_blocks(
-    ranks: Ranks, reference: Reference, values: Values | None, names: set[str] | None = None
+    ranks: Ranks,
+    reference: Reference,
+    values: Values | None,
+    names: Container[str] | None = None,
+    only: Mapping[str, Sequence[Block]] | None = None,
 ) -> Blocks:
     """Copies of this rank's blocks of the first rank's gradients. Collective, as `pull_blocks`."""
     found = {}
-    for key, block in pull_blocks(ranks, reference, values, names):
+    for key, block in pull_blocks(ranks, reference, values, names, only):
         is_own = ranks.rank == 0 and values is not None  # a view of what the next run overwrites
         found[key] = block.clone() if is_own else block
     return found
@@ -170,15 +180,17 @@ def relative_differences(ranks: Ranks, reference: Reference, values: Values | No
     return found
 
 
-def unlike_parts(ranks: Ranks, reference: Reference, names: Sequence[str]) -> str | None:
-    """Say of which parameter the parts' gradients don't add up to the whole one. Collective."""
+def unlike_parts(ranks: Ranks, reference: Reference, names: Collection[str]) -> str | None:
+    """Say of which parameter the parts' gradients, of the blocks that are kept, don't add up. Collective."""
     apart: Counter[str] = Counter()
     square: Counter[str] = Counter()
     for name, block in reference.mine(ranks.rank) if reference.parts else ():
+        if name not in names:
+            continue
+        whole = reference.gradients[name, block].double()
+        square[name] += float(whole.square().sum())  # type: ignore[assignment]
         parts = [part[name, block] for part in reference.parts if (name, block) in part]
-        if name in names and parts:
-            whole = reference.gradients[name, block].double()
-            square[name] += float(whole.square().sum())  # type: ignore[assignment]
+        if parts:
             for part in parts:
                 whole -= part
             apart[name] += float(whole.square().sum())  # type: ignore[assignment]

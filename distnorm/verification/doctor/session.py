@@ -19,7 +19,7 @@ from distnorm.plan.collectives import Ranks, ranks_of
 from distnorm.sources import GradOf, Layout, Sharded, modules_of, named_tensors, read_once
 from distnorm.verification.axes import lines_of, merge_lines
 from distnorm.verification.doctor.batch import batch_fault
-from distnorm.verification.doctor.examining import examine, is_large
+from distnorm.verification.doctor.examining import examine, fits_whole, is_large, looked_at, note_on_large
 from distnorm.verification.doctor.holdings import Held, read_holdings, remember_gradients, weights_held
 from distnorm.verification.doctor.judging import Verdict, diagnose, is_right, judge
 from distnorm.verification.doctor.localising import Localiser, Parting, Traced
@@ -186,17 +186,17 @@ class Examination:
         names = open_[:_EXAMINED]
         if not names:
             return list(verdicts)
-        self._prepared.run_parts(self._ranks, self._parts if batch is None else 1, names)
+        reference = self._prepared.reference
+        wanted = looked_at(self._ranks, reference, cases, names)
+        self._prepared.run_parts(self._ranks, self._parts if batch is None else 1, wanted)
         by_name = {verdict.name: verdict for verdict in verdicts}
         explained = self._diagnosed(held, cases, by_name, names, False)
-        reference = self._prepared.reference
+        self._prepared.forget_parts()
         large = [name for name in names if is_large(reference.known[name].shape)]
         if large:
-            self._prepared.notes.append(
-                "parameters of more than a million elements are explained by the block of each piece in "
-                "which it differs most"
-            )
-        again = [n for n in large if explained[n].explanations[0].mistake in _IN_ANY_PLACE][:_WHOLE_EXAMINED]
+            self._prepared.notes.append(note_on_large())
+        again = [n for n in large if explained[n].explanations[0].mistake in _IN_ANY_PLACE]
+        again = [n for n in again if fits_whole(reference.known[n].shape, reference)][:_WHOLE_EXAMINED]
         explained |= self._diagnosed(held, cases, by_name, again, True)
         late = (Explanation(Mistake.UNEXPLAINED, "not examined: too many before it are wrong"),)
         for name in open_[_EXAMINED:]:
