@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import os
 import platform
 import time
@@ -101,6 +102,7 @@ class _Peak:
 
     def kept(self) -> Bytes:
         """What is there now, and no more; another peak begins."""
+        gc.collect()  # models of an earlier run, in cycles, would go at any time
         ctypes.CDLL(None).malloc_trim(0)
         self.next()
         return Bytes(held_bytes(), _resident("VmRSS")) - self._before
