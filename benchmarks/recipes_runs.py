@@ -58,9 +58,7 @@ def torchtune() -> Clipped:
     import torchtune.training as training
 
     file = Path(training.__file__).parents[2] / "recipes" / "full_finetune_distributed.py"
-    spec = importlib.util.spec_from_file_location(
-        "full_finetune_distributed", file
-    )  # `tune run` runs the file too
+    spec = importlib.util.spec_from_file_location(file.stem, file)  # `tune run` runs the file too
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -81,9 +79,7 @@ def torchtune() -> Clipped:
             _metric_logger=SimpleNamespace(log_dict=lambda values, step: logged.update(values)),
             _clip_grad_norm=limit,
             **{"_is_rank_zero": dist.get_rank() == 0, "_steps_per_epoch": 1},
-            _gradient_accumulation_steps=1,
-            _log_every_n_steps=1,
-            _log_peak_memory_stats=False,
+            **{"_gradient_accumulation_steps": 1, "_log_every_n_steps": 1, "_log_peak_memory_stats": False},
             activations_handling_ctx=nullcontext(),
             ignore_labels_cache=torch.full((4, 1), -100),
             profiler_profile_memory=False,
@@ -132,8 +128,7 @@ def axolotl() -> Clipped:
                 "micro_batch_size": 4,
                 "batch_size": 4,
                 "gradient_accumulation_steps": 1,
-                "max_steps": 1,
-                "num_epochs": 1,
+                **{"max_steps": 1, "num_epochs": 1},
             },
             learning_rate=0.1,
             optimizer="sgd",

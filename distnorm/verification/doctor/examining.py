@@ -48,7 +48,7 @@ def fits_whole(shape: tuple[int, ...], reference: Reference) -> bool:
     return prod(shape) <= max(LATER, total // reference.size // _COPIES)
 
 
-def looked_at(
+def to_fetch(
     ranks: Ranks, reference: Reference, cases: Mapping[str, Case], names: Sequence[str]
 ) -> dict[str, list[Block]]:
     """The blocks of wrong parameters that `examine` fetches at first. Collective.

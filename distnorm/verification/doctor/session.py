@@ -19,7 +19,7 @@ from distnorm.plan.collectives import Ranks, ranks_of
 from distnorm.sources import GradOf, Layout, Sharded, modules_of, named_tensors, read_once
 from distnorm.verification.axes import lines_of, merge_lines
 from distnorm.verification.doctor.batch import batch_fault
-from distnorm.verification.doctor.examining import examine, fits_whole, is_large, looked_at, note_on_large
+from distnorm.verification.doctor.examining import examine, fits_whole, is_large, note_on_large, to_fetch
 from distnorm.verification.doctor.holdings import Held, read_holdings, remember_gradients, weights_held
 from distnorm.verification.doctor.judging import Verdict, diagnose, is_right, judge
 from distnorm.verification.doctor.localising import Localiser, Parting, Traced
@@ -187,7 +187,7 @@ class Examination:
         if not names:
             return list(verdicts)
         reference = self._prepared.reference
-        wanted = looked_at(self._ranks, reference, cases, names)
+        wanted = to_fetch(self._ranks, reference, cases, names)
         self._prepared.run_parts(self._ranks, self._parts if batch is None else 1, wanted)
         by_name = {verdict.name: verdict for verdict in verdicts}
         explained = self._diagnosed(held, cases, by_name, names, False)
